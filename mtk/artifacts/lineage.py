@@ -1,0 +1,83 @@
+"""The chain of digests from an artifact back to the corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtk.artifacts.hashing import sha256_file
+from mtk.artifacts.manifest import Artifact, InputRecord, find_marker, read_manifest, verify
+from mtk.errors import ArtifactError
+
+Checked = dict[tuple[str, str], str]
+
+
+def verify_lineage(artifact: Artifact) -> Checked:
+    """Check the artifact and everything it was made from.
+
+    Returns, for every (path, digest) of the chain, "verified" (files hashed, digest
+    equal) or "gone" (deleted since; its digest is still part of the chain). Raises
+    ArtifactError as soon as a file or digest differs.
+    """
+    verify(artifact)
+    checked: Checked = {(str(artifact.path), artifact.digest): "verified"}
+    for record in artifact.inputs:
+        _verify_record(record, checked)
+    return checked
+
+
+def _verify_record(record: InputRecord, checked: Checked) -> None:
+    key = (record.path, record.digest)
+    if key not in checked:
+        checked[key] = _state(record)
+        for nested in record.inputs:
+            _verify_record(nested, checked)
+
+
+def _state(record: InputRecord) -> str:
+    path = Path(record.path)
+    if record.kind == "file":
+        if not path.is_file():
+            return "gone"
+        found = sha256_file(path)
+    else:
+        marker = find_marker(path)
+        if marker is None:
+            return "gone"
+        artifact = read_manifest(marker)
+        found = artifact.digest
+        if found == record.digest:
+            verify(artifact)
+    if found != record.digest:
+        raise ArtifactError(
+            f"{path} ({record.role}) is not what was used: digest {found[:16]}..., the chain "
+            f"records {record.digest[:16]}.... It was replaced after the fact."
+        )
+    return "verified"
+
+
+def lineage_lines(artifact: Artifact, checked: Checked | None = None) -> list[str]:
+    """The chain as an indented tree, newest first; ``checked`` adds each node's state."""
+    state = _label(checked, str(artifact.path), artifact.digest)
+    lines = [f"{artifact.kind}  {artifact.path}  sha256:{artifact.digest[:16]}{state}"]
+    for index, record in enumerate(artifact.inputs):
+        lines += _record_lines(record, "", index == len(artifact.inputs) - 1, checked)
+    return lines
+
+
+def _record_lines(
+    record: InputRecord, indent: str, last: bool, checked: Checked | None
+) -> list[str]:
+    branch, deeper = ("└─ ", "   ") if last else ("├─ ", "│  ")
+    state = _label(checked, record.path, record.digest)
+    lines = [
+        f"{indent}{branch}{record.role}: {record.kind}  {record.path}  "
+        f"sha256:{record.digest[:16]}{state}"
+    ]
+    for index, nested in enumerate(record.inputs):
+        is_last = index == len(record.inputs) - 1
+        lines += _record_lines(nested, indent + deeper, is_last, checked)
+    return lines
+
+
+def _label(checked: Checked | None, path: str, digest: str) -> str:
+    return "" if checked is None else f"  [{checked.get((path, digest), 'unchecked')}]"

@@ -1,0 +1,1 @@
+"""The command line: thin commands whose options come from the configuration dataclasses."""

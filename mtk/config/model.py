@@ -1,0 +1,158 @@
+"""What a model is: sizes and kinds of its parts. No mesh, no optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from mtk.config.schema import option
+from mtk.errors import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
+
+    family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
+    num_layers: int = option(help="Transformer layers.")
+    hidden_size: int = option(help="Width of the residual stream.")
+    num_attention_heads: int = option(help="Query heads.")
+    num_query_groups: int | None = option(
+        None, help="Key/value heads: fewer than heads is GQA, 1 is MQA (default: as heads)."
+    )
+    ffn_hidden_size: int | None = option(
+        None, help="Width of the MLP (default: 4 x hidden, with swiglu 8/3 in steps of 64)."
+    )
+    kv_channels: int | None = option(None, help="Width of a head (default: hidden / heads).")
+    seq_length: int = option(help="Tokens per training sample.")
+    max_position_embeddings: int | None = option(
+        None, help="Longest sequence the model accepts (default: as seq-length)."
+    )
+    position_embedding_type: Literal["learned", "rope", "none"] = option(
+        "learned", help="How positions enter the model."
+    )
+    rotary_base: float = option(10000.0, help="Base of the rotary frequencies.")
+    rotary_percent: float = option(1.0, help="Share of each head's channels that is rotated.")
+    normalization: Literal["LayerNorm", "RMSNorm"] = option("LayerNorm", help="Kind of norm.")
+    norm_epsilon: float = option(1e-5, help="Added to the variance in norms.")
+    activation: Literal["gelu", "gelu-tanh", "relu", "squared-relu", "swiglu"] = option(
+        "gelu",
+        help="Non-linearity of the MLP; gelu is exact, gelu-tanh is GPT-2's approximation.",
+        shortcuts=(("--swiglu", "swiglu"), ("--squared-relu", "squared-relu")),
+    )
+    add_bias_linear: bool = option(
+        True, help="Biases in linear layers.", shortcuts=(("--disable-bias-linear", False),)
+    )
+    add_qkv_bias: bool = option(False, help="Biases in query/key/value even if not elsewhere.")
+    untie_embeddings_and_output_weights: bool = option(
+        False, help="Give the output layer a matrix of its own."
+    )
+    hidden_dropout: float = option(0.1, help="Dropout on embeddings and residual branches.")
+    attention_dropout: float = option(0.1, help="Dropout on attention probabilities.")
+    init_method_std: float = option(
+        0.02, help="Standard deviation of initial weights; output projections use /sqrt(2 layers)."
+    )
+    vocab_size: int | None = option(
+        None, help="Number of token ids (default: what the data's tokenizer has)."
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, help="The embedding is padded to a multiple of this, whatever the layout."
+    )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding; needs ``vocab_size``."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not known yet")
+        unit = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // unit) * unit
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head, after derivation."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads, after derivation."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP, after derivation."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return int(4 * self.hidden_size * 2 / 3 / 64) * 64 or 64
+        return 4 * self.hidden_size
+
+    @property
+    def positions(self) -> int:
+        """Longest accepted sequence, after derivation."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.add_bias_linear or self.add_qkv_bias
+
+    def problems(self) -> Iterator[Problem]:
+        yield from self._positive()
+        if self.num_attention_heads < 1 or self.hidden_size < 1:
+            return
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            rule = f"must divide by num_attention_heads = {self.num_attention_heads}"
+            fix = f"Nearest: {nearest_multiple(self.hidden_size, self.num_attention_heads)}."
+            yield Problem("hidden_size", self.hidden_size, rule, fix)
+        groups = self.query_groups
+        if groups < 1 or self.num_attention_heads % groups:
+            rule = f"must divide num_attention_heads = {self.num_attention_heads}"
+            fix = f"Nearest: {nearest_divisor(groups, self.num_attention_heads)}."
+            yield Problem("num_query_groups", groups, rule, fix)
+        if self.position_embedding_type != "none" and self.seq_length > self.positions:
+            rule = f"exceeds max_position_embeddings = {self.positions}"
+            yield Problem("seq_length", self.seq_length, rule, "Raise the one or lower the other.")
+        if self.position_embedding_type == "rope":
+            yield from self._rope()
+
+    def _positive(self) -> Iterator[Problem]:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+            if getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be at least 1")
+        for name in ("ffn_hidden_size", "kv_channels", "max_position_embeddings", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, value, "must be at least 1")
+        if self.make_vocab_size_divisible_by < 1:
+            found = self.make_vocab_size_divisible_by
+            yield Problem("make_vocab_size_divisible_by", found, "must be at least 1")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be in [0, 1)")
+
+    def _rope(self) -> Iterator[Problem]:
+        rotated = int(self.head_size * self.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            rule = f"rotates {rotated} of {self.head_size} channels; the number must be even, >= 2"
+            yield Problem("rotary_percent", self.rotary_percent, rule, "Nearest: 1.0.")
+
+    def derived(self) -> Self:
+        return dataclasses.replace(
+            self,
+            num_query_groups=self.query_groups,
+            ffn_hidden_size=self.ffn_size,
+            kv_channels=self.head_size,
+            max_position_embeddings=self.positions,
+        )
+
+
+def nearest_multiple(value: int, unit: int) -> int:
+    """The multiple of ``unit`` (at least one) closest to ``value``."""
+    return max(unit, round(value / unit) * unit)
+
+
+def nearest_divisor(value: int, whole: int) -> int:
+    """The divisor of ``whole`` closest to ``value``."""
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    return min(divisors, key=lambda d: (abs(d - value), d))

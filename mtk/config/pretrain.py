@@ -1,0 +1,201 @@
+"""Options of ``mtk pretrain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mtk.config.model import ModelConfig, nearest_multiple
+from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from mtk.config.parallel import ParallelConfig
+from mtk.config.schema import group, option
+from mtk.errors import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from."""
+
+    data_path: tuple[str, ...] = option(
+        (), help="Dataset prefixes, or weight prefix pairs; split by --split."
+    )
+    train_data_path: tuple[str, ...] = option((), help="As --data-path, for training only.")
+    valid_data_path: tuple[str, ...] = option((), help="As --data-path, for validation only.")
+    test_data_path: tuple[str, ...] = option((), help="As --data-path, for the test only.")
+    split: str = option("969,30,1", help="Shares of training, validation and test sequences.")
+    data_order: Literal["epochs", "megatron"] = option(
+        "epochs",
+        help="Shuffle each epoch on its own, so that the order does not depend on the training "
+        "length; or lay out all epochs at once as Megatron-core does. One epoch is the same.",
+    )
+    data_cache_path: str | None = option(
+        None, help="Folder of index caches (default: beside the data).", runtime=True
+    )
+    mock_data: bool = option(False, help="Train on generated tokens; needs --vocab-size.")
+    eod_mask_loss: bool = option(False, help="No loss on the prediction that follows an EOD.")
+
+    def problems(self) -> Iterator[Problem]:
+        per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
+        given = [bool(self.data_path), any(per_split), self.mock_data]
+        if sum(given) > 1:
+            rule = "excludes --train/valid/test-data-path and --mock-data; give one of them"
+            yield Problem("data_path", self.data_path, rule)
+        if not any(given):
+            rule = "no data given"
+            fix = "Give --data-path PREFIX (what mtk preprocess wrote)."
+            yield Problem("data_path", self.data_path, rule, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many samples a step takes."""
+
+    micro_batch_size: int = option(1, help="Samples per forward pass and data-parallel rank.")
+    global_batch_size: int | None = option(
+        None, help="Samples per optimizer step (default: micro-batch x data-parallel ranks)."
+    )
+    rampup_batch_size: tuple[int, int, int] | None = option(
+        None, help="START INCREMENT SAMPLES: grow the batch to its full size over SAMPLES."
+    )
+
+    @property
+    def full(self) -> int:
+        """Samples per step once any ramp-up is over."""
+        return self.global_batch_size or self.micro_batch_size
+
+    def problems(self) -> Iterator[Problem]:
+        if self.micro_batch_size < 1:
+            yield Problem("micro_batch_size", self.micro_batch_size, "must be at least 1")
+        if self.full < 1:
+            yield Problem("global_batch_size", self.full, "must be at least 1")
+        if self.rampup_batch_size is None or self.micro_batch_size < 1 or self.full < 1:
+            return
+        start, increment, samples = self.rampup_batch_size
+        if min(self.rampup_batch_size) < 1 or start > self.full:
+            rule = f"needs positive numbers and START <= global_batch_size = {self.full}"
+            yield Problem("rampup_batch_size", self.rampup_batch_size, rule)
+        elif (self.full - start) % increment:
+            rule = f"INCREMENT must divide global_batch_size - START = {self.full - start}"
+            yield Problem("rampup_batch_size", self.rampup_batch_size, rule)
+        elif start % self.micro_batch_size or increment % self.micro_batch_size:
+            unit = self.micro_batch_size
+            rule = f"START and INCREMENT must be multiples of micro_batch_size = {unit}"
+            nearest = (nearest_multiple(start, unit), nearest_multiple(increment, unit), samples)
+            yield Problem("rampup_batch_size", self.rampup_batch_size, rule, f"Nearest: {nearest}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthConfig:
+    """How long to train; exactly one of the three."""
+
+    train_iters: int | None = option(None, help="Optimizer steps.")
+    train_samples: int | None = option(None, help="Samples.")
+    train_tokens: int | None = option(None, help="Tokens (rounded up to whole samples).")
+
+    def problems(self) -> Iterator[Problem]:
+        given = [n for n in (self.train_iters, self.train_samples, self.train_tokens) if n]
+        if len(given) != 1:
+            found = (self.train_iters, self.train_samples, self.train_tokens)
+            rule = "give exactly one of --train-iters, --train-samples, --train-tokens"
+            yield Problem("train_iters", found, rule)
+        elif given[0] < 1:
+            yield Problem("train_iters", given[0], "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """Where checkpoints go and come from."""
+
+    save: str | None = option(None, help="Folder of checkpoints; the same command continues them.")
+    load: str | None = option(
+        None, help="Start from this checkpoint if --save holds none yet.", runtime=True
+    )
+    save_interval: int = option(500, help="Steps between checkpoints.", runtime=True)
+    keep_checkpoints: int = option(
+        2, help="How many of the newest checkpoints stay; 0 keeps all.", runtime=True
+    )
+    finetune: bool = option(
+        False, help="Take only the weights from --load: step 0, fresh optimizer and data."
+    )
+    max_shard_size: int = option(
+        2_000_000_000, help="Bytes after which a new weight file begins.", runtime=True
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if self.save_interval < 1:
+            yield Problem("save_interval", self.save_interval, "must be at least 1")
+        if self.keep_checkpoints == 1 or self.keep_checkpoints < 0:
+            rule = "must be 0 (all) or at least 2: the last good one stays while one is written"
+            yield Problem("keep_checkpoints", self.keep_checkpoints, rule, "Nearest: 2.")
+        if self.finetune and not self.load:
+            yield Problem("finetune", True, "needs --load CHECKPOINT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    log_interval: int = option(10, help="Steps between log lines.", runtime=True)
+    eval_interval: int = option(100, help="Steps between evaluations.", runtime=True)
+    eval_iters: int = option(
+        10, help="Global batches per evaluation; always the same samples.", runtime=True
+    )
+    tensorboard_dir: str | None = option(
+        None, help="Folder for TensorBoard (extra: track).", runtime=True
+    )
+    plots: bool = option(True, help="Write loss and throughput plots as PNG.", runtime=True)
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("log_interval", "eval_interval"):
+            if getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be at least 1")
+        if self.eval_iters < 0:
+            yield Problem("eval_iters", self.eval_iters, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """On what, and with which kernels."""
+
+    seed: int = option(1234, help="Seed of weights, data order and dropout.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where to train.")
+    num_threads: int | None = option(None, help="CPU threads of torch (default: all cores).")
+    compile: bool = option(False, help="Compile each transformer block.")
+    attention_backend: Literal["auto", "sdpa", "flash"] = option(
+        "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
+    )
+    deterministic_mode: bool = option(False, help="Only deterministic kernels.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything ``mtk pretrain`` needs."""
+
+    recipe: str | None = option(None, help="Start from a named recipe (mtk recipes lists them).")
+    model: ModelConfig = group(ModelConfig, title="Model")
+    data: DataConfig = group(DataConfig, title="Data")
+    batch: BatchConfig = group(BatchConfig, title="Batch")
+    length: LengthConfig = group(LengthConfig, title="Length")
+    optimizer: OptimizerConfig = group(OptimizerConfig, title="Optimizer")
+    schedule: ScheduleConfig = group(ScheduleConfig, title="Learning rate")
+    precision: PrecisionConfig = group(PrecisionConfig, title="Precision")
+    parallel: ParallelConfig = group(ParallelConfig, title="Layout and memory")
+    checkpoint: SaveConfig = group(SaveConfig, title="Checkpoints")
+    logging: LoggingConfig = group(LoggingConfig, title="Logging and evaluation")
+    runtime: RuntimeConfig = group(RuntimeConfig, title="Runtime")
+
+    def problems(self) -> Iterator[Problem]:
+        batch = self.batch
+        if batch.micro_batch_size >= 1 and batch.full % batch.micro_batch_size:
+            rule = f"must be a multiple of micro_batch_size = {batch.micro_batch_size}"
+            fix = f"Nearest: {nearest_multiple(batch.full, batch.micro_batch_size)}."
+            yield Problem("batch.global_batch_size", batch.full, rule, fix)
+        if self.data.mock_data and self.model.vocab_size is None:
+            yield Problem("model.vocab_size", None, "must be given with --mock-data")
+        yield from self.schedule.problems_with(self.length.train_iters is not None)
+        if self.length.train_iters is not None and batch.rampup_batch_size is not None:
+            rule = "ramp-up needs a length in samples or tokens"
+            fix = "Give --train-samples or --train-tokens instead."
+            yield Problem("length.train_iters", self.length.train_iters, rule, fix)
+        yield from self.parallel.problems_with(self.model)

@@ -1,0 +1,1 @@
+"""Engine, REST server and client."""

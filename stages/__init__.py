@@ -1,0 +1,1 @@
+"""The stages: each is one typed function ``run(config, session) -> Artifact``."""
