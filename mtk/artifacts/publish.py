@@ -136,7 +136,9 @@ def publish_prefix(
         _sync_tree(folder)
         marker.unlink(missing_ok=True)
         for entry in files:
-            (folder / entry.path).replace(prefix.parent / entry.path)
+            target = prefix.parent / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / entry.path).replace(target)
         sync_folder(prefix.parent)
         publication.finished = publication.build(marker, files)
         write_json_atomically(marker, publication.finished.to_dict())

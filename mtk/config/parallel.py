@@ -107,4 +107,3 @@ class ParallelConfig:
             yield Problem(
                 "parallel.expert_model_parallel_size", self.expert_model_parallel_size, rule
             )
-        del global_batch  # divisibility by data-parallel ranks is known once ranks are started
