@@ -18,8 +18,8 @@ def register(app: typer.Typer) -> None:
     """Add every command once; later calls change nothing."""
     if app.registered_commands:
         return
-    parents = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
-    stage_commands.register(app, parents)
-    for name, parent in parents.items():
-        if parent.registered_commands:
-            app.add_typer(parent, name=name)
+    groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
+    stage_commands.register(app, groups)
+    for name, group in groups.items():
+        if group.registered_commands:
+            app.add_typer(group, name=name)

@@ -1,0 +1,82 @@
+"""Write one native checkpoint as an artifact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtk.artifacts import Artifact, InputRecord, publish_directory
+from mtk.checkpoint.load import MODEL_FORMAT, MODEL_VERSION
+from mtk.checkpoint.tensors import write_tensors
+from mtk.config import to_dict
+from mtk.config.files import write_config
+from mtk.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint holds. training: plain data (counters, schedule, scaler).
+
+    optimizer and random may be empty for a checkpoint of weights only.
+    """
+
+    model_config: ModelConfig
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    random: Mapping[str, Tensor] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_folder: Path | None = None
+
+
+def save_checkpoint(
+    folder: Path,
+    content: CheckpointContent,
+    *,
+    stage: str,
+    config: Any,
+    inputs: Sequence[InputRecord],
+    metrics: Mapping[str, Any],
+    command: str = "",
+    force: bool = False,
+    max_shard_size: int = 2_000_000_000,
+) -> Artifact:
+    """Publish ``folder``; it appears complete or not at all."""
+    with publish_directory(
+        folder,
+        kind="checkpoint",
+        stage=stage,
+        config=config,
+        inputs=inputs,
+        command=command,
+        force=force,
+    ) as publication:
+        staging = publication.folder
+        _write_json(
+            staging / "model.json",
+            {
+                "format": MODEL_FORMAT,
+                "version": MODEL_VERSION,
+                "model": to_dict(content.model_config),
+            },
+        )
+        write_config(to_dict(config), staging / "config.yaml")
+        write_tensors(staging, "model", content.weights, max_shard_size)
+        if content.optimizer:
+            write_tensors(staging, "optimizer", content.optimizer, max_shard_size)
+        if content.random:
+            write_tensors(staging, "random", content.random)
+        _write_json(staging / "training.json", dict(content.training))
+        if content.tokenizer_folder is not None:
+            shutil.copytree(content.tokenizer_folder, staging / "tokenizer")
+        publication.metrics.update(metrics)
+    return publication.artifact
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Plain modules that know no mesh; kernels and caches are passed in."""

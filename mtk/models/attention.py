@@ -1,0 +1,108 @@
+"""Self-attention: MHA, GQA (Ainslie et al. 2023) and MQA, with kernel and cache passed in.
+
+Shape suffixes: B batch, S new tokens, T all tokens seen, H query heads, G key/value heads,
+D channels of a head, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtk.config.model import ModelConfig
+from mtk.models.rotary import rotate
+
+
+class AttentionKernel(Protocol):
+    """Computes softmax(q k^T / sqrt(D)) v.
+
+    mask: bool, True where a query may look, broadcastable to [B, H, S, T]; None means
+    causal with S == T.
+    """
+
+    def __call__(
+        self,
+        q_BHSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+    ) -> Tensor: ...
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer: takes those of the new tokens, returns all so far."""
+
+    def update(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def sdpa_kernel(
+    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
+    return F.scaled_dot_product_attention(
+        q_BHSD,
+        k_BGTD,
+        v_BGTD,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
+    )
+
+
+def reference_kernel(
+    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """The formula written out; what every faster kernel is checked against."""
+    repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
+    k_BHTD = k_BGTD.repeat_interleave(repeats, dim=1)
+    v_BHTD = v_BGTD.repeat_interleave(repeats, dim=1)
+    scores = q_BHSD @ k_BHTD.transpose(-1, -2) / q_BHSD.shape[-1] ** 0.5
+    if mask is None:
+        size = scores.shape[-2:]
+        mask = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return F.dropout(weights, dropout, training=dropout > 0) @ v_BHTD
+
+
+class Attention(nn.Module):
+    """Projections around an attention kernel; biases as the configuration says."""
+
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        hidden, head = config.hidden_size, config.head_size
+        self.head_size = head
+        self.dropout = config.attention_dropout
+        self.kernel = kernel
+        self.query = nn.Linear(hidden, config.num_attention_heads * head, bias=config.qkv_bias)
+        self.key = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
+        self.value = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
+        self.output = nn.Linear(
+            config.num_attention_heads * head, hidden, bias=config.add_bias_linear
+        )
+
+    def forward(
+        self,
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        q_BHSD = self._heads(self.query(x_BSE))
+        k_BGSD = self._heads(self.key(x_BSE))
+        v_BGSD = self._heads(self.value(x_BSE))
+        if rotary is not None:
+            q_BHSD, k_BGSD = rotate(q_BHSD, *rotary), rotate(k_BGSD, *rotary)
+        if cache is not None:
+            k_BGSD, v_BGSD = cache.update(k_BGSD, v_BGSD)
+        dropout = self.dropout if self.training else 0.0
+        out_BHSD = self.kernel(q_BHSD, k_BGSD, v_BGSD, mask=mask, dropout=dropout)
+        return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)

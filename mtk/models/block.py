@@ -1,0 +1,38 @@
+"""A pre-norm transformer block (Xiong et al. 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mtk.config.model import ModelConfig
+from mtk.models.attention import Attention, AttentionKernel, LayerCache
+from mtk.models.mlp import MLP
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the hidden size."""
+    kind = nn.LayerNorm if config.normalization == "LayerNorm" else nn.RMSNorm
+    return kind(config.hidden_size, eps=config.norm_epsilon)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches."""
+
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, kernel)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache)
+        x_BSE = x_BSE + self.dropout(attended)
+        return x_BSE + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]

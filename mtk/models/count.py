@@ -1,0 +1,51 @@
+"""Parameters and FLOPs of a model from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtk.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token in forward + backward. full: attention counted over the whole
+    square, as Megatron does; causal: only the half that is not masked."""
+
+    full: float
+    causal: float
+
+
+def layer_matrices(config: ModelConfig) -> int:
+    """Weights of one layer's matrices (no biases or norms)."""
+    hidden, head = config.hidden_size, config.head_size
+    attention = 2 * hidden * head * (config.num_attention_heads + config.query_groups)
+    mlp = (3 if config.activation == "swiglu" else 2) * hidden * config.ffn_size
+    return attention + mlp
+
+
+def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
+    """All parameters of a GPT, padded vocabulary included."""
+    hidden, layers = config.hidden_size, config.num_layers
+    vocab = config.padded_vocab_size if vocab_size is None else vocab_size
+    per_norm = hidden * (2 if config.normalization == "LayerNorm" else 1)
+    biases = 0
+    heads, groups = config.num_attention_heads, config.query_groups
+    if config.qkv_bias:
+        biases += config.head_size * (heads + 2 * groups)
+    if config.add_bias_linear:
+        gates = 2 if config.activation == "swiglu" else 1
+        biases += 2 * hidden + gates * config.ffn_size
+    learned = config.positions * hidden if config.position_embedding_type == "learned" else 0
+    output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
+    per_layer = layer_matrices(config) + biases + 2 * per_norm
+    return vocab * hidden + learned + layers * per_layer + per_norm + output
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops:
+    """6 x matrix weights (output matrix included, embedding look-up not) + attention."""
+    vocab = config.padded_vocab_size if vocab_size is None else vocab_size
+    matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
+    width = config.num_attention_heads * config.head_size
+    attention = 12.0 * config.num_layers * width * config.seq_length
+    return Flops(full=6.0 * matrices + attention, causal=6.0 * matrices + attention / 2)

@@ -1,0 +1,45 @@
+"""Feed-forward part of a block: plain, or gated as in SwiGLU (Shazeer 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtk.config.model import ModelConfig
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": _gelu_tanh,
+    "relu": F.relu,
+    "squared-relu": _squared_relu,  # So et al. 2021
+    "swiglu": F.silu,
+}
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(silu(gate(x)) * up(x)) for swiglu. [..., E] -> [..., E]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, ffn, bias = config.hidden_size, config.ffn_size, config.add_bias_linear
+        self.activation = ACTIVATIONS[config.activation]
+        gated = config.activation == "swiglu"
+        self.gate = nn.Linear(hidden, ffn, bias=bias) if gated else None
+        self.up = nn.Linear(hidden, ffn, bias=bias)
+        self.down = nn.Linear(ffn, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]

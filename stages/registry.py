@@ -1,0 +1,67 @@
+"""The table of stages: configuration class, function, help.
+
+The command line makes ``mtk NAME`` from each entry and flows look stages up here. Both
+attributes are named as ``module:attribute``, so that reading the table imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtk.artifacts import Artifact
+from mtk.config import Layer, Resolved, resolve
+from mtk.session import Session
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. group: the command group it appears in, e.g. ``tokenizer`` for
+    ``mtk tokenizer train``; None for top level."""
+
+    name: str
+    config: str
+    function: str
+    help: str
+    group: str | None = None
+
+    @property
+    def config_class(self) -> Any:
+        return _load(self.config)
+
+    def resolve(self, layers: Sequence[Layer]) -> Resolved[Any]:
+        """The checked configuration from layers, lowest first; a ``recipe`` named in any
+        of them becomes the lowest. Raises ConfigError."""
+        named = [layer.values["recipe"] for layer in layers if layer.values.get("recipe")]
+        if named:
+            from mtk.config.recipes import recipe_layer
+
+            layers = [recipe_layer(named[-1]), *layers]
+        return resolve(self.config_class, layers)
+
+    def run(self, config: Any, session: Session) -> Artifact | None:
+        """Run the stage; servers and listings return None."""
+        outcome: Artifact | None = _load(self.function)(config, session)
+        return outcome
+
+
+STAGES = (
+    Stage(
+        "pretrain",
+        "mtk.config.pretrain:PretrainConfig",
+        "stages.pretrain:run",
+        "Train a model from scratch or from a checkpoint.",
+    ),
+)
+
+
+def stage(name: str) -> Stage:
+    """The stage called ``name``. Raises KeyError."""
+    return {entry.name: entry for entry in STAGES}[name]
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
