@@ -54,6 +54,12 @@ STAGES = (
         "stages.pretrain:run",
         "Train a model from scratch or from a checkpoint.",
     ),
+    Stage(
+        "convert",
+        "mtk.config.convert:ConvertConfig",
+        "stages.convert:run",
+        "Convert a model to or from Hugging Face, with a parity certificate.",
+    ),
 )
 
 
