@@ -1,0 +1,1 @@
+"""Token datasets: reading corpora, writing and opening ``.bin``/``.idx`` pairs."""
