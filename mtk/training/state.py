@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mtk.checkpoint.load import check_names
 from mtk.checkpoint.save import CheckpointContent
 from mtk.checkpoint.tensors import iterate_tensors, read_index, read_tensors
@@ -104,9 +102,3 @@ def read_training(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not readable: {error}.") from error
     return dict(data)
-
-
-def set_threads(count: int | None) -> None:
-    """CPU threads of torch; the number is part of bit-for-bit repeatability."""
-    if count is not None:
-        torch.set_num_threads(count)
