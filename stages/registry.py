@@ -60,6 +60,12 @@ STAGES = (
         "stages.convert:run",
         "Convert a model to or from Hugging Face, with a parity certificate.",
     ),
+    Stage(
+        "evaluate",
+        "mtk.config.evaluate:EvaluateConfig",
+        "stages.evaluate:run",
+        "Score a model on given files: perplexity, LAMBADA.",
+    ),
 )
 
 
