@@ -71,13 +71,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         if "tokenizer_config.json" in self.extra:
             return {}
         names = {
-            role: self.piece(self.options[role]) for role in ROLES if self.options[role] is not None
+            role: self.piece(self.options[role])
+            for role in ROLES
+            if self.options[role] is not None
         }
         config = transformers_files(self.library, names)["tokenizer_config.json"]
         if not self.options["split_special_tokens"]:
-            config = config.replace(
-                b'"split_special_tokens": true', b'"split_special_tokens": false'
-            )
+            config = config.replace(b'"split_special_tokens": true', b'"split_special_tokens": false')
         return {"tokenizer_config.json": config}
 
 

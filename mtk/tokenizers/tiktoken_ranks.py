@@ -244,9 +244,7 @@ def _parse_json_ranks(data: bytes) -> dict[bytes, int]:
         except (TypeError, KeyError, binascii.Error) as error:
             raise DataError(f"tiktoken vocabulary, entry {position}: {error!r}.") from error
         if rank != position or piece in ranks:
-            raise DataError(
-                f"tiktoken vocabulary, entry {position}: rank {rank} or its bytes repeat."
-            )
+            raise DataError(f"tiktoken vocabulary, entry {position}: rank {rank} or its bytes repeat.")
         ranks[piece] = rank
     return ranks
 
