@@ -66,6 +66,12 @@ STAGES = (
         "stages.evaluate:run",
         "Score a model on given files: perplexity, LAMBADA.",
     ),
+    Stage(
+        "quantize",
+        "mtk.config.quantize:QuantizeConfig",
+        "stages.quantize:run",
+        "Store weights in INT8, with a perplexity gate.",
+    ),
 )
 
 
