@@ -36,6 +36,32 @@ STAGES = (
         "stages.pretrain:run",
         "Train a model from scratch or from a checkpoint.",
     ),
+    StageCommand(
+        "preprocess",
+        "mtk.config.preprocess:PreprocessConfig",
+        "stages.preprocess:run",
+        "Turn a corpus into token datasets (.bin/.idx).",
+    ),
+    StageCommand(
+        "merge",
+        "mtk.config.preprocess:MergeConfig",
+        "stages.merge:run",
+        "Concatenate the token datasets of a folder.",
+    ),
+    StageCommand(
+        "train",
+        "mtk.config.tokenizer:TrainTokenizerConfig",
+        "stages.tokenizer:run",
+        "Train a tokenizer from a corpus.",
+        parent="tokenizer",
+    ),
+    StageCommand(
+        "demo",
+        "mtk.config.corpus:DemoCorpusConfig",
+        "stages.corpus:run",
+        "Write the demo corpus: documentation that comes with Python.",
+        parent="corpus",
+    ),
 )
 
 
