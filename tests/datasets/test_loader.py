@@ -55,6 +55,27 @@ def test_an_error_comes_in_its_place() -> None:
     assert threads() == 0
 
 
+def test_twenty_five_restarts_read_the_same_tokens() -> None:
+    """Runs of three epochs that are stopped anywhere, on 1, 2 or 4 ranks, with any length."""
+    rng = np.random.default_rng(1)
+    data, longer = dataset(96), dataset(1000)  # 31 samples an epoch
+    whole = [data[k]["tokens"].tolist() for k in range(96)]
+    stops = sorted(8 * rng.choice(np.arange(1, 12), size=5, replace=False))
+    for _ in range(5):
+        read: list[list[int]] = []
+        for begin, end in zip([0, *stops], [*stops, 96], strict=True):
+            world = int(rng.choice([1, 2, 4]))
+            source = (data, longer)[int(rng.integers(2))]
+            ranks = []
+            for rank in range(world):
+                plan = micro_batches(int(begin), int(end), lambda _: 8, 2, rank, world)
+                with BatchLoader(source, plan, prefetch=2) as loader:
+                    ranks.append([batch.tokens_BS for batch in loader])
+            for parts in zip(*ranks, strict=True):
+                read += torch.cat(parts).tolist()
+        assert read == whole
+
+
 class Counting:
     """Counts reads, and is slow."""
 
