@@ -108,6 +108,17 @@ def test_exhaustive_lanes_equal_the_plain_loop(monkeypatch: pytest.MonkeyPatch) 
         assert found.counts(len(sizes)).tolist() == sizes.tolist()
 
 
+def test_a_spent_dataset_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rounding of very large sizes leads there; here the weights do not fit the sizes."""
+    monkeypatch.setattr(blend_indices, "SHORTEST_LANE", 3)
+    weights, limits = np.array([0.5, 0.3, 0.2]), np.array([4, 60, 20])
+    found = blend_indices._indices(weights, limits, 70)
+    dataset, sample = naive_blend(weights.tolist(), 70, limits.tolist())
+    assert found.dataset.tolist() == dataset
+    assert found.sample.tolist() == sample
+    assert dataset.count(0) == 4
+
+
 def test_the_beginning_does_not_depend_on_the_size() -> None:
     weights = np.array([0.13, 0.37, 0.5])
     long = blending_indices(weights, 5000)

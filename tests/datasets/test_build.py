@@ -17,7 +17,14 @@ from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, DataError, MtkError
 from tests.datasets.sources import MemorySource, unique_source
 
-LENGTHS = {"a": [20] * 1000, "b": [7] * 300, "tiny": [3, 3], "empty": [], "long": [50] * 10}
+LENGTHS = {
+    "a": [20] * 1000,
+    "b": [7] * 300,
+    "tiny": [3, 3],
+    "empty": [],
+    "long": [50] * 10,
+    "edge": [16],
+}
 
 
 class Opener:
@@ -185,6 +192,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[MtkError], str]] = {
         {"train_data_path": "tiny"},
         DataError,
         "train split has 2 of 2 sequences with 6 tokens.*Lower --seq-length, or use more",
+    ),
+    "a sample without its last label": (
+        {"train_data_path": "edge"},
+        DataError,
+        "train split has 1 of 1 sequences with 16 tokens, fewer than one sample of 16",
     ),
     "no sequence at all": ({"data_path": "empty"}, DataError, "the dataset is empty"),
     "no share for training": ({"data_path": "a", "split": "0,1,1"}, DataError, "no training data"),

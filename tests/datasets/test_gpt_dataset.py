@@ -48,6 +48,7 @@ def test_types_and_independence_of_items() -> None:
     ]
     assert all(sample[key].shape == (4,) for key in sample)
     sample["tokens"][:] = -1
+    assert (sample["labels"] != -1).all()
     assert (found[0]["tokens"] != -1).all()
     assert (found[0]["labels"] != -1).all()
 

@@ -128,6 +128,11 @@ def test_large_entries_are_hashed_again_only_if_touched(
     assert hashed == [path]
     path.write_bytes(flip(path.read_bytes()))
     check(cache.load_or_build("k", {}, builder), builder, 2)
+    (path,) = tmp_path.glob("*/one.npy")
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    check(cache.load_or_build("k", {}, builder), builder, 3)
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
@@ -181,6 +186,23 @@ def test_dataset_from_cache_equals_dataset_from_memory(tmp_path: Path) -> None:
         options = {"documents": documents, "sequence_length": 4, "num_samples": 20, "seed": 9}
         GPTDataset(source, **{**options, **change}, cache=IndexCache(tmp_path))
         assert sum(p.is_dir() for p in tmp_path.iterdir()) == count
+
+
+@pytest.mark.parametrize(
+    ("lengths", "documents"),
+    [([6, 6, 6, 6], [1, 2, 3]), ([6, 6, 6, 6], [2, 1, 0]), ([5, 6, 7, 6], [0, 1, 2])],
+    ids=["other documents", "another order", "other lengths"],
+)
+def test_other_data_of_the_same_size_is_another_entry(
+    tmp_path: Path, lengths: list[int], documents: list[int]
+) -> None:
+    GPTDataset(unique_source([6] * 4), np.arange(3), 4, 9, 1, cache=IndexCache(tmp_path))
+    found, plain = (
+        GPTDataset(unique_source(lengths), np.array(documents), 4, 9, 1, cache=cache)
+        for cache in (IndexCache(tmp_path), None)
+    )
+    for k in range(len(plain)):
+        assert found.documents_of(k) == plain.documents_of(k)
 
 
 def start(folder: Path, gate: str = "", call: int = 0, lock: str = "lock") -> subprocess.Popen[str]:
