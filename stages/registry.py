@@ -80,6 +80,24 @@ STAGES = (
         "stages.pretrain:run",
         "Train a model from scratch or from a checkpoint.",
     ),
+    Stage(
+        "convert",
+        "mtk.config.convert:ConvertConfig",
+        "stages.convert:run",
+        "Convert a model to or from Hugging Face, with a parity certificate.",
+    ),
+    Stage(
+        "evaluate",
+        "mtk.config.evaluate:EvaluateConfig",
+        "stages.evaluate:run",
+        "Score a model on given files: perplexity, LAMBADA.",
+    ),
+    Stage(
+        "quantize",
+        "mtk.config.quantize:QuantizeConfig",
+        "stages.quantize:run",
+        "Store weights in INT8, with a perplexity gate.",
+    ),
 )
 
 
