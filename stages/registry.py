@@ -54,6 +54,12 @@ STAGES = (
         "stages.pretrain:run",
         "Train a model from scratch or from a checkpoint.",
     ),
+    Stage(
+        "serve",
+        "mtk.config.serve:ServeConfig",
+        "stages.serve:run",
+        "Serve a model over HTTP: PUT /api (Megatron) and POST /v1/completions (OpenAI).",
+    ),
 )
 
 
