@@ -1,0 +1,1 @@
+"""The parallel core: one technique a file, applied in one fixed order."""
