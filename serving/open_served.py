@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mtk.artifacts import Artifact
-from mtk.checkpoint import load_model
-from mtk.errors import CheckpointError
+from mtk.convert.open_model import open_model
 from mtk.models.gpt import GPT
 from serving.text import TextCodec
 
@@ -25,16 +23,12 @@ class Served:
 
 
 def open_served(path: str, *, dtype: torch.dtype, device: str) -> Served:
-    """Raises ArtifactError if there is no model, or it has no tokenizer."""
-    loaded = load_model(path, dtype=dtype, device=device)
-    if loaded.tokenizer_folder is None:
-        raise CheckpointError(
-            f"{path} has no tokenizer, so it cannot be served: it was trained on mock data."
-        )
-    from mtk.tokenizers import load_tokenizer
+    """A native checkpoint, Hugging Face directory or quantised directory.
 
-    codec = load_tokenizer(Path(loaded.tokenizer_folder))
-    return Served(loaded.model, codec, lineage_of(loaded.artifact))
+    Raises ArtifactError if there is no model, or it has no tokenizer.
+    """
+    opened = open_model(path, dtype=dtype, device=device)
+    return Served(opened.model, opened.tokenizer, lineage_of(opened.artifact))
 
 
 def lineage_of(artifact: Artifact | None) -> dict[str, Any] | None:

@@ -60,6 +60,12 @@ STAGES = (
         "stages.serve:run",
         "Serve a model over HTTP: PUT /api (Megatron) and POST /v1/completions (OpenAI).",
     ),
+    Stage(
+        "convert",
+        "mtk.config.convert:ConvertConfig",
+        "stages.convert:run",
+        "Convert a model to or from Hugging Face, with a parity certificate.",
+    ),
 )
 
 
