@@ -15,7 +15,7 @@ from flask import Blueprint, Response, jsonify, request
 from mtk.errors import ServingError
 from serving.body import Fields, checked_text, read_json, wrong_type
 from serving.engine import Engine
-from serving.requests import BeamParams, GenerationRequest, SequenceOutput, StopRules
+from serving.requests import BeamParams, GenerationRequest, SequenceOutput, StopRules, check_fits
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, MAX_TOP_K, SamplingParams
 from serving.service import Service
 from serving.settings import ServerSettings
@@ -90,7 +90,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     ids = tuple((*start, *_encode(engine, text, number)) for number, text in enumerate(prompts))
     # As in Megatron, the rules about lines replace the end of document.
     stop = StopRules(line=line) if line else StopRules(token_ids=frozenset({eod}))
-    return GenerationRequest(
+    asked = GenerationRequest(
         prompts=ids,
         max_tokens=new_tokens,
         sampling=_seeded(sampling, seed),
@@ -99,6 +99,9 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
         newline_after_colon=keep_newline,
         beam=beam,
     )
+    limits = {"context": engine.context, "vocab": engine.vocab_size}
+    check_fits(asked, **limits, length_param="tokens_to_generate")
+    return asked
 
 
 def _prompts(fields: Fields) -> list[str]:

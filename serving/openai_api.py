@@ -157,7 +157,7 @@ def _prompts(
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ServingError("prompt is an empty list", param="prompt")
-    if all(_is_id(item) for item in items):
+    if isinstance(value, list) and all(_is_id(item) for item in items):
         return (tuple(items),)
     if len(items) > settings.max_sequences:
         raise ServingError(

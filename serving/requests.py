@@ -102,10 +102,12 @@ class SequenceOutput:
     score: float | None = None
 
 
-def check_fits(request: GenerationRequest, *, context: int, vocab: int) -> None:
+def check_fits(
+    request: GenerationRequest, *, context: int, vocab: int, length_param: str = "max_tokens"
+) -> None:
     """Ids inside the vocabulary and prompt + new tokens inside the context.
 
-    Raises ServingError (400) with the numbers.
+    Raises ServingError (400) with the numbers; a length is blamed on ``length_param``.
     """
     for number, prompt in enumerate(request.prompts):
         if not prompt:
@@ -115,7 +117,7 @@ def check_fits(request: GenerationRequest, *, context: int, vocab: int) -> None:
             raise ServingError(
                 f"prompt {number} holds token id {bad}; ids lie in 0..{vocab - 1}", param="prompt"
             )
-        check_length(len(prompt), request.max_tokens, context)
+        check_length(len(prompt), request.max_tokens, context, length_param)
     beam = request.beam
     if beam is not None and not 0 <= beam.stop_token < vocab:
         raise ServingError(
@@ -123,7 +125,7 @@ def check_fits(request: GenerationRequest, *, context: int, vocab: int) -> None:
         )
 
 
-def check_length(prompt: int, new: int, context: int) -> None:
+def check_length(prompt: int, new: int, context: int, param: str) -> None:
     """Raises ServingError (400) if ``prompt + new`` tokens exceed the context."""
     if prompt + new > context:
         room = max(0, context - prompt)
@@ -131,5 +133,5 @@ def check_length(prompt: int, new: int, context: int) -> None:
             f"This model's maximum context length is {context} tokens, but {prompt + new} were "
             f"requested ({prompt} in the prompt, {new} to generate). Shorten the prompt or ask "
             f"for at most {room} tokens.",
-            param="max_tokens",
+            param=param,
         )

@@ -104,6 +104,10 @@ class TorchEngine:
         return self._vocabulary.size
 
     @property
+    def thread_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def died(self) -> str | None:
         """Why the thread ended, if nobody stopped it."""
         return self._death if self._death is not None and not self._stopping else None
