@@ -198,7 +198,7 @@ def sync_folder(folder: Path) -> None:
 def _staging(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent, name)
+        remove_leftovers(parent, name)
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-{os.getpid()}-", dir=parent))
     except OSError as error:
         raise ArtifactError(f"{parent} cannot be written to: {error.strerror}.") from error
@@ -253,10 +253,13 @@ def _replace_directory(source: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_leftovers(parent: Path, name: str) -> None:
-    """Delete staging folders of processes that were killed."""
+def remove_leftovers(parent: Path, name: str = "*") -> None:
+    """Delete the staging folders below ``parent`` of processes that were killed.
+
+    name: of the output they were for; a glob pattern.
+    """
     for folder in parent.glob(f".{name}.partial-*"):
-        pid = folder.name.removeprefix(f".{name}.partial-").split("-")[0]
+        pid = folder.name.rpartition(".partial-")[2].split("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
