@@ -66,6 +66,18 @@ STAGES = (
         "stages.convert:run",
         "Convert a model to or from Hugging Face, with a parity certificate.",
     ),
+    Stage(
+        "evaluate",
+        "mtk.config.evaluate:EvaluateConfig",
+        "stages.evaluate:run",
+        "Score a model on given files: perplexity, LAMBADA.",
+    ),
+    Stage(
+        "quantize",
+        "mtk.config.quantize:QuantizeConfig",
+        "stages.quantize:run",
+        "Store weights in INT8, with a perplexity gate.",
+    ),
 )
 
 

@@ -134,7 +134,7 @@ def publish_prefix(
         if stray:
             raise ValueError(f"files {stray} do not start with the prefix {prefix.name}")
         _sync_tree(folder)
-        marker.unlink(missing_ok=True)
+        _remove_replaced(marker, {entry.path for entry in files})
         for entry in files:
             target = prefix.parent / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,23 @@ def publish_prefix(
         sync_folder(prefix.parent)
         publication.finished = publication.build(marker, files)
         write_json_atomically(marker, publication.finished.to_dict())
+
+
+def _remove_replaced(marker: Path, new: set[str]) -> None:
+    """Unpublish what ``marker`` describes: it and those of its files that nothing replaces."""
+    if not marker.is_file():
+        return
+    try:
+        old = [entry.path for entry in read_manifest(marker).files]
+    except ArtifactError:
+        old = []
+    marker.unlink()
+    for path in old:
+        if path not in new:
+            (marker.parent / path).unlink(missing_ok=True)
+    for folder in {(marker.parent / path).parent for path in old} - {marker.parent}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def completed(

@@ -106,7 +106,7 @@ class Fuse:
     def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
         whole = foreign[0].T if self.transposed else foreign[0]
         _check_size(foreign[0], -1 if self.transposed else 0, sum(self.sizes), self.foreign)
-        return tuple(part.contiguous() for part in torch.split(whole, self.sizes))
+        return tuple(part.contiguous() for part in torch.split(whole, list(self.sizes)))
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     )
     if tokenizer is not None:
         tokenizer.save(folder)
-    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
     parity = certify(config, tensors, source.folder, folder, demands)
+    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
     write_json(folder / "parity.json", {**parity.to_dict(), "round_trip_bit_equal": True})
     return parity
 

@@ -242,7 +242,9 @@ class IndexedDatasetWriter:
 
         An empty document (no tokens, no lengths) still counts as one.
         """
-        self.add_documents(np.asarray(tokens), np.asarray(lengths, np.int64), np.array([len(lengths)]))
+        self.add_documents(
+            np.asarray(tokens), np.asarray(lengths, np.int64), np.array([len(lengths)])
+        )
 
     def add_documents(
         self, tokens: Tokens, lengths: Tokens, sequences: npt.NDArray[np.integer[Any]]
@@ -254,7 +256,9 @@ class IndexedDatasetWriter:
                 f"{len(lengths)} sequences, documents adding up to {int(sequences.sum())}"
             )
         if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= _LONGEST:
-            raise DataError(f"{self.prefix}: a sequence of {int(lengths.max())} tokens is too long.")
+            raise DataError(
+                f"{self.prefix}: a sequence of {int(lengths.max())} tokens is too long."
+            )
         if tokens.dtype != self.dtype:
             self._check_range(tokens)
         self._stream.write(np.ascontiguousarray(tokens, self.dtype).tobytes())

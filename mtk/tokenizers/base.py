@@ -141,7 +141,9 @@ def read_description(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
     Raises DataError if a file is missing or differs from what was saved.
     """
-    description = parse_json(read_file(folder / DESCRIPTION, "tokenizer"), str(folder / DESCRIPTION))
+    description = parse_json(
+        read_file(folder / DESCRIPTION, "tokenizer"), str(folder / DESCRIPTION)
+    )
     try:
         if description["format"] > FORMAT:
             raise DataError(

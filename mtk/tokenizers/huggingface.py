@@ -62,7 +62,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.extra_ids = self._sentinels()
 
     def _sentinels(self) -> tuple[int, ...]:
-        found = []
+        found: list[int] = []
         while (token := self.library.token_to_id(f"<extra_id_{len(found)}>")) is not None:
             found.append(token)
         return tuple(found)
@@ -71,13 +71,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         if "tokenizer_config.json" in self.extra:
             return {}
         names = {
-            role: self.piece(self.options[role])
-            for role in ROLES
-            if self.options[role] is not None
+            role: self.piece(self.options[role]) for role in ROLES if self.options[role] is not None
         }
         config = transformers_files(self.library, names)["tokenizer_config.json"]
         if not self.options["split_special_tokens"]:
-            config = config.replace(b'"split_special_tokens": true', b'"split_special_tokens": false')
+            config = config.replace(
+                b'"split_special_tokens": true', b'"split_special_tokens": false'
+            )
         return {"tokenizer_config.json": config}
 
 

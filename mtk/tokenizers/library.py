@@ -34,7 +34,7 @@ class LibraryTokenizer(Tokenizer):
     add_special_tokens = False
 
     @cached_property
-    def vocab_size(self) -> int:  # type: ignore[override]
+    def vocab_size(self) -> int:
         # Files with holes in their numbering need the larger of the two.
         vocabulary = self.library.get_vocab(with_added_tokens=True)
         return max(len(vocabulary), max(vocabulary.values()) + 1)

@@ -230,8 +230,8 @@ def parse_ranks(data: bytes) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise DataError(
-            f"the vocabulary lacks {len(missing)} of the 256 single bytes (first: {missing[0]:#x}), "
-            f"so some text could not be encoded."
+            f"the vocabulary lacks {len(missing)} of the 256 single bytes (first: "
+            f"{missing[0]:#x}), so some text could not be encoded."
         )
     return ranks
 
@@ -244,7 +244,9 @@ def _parse_json_ranks(data: bytes) -> dict[bytes, int]:
         except (TypeError, KeyError, binascii.Error) as error:
             raise DataError(f"tiktoken vocabulary, entry {position}: {error!r}.") from error
         if rank != position or piece in ranks:
-            raise DataError(f"tiktoken vocabulary, entry {position}: rank {rank} or its bytes repeat.")
+            raise DataError(
+                f"tiktoken vocabulary, entry {position}: rank {rank} or its bytes repeat."
+            )
         ranks[piece] = rank
     return ranks
 

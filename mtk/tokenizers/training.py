@@ -29,9 +29,7 @@ UNKNOWN = "<unk>"
 LARGEST_ALPHABET = 1000  # rarer characters (of WordPiece) are unknown
 
 
-def train_tokenizer(
-    config: TrainTokenizerConfig, texts: Callable[[], Iterable[str]]
-) -> Tokenizer:
+def train_tokenizer(config: TrainTokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer of ``config.type`` that fits the corpus; ``texts()`` walks through it.
 
     bpe and unigram become a HuggingFaceTokenizer over bytes, for which no text is unknown;

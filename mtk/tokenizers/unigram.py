@@ -125,4 +125,3 @@ def _without(piece: str, scores: Scores) -> float:
             if score is not None and end - start < len(piece):
                 best[end] = max(best[end], best[start] + score)
     return best[-1]
-
