@@ -81,6 +81,12 @@ STAGES = (
         "Train a model from scratch or from a checkpoint.",
     ),
     Stage(
+        "serve",
+        "mtk.config.serve:ServeConfig",
+        "stages.serve:run",
+        "Serve a model over HTTP: PUT /api (Megatron) and POST /v1/completions (OpenAI).",
+    ),
+    Stage(
         "convert",
         "mtk.config.convert:ConvertConfig",
         "stages.convert:run",
