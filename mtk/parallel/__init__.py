@@ -1,0 +1,1 @@
+"""Layouts: how models and batches are spread over ranks."""
