@@ -107,7 +107,7 @@ class LengthConfig:
 class SaveConfig:
     """Where checkpoints go and come from."""
 
-    save: str | None = option(None, help="Folder of checkpoints; the same command continues them.")
+    save: str = option(help="Folder of checkpoints; the same command continues them.")
     load: str | None = option(
         None, help="Start from this checkpoint if --save holds none yet.", runtime=True
     )

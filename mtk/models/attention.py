@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel as sdpa_backend
 
 from mtk.config.model import ModelConfig
 from mtk.models.rotary import rotate
@@ -53,6 +55,14 @@ def sdpa_kernel(
         is_causal=mask is None,
         enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
     )
+
+
+def flash_kernel(
+    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """As :func:`sdpa_kernel`, but flash attention or an error (no slower fallback)."""
+    with sdpa_backend(SDPBackend.FLASH_ATTENTION):
+        return sdpa_kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout)
 
 
 def reference_kernel(

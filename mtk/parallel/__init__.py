@@ -1,1 +1,1 @@
-"""Layouts: how models and batches are spread over ranks."""
+"""The parallel core: one technique a file, applied in one fixed order."""

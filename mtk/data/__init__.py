@@ -1,0 +1,1 @@
+"""Token sources on disk, training samples and their order."""

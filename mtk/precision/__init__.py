@@ -1,0 +1,1 @@
+"""Number formats of training: fp32 main weights and loss scaling."""

@@ -1,0 +1,39 @@
+"""What the loop consumes. Shape suffixes: B micro-batch, S sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class MicroBatch(Protocol):
+    """Inputs, targets (int64) and loss mask (fp32), each [B, S]."""
+
+    @property
+    def tokens_BS(self) -> Tensor: ...
+    @property
+    def labels_BS(self) -> Tensor: ...
+    @property
+    def loss_mask_BS(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """All micro-batches of one optimizer step; samples: how many sequences they hold."""
+
+    micro_batches: Sequence[MicroBatch]
+    samples: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(micro.tokens_BS.numel() for micro in self.micro_batches)
+
+    def valid_tokens(self) -> Tensor:
+        """fp32 scalar: tokens that count in the loss."""
+        total = self.micro_batches[0].loss_mask_BS.sum()
+        for micro in self.micro_batches[1:]:
+            total = total + micro.loss_mask_BS.sum()
+        return total.clamp(min=1.0)

@@ -1,0 +1,195 @@
+"""From preprocessed datasets to the batches of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtk.artifacts import InputRecord
+from mtk.artifacts.hashing import sha256_json
+from mtk.config.pretrain import DataConfig, PretrainConfig
+from mtk.data.batch_schedule import BatchSchedule
+from mtk.data.blend import parse_blend
+from mtk.data.build import SampleCounts, build_splits
+from mtk.data.dataset_artifact import DatasetInfo, open_dataset
+from mtk.data.indexed_dataset import IndexedDataset
+from mtk.data.loader import BatchLoader
+from mtk.data.sampler import micro_batches
+from mtk.data.token_source import SampleDataset
+from mtk.errors import ConfigError, DataError, Problem
+from mtk.log import Reporter
+from mtk.tokenizers import load_tokenizer
+from mtk.training.batch import GlobalBatch
+from mtk.training.loop import Batches, RunData
+
+_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """All datasets that a run names, which must share one tokenizer.
+
+    fingerprint, tokenizer_folder, eod: of the tokenizer; None for foreign or mock data.
+    """
+
+    datasets: tuple[DatasetInfo, ...]
+    fingerprint: str | None
+    tokenizer_folder: Path | None
+    vocab_size: int | None
+    eod: int | None
+
+    def inputs(self) -> list[InputRecord]:
+        """Each dataset artifact once, however many of its keys are used."""
+        records = {r.digest: r for r in (d.input_record("training data") for d in self.datasets)}
+        return list(records.values())
+
+
+def open_data(config: DataConfig) -> OpenedData:
+    """Open every prefix of the data options. Raises DataError, also when the datasets were
+    made with different tokenizers."""
+    prefixes: dict[str, None] = {}
+    for name in _PATHS:
+        if items := getattr(config, name):
+            prefixes |= dict.fromkeys(parse_blend(items, f"--{name.replace('_', '-')}").prefixes)
+    datasets = tuple(open_dataset(prefix) for prefix in prefixes)
+    known = [d for d in datasets if d.tokenizer_fingerprint is not None]
+    for dataset in known[1:]:
+        if dataset.tokenizer_fingerprint != known[0].tokenizer_fingerprint:
+            raise DataError(
+                f"{known[0].prefix} and {dataset.prefix} were made with different tokenizers "
+                f"(fingerprints {str(known[0].tokenizer_fingerprint)[:12]}... and "
+                f"{str(dataset.tokenizer_fingerprint)[:12]}...). Preprocess them with one."
+            )
+    if not known:
+        return OpenedData(datasets, None, None, None, None)
+    first = known[0]
+    return OpenedData(
+        datasets,
+        first.tokenizer_fingerprint,
+        first.tokenizer_folder,
+        first.vocab_size,
+        first.eod,
+    )
+
+
+def with_vocabulary(config: PretrainConfig, data: OpenedData) -> PretrainConfig:
+    """The configuration with the vocabulary size that the data need.
+
+    Raises ConfigError when the size given is smaller, or none is known.
+    """
+    given, needed = config.model.vocab_size, data.vocab_size
+    if given is None and needed is None:
+        rule = "is not known: the datasets have no manifest that names their tokenizer"
+        fix = "Give the number of ids of the tokenizer they were made with."
+        raise ConfigError([Problem("model.vocab_size", None, rule, fix)])
+    if given is not None and needed is not None and given < needed:
+        rule = f"the data's tokenizer has {needed} ids"
+        fix = f"Nearest: {needed}, or leave it out."
+        raise ConfigError([Problem("model.vocab_size", given, rule, fix)])
+    model = dataclasses.replace(config.model, vocab_size=given or needed)
+    return dataclasses.replace(config, model=model)
+
+
+def target_samples(config: PretrainConfig) -> int:
+    """Samples of the whole run: a multiple of the steps that fit. Raises ConfigError."""
+    schedule = batch_schedule(config)
+    length = config.length
+    if length.train_iters is not None:
+        return schedule.consumed(length.train_iters)
+    samples = length.train_samples
+    if samples is None:
+        assert length.train_tokens is not None
+        samples = -(-length.train_tokens // config.model.seq_length)
+    steps = schedule.steps(samples)
+    if steps == 0:
+        rule = f"is less than one global batch of {schedule.at(0)} samples"
+        raise ConfigError([Problem("length.train_samples", samples, rule)])
+    return schedule.consumed(steps)
+
+
+def batch_schedule(config: PretrainConfig) -> BatchSchedule:
+    return BatchSchedule(config.batch.full, config.batch.rampup_batch_size)
+
+
+def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str:
+    """Digest of what decides which sample comes when; paths and caches do not count.
+
+    ``samples`` only counts for Megatron's order, which depends on the training length.
+    """
+    options = config.data
+    content = {
+        "datasets": [record.digest for record in data.inputs()],
+        "weights": [_weights(getattr(options, name)) for name in _PATHS],
+        "split": options.split,
+        "order": options.data_order,
+        "length": samples if options.data_order == "megatron" else None,
+        "sequence": config.model.seq_length,
+        "eod_mask_loss": options.eod_mask_loss,
+        "mock": options.mock_data,
+    }
+    return sha256_json(content)
+
+
+def _weights(items: Sequence[str]) -> list[str]:
+    """Weights and names without folders: a dataset may be moved."""
+    return [Path(item).name for item in items]
+
+
+def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: Reporter) -> RunData:
+    """Datasets, loaders and the bytes-per-token table of a run. Raises DataError."""
+    schedule = batch_schedule(config)
+    fixed = config.logging.eval_iters * schedule.full
+    splits = build_splits(
+        config.data,
+        sequence_length=config.model.seq_length,
+        counts=SampleCounts(train=samples, valid=fixed, test=fixed),
+        seed=config.runtime.seed,
+        open_source=IndexedDataset,
+        vocab_size=config.model.vocab_size,
+        eod=data.eod,
+        notify=reporter.warn,
+    )
+    assert splits.train is not None
+    train, micro = splits.train, config.batch.micro_batch_size
+    return RunData(
+        train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro),
+        valid=_fixed(splits.valid, fixed, schedule.full, micro),
+        test=_fixed(splits.test, fixed, schedule.full, micro),
+        train_samples=samples,
+        token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
+    )
+
+
+def _fixed(dataset: SampleDataset | None, samples: int, full: int, micro: int) -> Batches | None:
+    if dataset is None:
+        return None
+    return lambda: _batches(dataset, 0, samples, lambda consumed: full, micro)
+
+
+def _batches(
+    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], micro: int
+) -> Iterator[GlobalBatch]:
+    """Global batches from a cursor on, read ahead by one thread."""
+    consumed = start
+    with closing(BatchLoader(dataset, micro_batches(start, stop, size_at, micro))) as loader:
+        while (size := size_at(consumed)) <= stop - consumed:
+            yield GlobalBatch([next(loader) for _ in range(size // micro)], samples=size)
+            consumed += size
+
+
+def token_bytes(folder: Path | None, vocab_size: int | None) -> Tensor | None:
+    """int64 [V]: bytes of text behind each id; None if the tokenizer cannot say."""
+    if folder is None or vocab_size is None:
+        return None
+    tokenizer = load_tokenizer(folder)
+    lengths = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    if any(piece is None for piece in lengths):
+        return None
+    counts = [len(piece or b"") for piece in lengths]
+    return torch.tensor(counts + [0] * (vocab_size - len(counts)))

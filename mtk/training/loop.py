@@ -1,0 +1,176 @@
+"""The training loop: steps, log lines, evaluations, checkpoints, clean stops."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtk.config.pretrain import PretrainConfig
+from mtk.errors import GateError, Interrupted
+from mtk.log import Progress, Reporter
+from mtk.training.batch import GlobalBatch
+from mtk.training.evaluate import held_out_loss
+from mtk.training.metrics import MetricsLog
+from mtk.training.progress import RunProgress
+from mtk.training.step import Stepper, StepResult
+from mtk.training.stop import StopRequest
+
+Batches = Callable[[], Iterator[GlobalBatch]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches of a run. train: from a cursor (samples) on; valid, test: always the same."""
+
+    train: Callable[[int], Iterator[GlobalBatch]]
+    valid: Batches | None
+    test: Batches | None
+    train_samples: int
+    token_bytes_V: Tensor | None
+
+
+class Loop:
+    """Runs a :class:`Stepper` over :class:`RunData` until all samples are consumed.
+
+    save(metrics) writes a checkpoint of the current state.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        stepper: Stepper,
+        data: RunData,
+        progress: RunProgress,
+        log: MetricsLog,
+        reporter: Reporter,
+        save: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.stepper, self.data = config, stepper, data
+        self.progress, self.log, self.reporter, self.save = progress, log, reporter, save
+        self.metrics: dict[str, Any] = {}
+        self._saved_step = progress.step
+        self._interval_start = time.perf_counter()
+        self._interval_tokens = 0
+        self._interval_loss = torch.tensor(progress.interval_loss, dtype=torch.float64)
+
+    def run(self, stop: StopRequest) -> dict[str, Any]:
+        """Train to the end; returns the last metrics.
+
+        Raises Interrupted after saving when ``stop`` is set, GateError when the loss is
+        no longer finite (the last good checkpoint stays).
+        """
+        progress, target = self.progress, self.data.train_samples
+        description, unit = "training", "samples"
+        with self.reporter.progress(description, target, unit) as bar:
+            bar.advance(progress.consumed_samples)
+            for batch in self.data.train(progress.consumed_samples):
+                self._one_step(batch, bar)
+                if stop and progress.consumed_samples < target:
+                    self._save()
+                    assert stop.signal is not None
+                    raise Interrupted(
+                        f"{stop.signal.name} received: saved step {progress.step}. "
+                        f"The same command continues from there."
+                    )
+        self._finish()
+        return self.metrics
+
+    def _one_step(self, batch: GlobalBatch, bar: Progress) -> None:
+        progress, logging = self.progress, self.config.logging
+        lr = self.stepper.schedule.lr(progress.scheduled_samples)
+        result = self.stepper.step(batch, progress.scheduled_samples)
+        self._count(batch, result)
+        last = progress.consumed_samples >= self.data.train_samples
+        if progress.step % logging.log_interval == 0 or last:
+            self._log(lr, result)
+            bar.advance(0, loss=f"{self.metrics['train_loss']:.3f}", lr=f"{lr:.2e}")
+        bar.advance(batch.samples)
+        if not last and progress.step % self.config.checkpoint.save_interval == 0:
+            self._save()
+        if not last and progress.step % logging.eval_interval == 0:
+            self._evaluate("eval", self.data.valid)
+
+    def _count(self, batch: GlobalBatch, result: StepResult) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.consumed_samples += batch.samples
+        progress.consumed_tokens += batch.tokens
+        progress.interval_steps += 1
+        self._interval_tokens += batch.tokens
+        self._interval_loss = self._interval_loss.to(result.loss.device) + result.loss.double()
+        if result.applied:
+            progress.scheduled_samples += batch.samples
+        else:
+            progress.skipped_steps += 1
+
+    def _log(self, lr: float, result: StepResult) -> None:
+        progress = self.progress
+        loss = self._interval_loss.item() / progress.interval_steps
+        self._check_finite(loss)
+        now = time.perf_counter()
+        self.metrics["train_loss"] = loss
+        self.log.write(
+            "train",
+            progress.step,
+            {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": result.norm.item(),
+                "loss_scale": self.stepper.loss_scale.scale,
+                "skipped_steps": progress.skipped_steps,
+                "samples": progress.consumed_samples,
+                "tokens": progress.consumed_tokens,
+                "tokens_per_second": self._interval_tokens / (now - self._interval_start),
+            },
+        )
+        self.reporter.event("train", step=progress.step, loss=loss, lr=lr)
+        progress.interval_steps = 0
+        self._interval_loss = torch.zeros((), dtype=torch.float64)
+        self._interval_start, self._interval_tokens = now, 0
+
+    def _check_finite(self, loss: float) -> None:
+        # With a dynamic scale an overflow is skipped, so a bad loss may be passing.
+        if not math.isfinite(loss) and not self.stepper.loss_scale.dynamic:
+            raise GateError(
+                f"the training loss is {loss} at step {self.progress.step}. The newest "
+                f"checkpoint is step {self._saved_step}; lower --lr or check the data."
+            )
+
+    def _evaluate(self, name: str, batches: Batches | None) -> None:
+        if batches is None:
+            return
+        started = time.perf_counter()
+        result = held_out_loss(
+            self.stepper.model, batches(), self.stepper.device, self.data.token_bytes_V
+        )
+        self.metrics[name] = result
+        self.log.write(name, self.progress.step, result)
+        self.reporter.event(name, step=self.progress.step, **result)
+        text = f"step {self.progress.step}: {name} loss {result['loss']:.4f}"
+        if "bits_per_byte" in result:
+            text += f", {result['bits_per_byte']:.3f} bits per byte"
+        self.reporter.info(text)
+        # Evaluation is not part of the training's throughput.
+        self._interval_start += time.perf_counter() - started
+
+    def _save(self) -> None:
+        if self._saved_step == self.progress.step:
+            return
+        started = time.perf_counter()
+        self.progress.interval_loss = self._interval_loss.item()
+        if self.progress.interval_steps:
+            self._check_finite(self.progress.interval_loss)
+        self.save(dict(self.metrics))
+        self._saved_step = self.progress.step
+        self._interval_start += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        self._evaluate("eval", self.data.valid)
+        self._evaluate("test", self.data.test)
+        self._save()

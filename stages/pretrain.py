@@ -1,0 +1,162 @@
+"""Stage pretrain: datasets -> checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtk.artifacts import Artifact, InputRecord, open_artifact
+from mtk.checkpoint.save import save_checkpoint
+from mtk.checkpoint.steps import prune_steps, step_folder
+from mtk.config.pretrain import PretrainConfig
+from mtk.models.attention import flash_kernel, sdpa_kernel
+from mtk.models.build import build_model
+from mtk.models.init import initialize
+from mtk.parallel.apply import apply, training_device
+from mtk.precision.loss_scale import LossScale
+from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
+from mtk.session import Session
+from mtk.training.data import (
+    OpenedData,
+    data_identity,
+    open_data,
+    run_data,
+    target_samples,
+    with_vocabulary,
+)
+from mtk.training.loop import Loop
+from mtk.training.metrics import MetricsLog
+from mtk.training.optimizer import Optimizer
+from mtk.training.plots import write_plots
+from mtk.training.progress import RunProgress
+from mtk.training.resume import Start, find_start, save_directory, start_over
+from mtk.training.schedule import Schedule
+from mtk.training.state import Identity, gather, restore, restore_weights
+from mtk.training.step import Stepper
+from mtk.training.stop import stop_on_signals
+
+
+def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
+    """Train until the length is reached; returns the last checkpoint.
+
+    The same call continues an interrupted run bit for bit, and returns at once when the
+    run is complete. Raises MtkError subclasses: ConfigError, DataError, CheckpointError,
+    GateError (loss not finite), Interrupted (signal; state saved).
+    """
+    session = session or Session()
+    data = open_data(config.data)
+    config = with_vocabulary(config, data)
+    samples = target_samples(config)
+    stepper = make_stepper(config, samples)
+    save = save_directory(config.checkpoint)
+    if session.force:
+        start_over(save)
+    start = find_start(config, save, samples)
+    if start.finished is not None:
+        session.reporter.info(f"{start.folder} is already complete; nothing to train.")
+        return start.finished
+    identity = Identity(
+        data_identity(config, data, samples),
+        data.fingerprint,
+        config.runtime.seed,
+        config.precision.precision,
+    )
+    progress = begin(start, stepper, identity, config, session)
+    return train(config, session, stepper, data, progress, identity, start, save)
+
+
+def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
+    """Model with initial weights, optimizer and schedule on the training device."""
+    runtime = config.runtime
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    torch.use_deterministic_algorithms(runtime.deterministic_mode)
+    device = training_device(runtime)
+    kernel = flash_kernel if runtime.attention_backend == "flash" else sdpa_kernel
+    model = build_model(config.model, kernel)
+    initialize(model, config.model, runtime.seed)
+    main = MainWeights(model.to(device), COMPUTE_DTYPES[config.precision.precision])
+    apply(model, config.parallel, runtime)
+    return Stepper(
+        model,
+        main,
+        Optimizer(main.weights, config.optimizer),
+        Schedule.from_config(config, samples),
+        LossScale.start(config.precision),
+        device,
+    )
+
+
+def begin(
+    start: Start, stepper: Stepper, identity: Identity, config: PretrainConfig, session: Session
+) -> RunProgress:
+    """Bring the state to where the run starts."""
+    torch.manual_seed(config.runtime.seed)
+    if start.folder is None:
+        return RunProgress()
+    for change in start.changed:
+        session.reporter.warn(f"continuing with a changed option: {change}")
+    if start.weights_only:
+        restore_weights(stepper, start.folder)
+        session.reporter.info(f"weights from {start.folder}; step 0, fresh optimizer")
+        return RunProgress()
+    progress = restore(stepper, start.folder, identity)
+    session.reporter.info(f"continuing {start.folder} at step {progress.step}")
+    return progress
+
+
+def train(
+    config: PretrainConfig,
+    session: Session,
+    stepper: Stepper,
+    data: OpenedData,
+    progress: RunProgress,
+    identity: Identity,
+    start: Start,
+    save: Path,
+) -> Artifact:
+    """Run the loop; every checkpoint is an artifact below ``save``."""
+    inputs = data.inputs() + initial_model(start, save)
+    saved: list[Artifact] = []
+
+    def write_checkpoint(metrics: dict[str, Any]) -> None:
+        content = gather(stepper, progress, identity, config.model, data.tokenizer_folder)
+        artifact = save_checkpoint(
+            step_folder(save, progress.step),
+            content,
+            stage="pretrain",
+            config=config,
+            inputs=inputs,
+            metrics={"step": progress.step, "tokens": progress.consumed_tokens, **metrics},
+            command=session.command,
+            force=True,
+            max_shard_size=config.checkpoint.max_shard_size,
+        )
+        prune_steps(save, config.checkpoint.keep_checkpoints)
+        saved.append(artifact)
+        session.reporter.event("checkpoint", step=progress.step, path=str(artifact.path))
+
+    samples = target_samples(config)
+    batches = run_data(config, data, samples, session.reporter)
+    log = MetricsLog(save / "metrics.jsonl", progress.step, config.logging.tensorboard_dir)
+    loop = Loop(config, stepper, batches, progress, log, session.reporter, write_checkpoint)
+    try:
+        with stop_on_signals() as stop:
+            loop.run(stop)
+    finally:
+        log.close()
+        if config.logging.plots:
+            write_plots(save / "metrics.jsonl", save / "plots")
+    return saved[-1]
+
+
+def initial_model(start: Start, save: Path) -> list[InputRecord]:
+    """What a run was continued or finetuned from, when that lies outside its own folder."""
+    if start.folder is None:
+        return []
+    artifact = open_artifact(start.folder, "checkpoint")
+    if start.folder.parent != save:
+        return [artifact.as_input("initial model")]
+    return [record for record in artifact.inputs if record.role == "initial model"]
