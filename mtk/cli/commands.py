@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mtk.cli import flow_commands, stage_commands
+from mtk.cli import flow_commands, plan_commands, stage_commands
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
@@ -20,7 +20,8 @@ def register(app: typer.Typer) -> None:
         return
     groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
     stage_commands.register(app, groups)
-    flow_commands.register(app, groups)
+    for topic in (plan_commands, flow_commands):
+        topic.register(app, groups)
     for name, group in groups.items():
         if group.registered_commands:
             app.add_typer(group, name=name)

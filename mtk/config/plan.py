@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtk.config.model import nearest_multiple
-from mtk.config.pretrain import DataConfig, LengthConfig, PretrainConfig
+from mtk.config.pretrain import DataConfig, LengthConfig, PretrainConfig, SaveConfig
 from mtk.config.schema import group, option
 from mtk.errors import Problem
 
@@ -71,11 +71,19 @@ class PlanLengthConfig(LengthConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSaveConfig(SaveConfig):
+    """As for pretrain, but a plan saves nothing."""
+
+    save: str = option("", help="Folder of checkpoints; not used by a plan.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(PretrainConfig):
     """Everything ``mtk plan`` needs."""
 
     data: PlanDataConfig = group(PlanDataConfig, title="Data")
     length: PlanLengthConfig = group(PlanLengthConfig, title="Length")
+    checkpoint: PlanSaveConfig = group(PlanSaveConfig, title="Checkpoints")
     hardware: HardwareConfig = group(HardwareConfig, title="Hardware")
 
     @property
@@ -96,7 +104,11 @@ class PlanConfig(PretrainConfig):
         )
 
     def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
+        endless = not any(vars(self.length).values())
+        for problem in super().problems():
+            # Without a length it is open whether the schedule counts steps or samples.
+            if not (endless and problem.key.startswith("schedule.")):
+                yield problem
         unit = self.parallel.model_parallel_size
         if unit < 1 or self.gpus < 1 or self.batch.micro_batch_size < 1:
             return

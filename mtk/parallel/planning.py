@@ -34,9 +34,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.logits
-        )
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def fullest_rank(config: PlanConfig) -> RankMemory:
