@@ -21,7 +21,7 @@ class FlowEntry:
 FLOWS: Mapping[str, FlowEntry] = {
     "end_to_end": FlowEntry(
         "end_to_end",
-        "corpus > split > tokenizer > preprocess > pretrain > evaluate > convert > quantize"
+        "corpus > tokenizer > preprocess > pretrain > evaluate > cloze > convert > quantize"
         " > serve",
         "flows.end_to_end:end_to_end",
     ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.steps import STEPS, Step, Wiring
+from flows.steps import STEPS, Step, Wiring, left_out
 from mtk.config import Layer, resolve
 from mtk.config.files import read_layer
 from mtk.config.flow import SOURCES, FlowConfig, ServeCheckConfig
@@ -63,7 +63,7 @@ def plan_pipeline(
     configs: dict[str, Any] = {}
     planned: list[PlannedStep] = []
     for step in steps:
-        if _left_out(step.name, flow):
+        if left_out(step.name, flow):
             continue
         layers = [Layer("flow", step.wire(Wiring(flow, check, configs)))]
         layers += sections.get(step.name, [])
@@ -132,10 +132,6 @@ def _resolve_group(
     except ConfigError as error:
         problems += prefixed(error, name)
         return None
-
-
-def _left_out(name: str, flow: FlowConfig) -> bool:
-    return name in flow.leave_out or (name == "corpus" and bool(flow.input))
 
 
 def _consistency(flow: FlowConfig, check: ServeCheckConfig) -> list[Problem]:

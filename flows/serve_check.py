@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flows.guard import start_guarded, stop
@@ -52,21 +53,23 @@ def check_server(config: Any, check: ServeCheckConfig, reporter: Reporter) -> Se
 
     model = checkpoint_folder(config.load) if find_marker(config.load) is None else config.load
     digest = open_artifact(model).digest
-    require_free_port(config.host, config.port)
-    arguments = ["serve", "--load", config.load, "--host", config.host, "--port", str(config.port)]
+    host, port = config.listen.host, config.listen.port
+    require_free_port(host, port)
+    arguments = ["serve", "--load", config.load, "--host", host, "--port", str(port)]
     arguments += _other_options(config)
+    headers = access_headers(config.listen.api_key_file)
     started = time.monotonic()
     with server_process([sys.executable, "-m", "mtk", *arguments]) as (child, log):
-        url = f"http://{config.host}:{config.port}"
+        url = f"http://{host}:{port}"
         reporter.info(f"waiting for the server at {url} ...")
-        _wait_until_ready(child, log, url, check.ready_timeout)
+        _wait_until_ready(child, log, f"{url}/health", headers, check.ready_timeout)
         ready = time.monotonic() - started
         request = {"prompts": [check.prompt], "tokens_to_generate": check.tokens_to_generate}
-        reporter.info(f"$ {curl_line(config, request)}")
-        answer = put(f"{url}/api", request)
+        reporter.info(f"$ {curl_line(host, port, request)}")
+        answer = put(f"{url}/api", request, headers)
         reporter.info(json.dumps(answer, ensure_ascii=False))
         if check.sample_tokens:
-            _show_sample(url, check, reporter)
+            _show_sample(url, check, headers, reporter)
     command = shlex.join(["mtk", *arguments])
     reporter.info(f"The server was stopped again. This keeps it up:\n  {command}")
     return ServeCheck(str(model), digest, _text(answer), ready, command)
@@ -80,49 +83,66 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            fix = "Stop what listens there, or set serve.port to another one."
+            fix = "Stop what listens there, or set serve.listen.port to another one."
             problem = Problem(
-                "serve.port", port, f"cannot be used on {host}: {error.strerror}", fix
+                "serve.listen.port", port, f"cannot be used on {host}: {error.strerror}", fix
             )
             raise ConfigError([problem]) from error
 
 
-def curl_line(config: Any, request: Mapping[str, Any]) -> str:
-    """The request as a person types it."""
-    host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::1") else config.host
+def access_headers(key_file: str | None) -> dict[str, str]:
+    """What a request must carry: the first key of the server's key file, if it has one."""
+    headers = {"Content-Type": "application/json"}
+    if key_file is not None:
+        keys = Path(key_file).read_text(encoding="utf-8").split()
+        headers |= {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    return headers
+
+
+def curl_line(host: str, port: int, request: Mapping[str, Any]) -> str:
+    """The request as a person types it (a key is left to that person)."""
+    host = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1") else host
     body = json.dumps(request, separators=(",", ":"))
     return (
-        f"curl -X PUT {host}:{config.port}/api -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(body)}"
+        f"curl -X PUT {host}:{port}/api -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 
 
-def put(url: str, request: Mapping[str, Any], timeout: float = 60.0) -> Any:
+def put(
+    url: str, request: Mapping[str, Any], headers: Mapping[str, str], timeout: float = 60.0
+) -> Any:
     """Send the request with the real curl where there is one. Raises ServingError."""
     body = json.dumps(request)
-    headers = {"Content-Type": "application/json"}
     if curl := shutil.which("curl"):
+        # Headers go through standard input: arguments are seen by every user.
         command = [curl, "-sS", "--max-time", str(timeout), "-w", "\n%{http_code}", "-X", "PUT"]
-        command += [url, "-H", "Content-Type: application/json", "-d", body]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += [url, "-H", "@-", "-d", body]
+        lines = "".join(f"{name}: {value}\n" for name, value in headers.items())
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ServingError(f"PUT {url} failed: {done.stderr.strip()}", status=502)
         text, _, status = done.stdout.rpartition("\n")
     else:
-        call = urllib.request.Request(url, body.encode(), headers, method="PUT")
-        try:
-            with urllib.request.urlopen(call, timeout=timeout) as response:
-                text, status = response.read().decode(), str(response.status)
-        except urllib.error.HTTPError as error:
-            text, status = error.read().decode(errors="replace"), str(error.code)
-        except OSError as error:
-            raise ServingError(f"PUT {url} failed: {error}", status=502) from error
+        text, status = _put_without_curl(url, body, headers, timeout)
     if status != "200":
         raise ServingError(f"PUT {url} was answered with {status}: {text.strip()}", status=502)
     try:
         return json.loads(text)
     except ValueError as error:
         raise ServingError(f"PUT {url} answered no JSON: {text[:200]!r}", status=502) from error
+
+
+def _put_without_curl(
+    url: str, body: str, headers: Mapping[str, str], timeout: float
+) -> tuple[str, str]:
+    call = urllib.request.Request(url, body.encode(), dict(headers), method="PUT")
+    try:
+        with urllib.request.urlopen(call, timeout=timeout) as response:
+            return response.read().decode(), str(response.status)
+    except urllib.error.HTTPError as error:
+        return error.read().decode(errors="replace"), str(error.code)
+    except OSError as error:
+        raise ServingError(f"PUT {url} failed: {error}", status=502) from error
 
 
 @contextmanager
@@ -145,7 +165,7 @@ def _other_options(config: Any) -> list[str]:
         value = config
         for name in leaf.path:
             value = getattr(value, name)
-        if leaf.key in ("load", "host", "port") or value in (leaf.default, None):
+        if leaf.name in ("load", "host", "port") or value in (leaf.default, None):
             continue
         flag = f"--{leaf.name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -156,9 +176,15 @@ def _other_options(config: Any) -> list[str]:
     return arguments
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], log: Any, url: str, timeout: float) -> None:
+def _wait_until_ready(
+    child: subprocess.Popen[bytes],
+    log: Any,
+    url: str,
+    headers: Mapping[str, str],
+    timeout: float,
+) -> None:
     deadline = time.monotonic() + timeout
-    while not answers(f"{url}/health"):
+    while not answers(url, headers=headers):
         status = child.poll()
         if status is not None or time.monotonic() > deadline:
             log.seek(0)
@@ -171,13 +197,15 @@ def _wait_until_ready(child: subprocess.Popen[bytes], log: Any, url: str, timeou
         time.sleep(0.1)
 
 
-def _show_sample(url: str, check: ServeCheckConfig, reporter: Reporter) -> None:
+def _show_sample(
+    url: str, check: ServeCheckConfig, headers: Mapping[str, str], reporter: Reporter
+) -> None:
     request = {
         "prompts": [check.sample_prompt],
         "tokens_to_generate": check.sample_tokens,
         "top_k": 1,
     }
-    answer = put(f"{url}/api", request)
+    answer = put(f"{url}/api", request, headers)
     reporter.info(f"{check.sample_tokens} tokens, greedy: {_text(answer)!r}")
 
 

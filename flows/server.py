@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from flows.guard import start_guarded, stop
@@ -72,10 +72,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(url: str, timeout: float = 5.0) -> bool:
+def answers(url: str, timeout: float = 5.0, headers: Mapping[str, str] | None = None) -> bool:
     """Whether a GET is answered with 200."""
+    request = urllib.request.Request(url, headers=dict(headers or {}))
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -34,6 +34,20 @@ class Wiring:
             return list(self.flow.input)
         return [self.configs["corpus"].output]
 
+    @property
+    def heldout(self) -> list[str]:
+        """Text that no step trains on."""
+        if self.flow.input:
+            return list(self.flow.heldout)
+        return [f"{self.configs['corpus'].prefix}.heldout.txt"]
+
+    @property
+    def cloze(self) -> list[str]:
+        """Last-word passages from the text held out."""
+        if self.flow.input:
+            return list(self.flow.cloze)
+        return [f"{self.configs['corpus'].prefix}.cloze.jsonl"]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -45,22 +59,17 @@ class Step:
 
 
 def _corpus(wiring: Wiring) -> dict[str, Any]:
-    return {"output": wiring.below("corpus.jsonl")}
-
-
-def _split(wiring: Wiring) -> dict[str, Any]:
-    return {"input": wiring.corpus, "output": wiring.below("split")}
+    return {"output": wiring.below("corpus.jsonl"), "heldout": True, "cloze": True}
 
 
 def _tokenizer(wiring: Wiring) -> dict[str, Any]:
-    return {"input": [_part(wiring, "train.jsonl")], "output": wiring.below("tokenizer")}
+    return {"input": wiring.corpus, "output": wiring.below("tokenizer")}
 
 
 def _preprocess(wiring: Wiring) -> dict[str, Any]:
     return {
-        "input": [_part(wiring, "train.jsonl")],
+        "input": wiring.corpus,
         "output_prefix": wiring.below("data/corpus"),
-        "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": wiring.configs["tokenizer"].output,
         "append_eod": True,
     }
@@ -68,8 +77,7 @@ def _preprocess(wiring: Wiring) -> dict[str, Any]:
 
 def _pretrain(wiring: Wiring) -> dict[str, Any]:
     preprocess = wiring.configs["preprocess"]
-    level = "sentence" if preprocess.split_sentences else "document"
-    prefix = f"{preprocess.output_prefix}_{preprocess.json_keys[0]}_{level}"
+    prefix = f"{preprocess.output_prefix}_{preprocess.json_keys[0]}_{preprocess.level}"
     return {"data_path": [prefix], "save": wiring.below("checkpoints")}
 
 
@@ -77,8 +85,17 @@ def _evaluate(wiring: Wiring) -> dict[str, Any]:
     return {
         "load": wiring.configs["pretrain"].checkpoint.save,
         "task": "WIKITEXT103",
-        "valid_data": [_part(wiring, "heldout.txt")],
+        "valid_data": wiring.heldout,
         "output": wiring.below("evaluation"),
+    }
+
+
+def _cloze(wiring: Wiring) -> dict[str, Any]:
+    return {
+        "load": wiring.configs["pretrain"].checkpoint.save,
+        "task": "LAMBADA",
+        "valid_data": wiring.cloze,
+        "output": wiring.below("cloze"),
     }
 
 
@@ -92,7 +109,7 @@ def _quantize(wiring: Wiring) -> dict[str, Any]:
         "load": wiring.configs["pretrain"].checkpoint.save,
         "save": wiring.below("quantized_model"),
         "format": "int8_wo",
-        "calibration_data": [_part(wiring, "heldout.txt")],
+        "calibration_data": wiring.heldout,
     }
 
 
@@ -102,21 +119,24 @@ def _serve(wiring: Wiring) -> dict[str, Any]:
     return {"load": folder}
 
 
-def _part(wiring: Wiring, name: str) -> str:
-    return str(Path(wiring.configs["split"].output) / name)
-
-
 STEPS = (
     Step("corpus", ("corpus", "demo"), _corpus),
-    Step("split", ("corpus", "split"), _split),
     Step("tokenizer", ("tokenizer", "train"), _tokenizer),
     Step("preprocess", (None, "preprocess"), _preprocess),
     Step("pretrain", (None, "pretrain"), _pretrain),
     Step("evaluate", (None, "evaluate"), _evaluate),
+    Step("cloze", (None, "evaluate"), _cloze),
     Step("convert", (None, "convert"), _convert),
     Step("quantize", (None, "quantize"), _quantize),
     Step("serve", (None, "serve"), _serve),
 )
+
+
+def left_out(name: str, flow: FlowConfig) -> bool:
+    """Whether a step is not run: the user said so, or has brought what it makes."""
+    if name in flow.leave_out:
+        return True
+    return bool(flow.input) and (name == "corpus" or (name == "cloze" and not flow.cloze))
 
 
 def registered_stages() -> dict[str, Stage]:

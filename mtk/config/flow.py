@@ -10,7 +10,7 @@ from typing import Literal
 from mtk.config.schema import option
 from mtk.errors import Problem
 
-OPTIONAL_STEPS = ("evaluate", "convert", "quantize", "serve")
+OPTIONAL_STEPS = ("evaluate", "cloze", "convert", "quantize", "serve")
 SOURCES = {"hf_model": "convert", "quantized_model": "quantize", "checkpoint": "pretrain"}
 
 
@@ -21,6 +21,12 @@ class FlowConfig:
     work: str = option("runs/end_to_end", help="Folder for everything the flow makes.")
     input: tuple[str, ...] = option(
         (), help="Corpus files of your own (default: the demo corpus is built)."
+    )
+    heldout: tuple[str, ...] = option(
+        (), help="Text that is not in --input, for evaluation and the quality gate."
+    )
+    cloze: tuple[str, ...] = option(
+        (), help="Last-word passages in LAMBADA's schema (default: none with --input)."
     )
     leave_out: tuple[str, ...] = option((), help=f"Steps not to run: {', '.join(OPTIONAL_STEPS)}.")
     retries: int = option(2, help="Further attempts after an error that a retry can cure.")
@@ -33,10 +39,21 @@ class FlowConfig:
                 fix = f"Did you mean {near[0]}?" if near else "The other steps build on it."
                 rule = f"only {', '.join(OPTIONAL_STEPS)} can be left out"
                 yield Problem("leave_out", name, rule, fix)
+        yield from self._own_corpus()
         if self.retries < 0:
             yield Problem("retries", self.retries, "must not be negative", "Nearest: 0.")
         if self.retry_delay < 0:
             yield Problem("retry_delay", self.retry_delay, "must not be negative", "Nearest: 0.")
+
+    def _own_corpus(self) -> Iterator[Problem]:
+        if not self.input and (self.heldout or self.cloze):
+            rule = "belongs to flow.input; the demo corpus brings its own"
+            yield Problem("heldout", self.heldout or self.cloze, rule, "Leave it out.")
+        needing = [name for name in ("evaluate", "quantize") if name not in self.leave_out]
+        if self.input and not self.heldout and needing:
+            rule = f"is needed by {' and '.join(needing)} with an input of your own"
+            fix = "Give files of text that are not in flow.input, or leave those steps out."
+            yield Problem("heldout", self.heldout, rule, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

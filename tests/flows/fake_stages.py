@@ -31,6 +31,12 @@ from stages.registry import Stage
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
     output: str = option(help="Output.")
+    heldout: bool = option(False, help="Held out.")
+    cloze: bool = option(False, help="Cloze.")
+
+    @property
+    def prefix(self) -> str:
+        return self.output.removesuffix(".jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +53,11 @@ class Preprocess:
     json_keys: tuple[str, ...] = option(("text",), help="Keys.")
     split_sentences: bool = option(False, help="Sentences.")
     append_eod: bool = option(False, help="EOD.")
-    tokenizer_type: str = option(help="Type.")
     tokenizer_model: str = option(help="Model.")
+
+    @property
+    def level(self) -> str:
+        return "sentence" if self.split_sentences else "document"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +147,6 @@ def _roles(role: str, paths: tuple[str, ...]) -> list[InputRecord]:
     return [input_file(path, role) for path in paths]
 
 
-def run_split(config: Files, session: Session) -> Artifact:
-    files = {"train.jsonl": '{"text": "a"}\n', "heldout.txt": "b"}
-    return _directory("split", "corpus", config, config.output, _roles("c", config.input), files)
-
-
 def run_tokenizer(config: Files, session: Session) -> Artifact:
     inputs = _roles("corpus", config.input)
     return _directory("tokenizer", "tokenizer", config, config.output, inputs, {"t.json": "{}"})
@@ -176,7 +180,8 @@ def _model(path: str) -> list[InputRecord]:
 
 def run_evaluate(config: Evaluate, session: Session) -> Artifact:
     inputs = _model(config.load)
-    return _directory("evaluate", "evaluation", config, config.output, inputs, {"e.json": "{}"})
+    name = "cloze" if config.task == "LAMBADA" else "evaluate"
+    return _directory(name, "evaluation", config, config.output, inputs, {"e.json": "{}"})
 
 
 def run_convert(config: Convert, session: Session) -> Artifact:
@@ -192,12 +197,18 @@ def run_quantize(config: Quantize, session: Session) -> Artifact:
 
 def fake_stages() -> dict[str, Stage]:
     """One a step, by step name; the server is never started (leave out ``serve``)."""
-    here = __name__
-    classes = {"corpus": "Corpus", "split": "Files", "tokenizer": "Files"}
-    names = ("corpus", "split", "tokenizer", "preprocess", "pretrain", "evaluate", "convert")
+    classes = {
+        "corpus": "Corpus",
+        "tokenizer": "Files",
+        "preprocess": "Preprocess",
+        "pretrain": "Pretrain",
+        "evaluate": "Evaluate",
+        "cloze": "Evaluate",
+        "convert": "Convert",
+        "quantize": "Quantize",
+    }
+    functions = {name: name for name in classes} | {"cloze": "evaluate"}
     return {
-        name: Stage(
-            name, f"{here}:{classes.get(name, name.title())}", f"{here}:run_{name}", "Fake."
-        )
-        for name in (*names, "quantize")
+        name: Stage(name, f"{__name__}:{config}", f"{__name__}:run_{functions[name]}", "Fake.")
+        for name, config in classes.items()
     }

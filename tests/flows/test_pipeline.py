@@ -24,16 +24,7 @@ from mtk.log import Reporter
 from mtk.session import Session
 from tests.flows.fake_stages import fake_stages
 
-STEPS = [
-    "corpus",
-    "split",
-    "tokenizer",
-    "preprocess",
-    "pretrain",
-    "evaluate",
-    "convert",
-    "quantize",
-]
+STEPS = list(fake_stages())
 FILE = """
 flow: {work: work, leave_out: [serve], retry_delay: 0}
 tokenizer: {vocab_size: 64}
@@ -75,8 +66,9 @@ def test_outputs_become_inputs_and_follow_a_moved_output() -> None:
 
 
 def test_own_corpus_replaces_the_demo_corpus() -> None:
-    pipeline = plan(flow__input=["a.jsonl", "b.jsonl"])
-    assert [step.name for step in pipeline.steps] == STEPS[1:]
+    pipeline = plan(flow__input=["a.jsonl", "b.jsonl"], flow__heldout=["h.txt"])
+    assert [step.name for step in pipeline.steps] == [s for s in STEPS[1:] if s != "cloze"]
+    assert pipeline.steps[-1].config.calibration_data == ("h.txt",)
     assert pipeline.steps[0].config.input == ("a.jsonl", "b.jsonl")
 
 
@@ -92,6 +84,8 @@ def test_all_problems_of_all_sections_are_reported_together() -> None:
     ("overrides", "words"),
     [
         ({"tokenise__type": "bpe"}, "Did you mean tokenizer?"),
+        ({"flow__input": ["a.jsonl"]}, "is needed by evaluate and quantize"),
+        ({"flow__cloze": ["a.jsonl"]}, "belongs to flow.input"),
         ({"flow__leave_out": ["pretrain"]}, "can be left out"),
         ({"flow__leave_out": ["convert"]}, "is made by step convert"),
         ({"check__source": "hf"}, "must be one of"),
