@@ -18,6 +18,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogHandler
 from prefect.states import Cancelled, Completed
 
 from flows.attempts import Outcome, curable, interruptible, run_step
@@ -55,10 +57,20 @@ def run_in_prefect(
     config: str, overrides: Mapping[str, Any] | None, *, force: bool, json_lines: bool
 ) -> None:
     """Run the flow here and now. Raises what a stage raised, or Interrupted."""
-    state: State[Any] = end_to_end(
-        str(Path(config).resolve()), None, overrides, force, json_lines, return_state=True
-    )
+    try:
+        state: State[Any] = end_to_end(
+            str(Path(config).resolve()), None, overrides, force, json_lines, return_state=True
+        )
+    finally:
+        send_the_rest()
     raise_for_state(state)
+
+
+def send_the_rest() -> None:
+    """Logs and events still queued, while the server is there to take them; left to the
+    end of the process they would be retried against a closed port for a minute."""
+    APILogHandler().flush()
+    EventsWorker.drain_all(timeout=5)
 
 
 def raise_for_state(state: State[Any]) -> None:

@@ -42,7 +42,6 @@ def _run(
     from flows.catalog import find_flow
     from flows.pipeline import plan_pipeline
     from flows.steps import registered_stages
-    from mtk.cli.options import command_line
     from mtk.config.files import set_layer
     from mtk.log import Reporter
     from mtk.session import Session
@@ -59,7 +58,8 @@ def _run(
     if no_prefect:
         from flows.runner import run_plain
 
-        run_plain(pipeline, Session(reporter, command=command_line(), force=force))
+        # Without a command the manifests name the stages' own, which repeat them alone.
+        run_plain(pipeline, Session(reporter, force=force))
     else:
         _run_with_prefect(config, layer.values, prefect_home, reporter, force)
     report = pipeline.work / "report.md"
