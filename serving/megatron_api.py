@@ -85,7 +85,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     fields.flag("no_log")
     beam = _beam(fields, engine, settings, len(prompts), new_tokens)
     fields.refuse_unknown(FIELDS)
-    eod = engine.codec.eod
+    eod = engine.tokenizer.eod
     start = (eod,) if add_bos else ()
     ids = tuple((*start, *_encode(engine, text, number)) for number, text in enumerate(prompts))
     # As in Megatron, the rules about lines replace the end of document.
@@ -163,7 +163,7 @@ def _beam(
     width = fields.optional_integer("beam_width", low=1, high=settings.max_beam_width)
     if width is not None and prompts > 1:
         raise ServingError("beam search takes one prompt", param="beam_width")
-    stop = fields.integer("stop_token", engine.codec.eod, low=0, high=engine.vocab_size - 1)
+    stop = fields.integer("stop_token", engine.tokenizer.eod, low=0, high=engine.vocab_size - 1)
     penalty = fields.number("length_penalty", 1.0, low=-100.0, high=100.0)
     if width is None:
         return None
@@ -173,7 +173,7 @@ def _beam(
 
 
 def _encode(engine: Engine, text: str, number: int) -> list[int]:
-    ids = engine.codec.encode(text)
+    ids = engine.tokenizer.encode(text)
     if text and not ids:
         raise ServingError(f"prompt {number} has no tokens", param="prompts")
     return ids
@@ -183,7 +183,7 @@ def answer(
     asked: GenerationRequest, outputs: list[SequenceOutput], engine: Engine
 ) -> dict[str, Any]:
     """Megatron's reply: whole texts, their pieces, and log-probabilities or beam scores."""
-    segments = [pieces(engine.codec, (*output.prompt, *output.tokens)) for output in outputs]
+    segments = [pieces(engine.tokenizer, (*output.prompt, *output.tokens)) for output in outputs]
     reply: dict[str, Any] = {"text": ["".join(p) for p in segments], "segments": segments}
     if asked.beam is not None:
         reply["scores"] = [output.score for output in outputs]

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 
 from mtk.models.gpt import GPT
+from mtk.tokenizers import Tokenizer
 from serving import beam
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
 from serving.generation import Batch, Decoder, RunningSequence, Vocabulary
 from serving.requests import Delta, GenerationRequest, check_fits
-from serving.text import TextCodec
 
 # A decode step this recent (seconds) proves health without a probe of its own.
 RECENT = 5.0
@@ -64,7 +64,7 @@ class TorchEngine:
     def __init__(
         self,
         model: GPT,
-        codec: TextCodec,
+        tokenizer: Tokenizer,
         *,
         context: int,
         max_batch_size: int = 8,
@@ -72,7 +72,7 @@ class TorchEngine:
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
-        self._vocabulary = Vocabulary(codec, model.config.vocab_size or codec.vocab_size)
+        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report = report
@@ -92,8 +92,8 @@ class TorchEngine:
         self._thread.start()
 
     @property
-    def codec(self) -> TextCodec:
-        return self._vocabulary.codec
+    def tokenizer(self) -> Tokenizer:
+        return self._vocabulary.tokenizer
 
     @property
     def context(self) -> int:
@@ -298,8 +298,8 @@ class TorchEngine:
         """A prompt of one token and one decode step, in a cache of their own."""
         decoder = Decoder(self._model)
         decoder.cache.add_row()
-        decoder.prefill(0, [self._vocabulary.codec.eod])
-        if not torch.isfinite(decoder.decode([self._vocabulary.codec.eod])).all():
+        decoder.prefill(0, [self._vocabulary.tokenizer.eod])
+        if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():
             return Health(False, "the model computes NaN or infinite logits")
         self._last_decode = time.monotonic()
         return Health(True)
