@@ -99,9 +99,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Com
         prompts=_prompts(fields, engine, settings),
         max_tokens=max_tokens,
         sampling=_sampling(fields, logprobs),
-        stop=StopRules(
-            token_ids=frozenset({engine.tokenizer.eod}), strings=_stop(fields, settings)
-        ),
+        stop=_stop(fields, engine, settings),
         samples=fields.integer("n", 1, low=1, high=settings.max_sequences),
         prompt_logprobs=echo and logprobs is not None,
         stream=stream,

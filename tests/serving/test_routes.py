@@ -232,9 +232,9 @@ def test_malformed_http_is_answered_in_json(
 
 def test_an_endless_header_is_cut_off(make_engine: MakeEngine, serve: Serve) -> None:
     url = serve(create_app(make_engine(), settings()))
-    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 10) as connection:
-        # The answer may be lost: the server closes while the client is still sending.
-        with suppress(ConnectionError):
-            connection.sendall(b"GET /" + b"a" * 1_000_000)
-            assert connection.recv(65536).split()[1] in (b"431", b"400")
+    port = int(url.rsplit(":", 1)[1])
+    # The answer may be lost: the server closes while the client is still sending.
+    with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"GET /" + b"a" * 1_000_000)
+        assert client.recv(65536).split()[1] in (b"431", b"400")
     assert call(url, "GET", "/livez")[0] == 200
