@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mtk.cli import stage_commands, tokenizer_commands
+from mtk.cli import serving_commands, stage_commands, tokenizer_commands
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
     stage_commands.register(app, groups)
     tokenizer_commands.register(app, groups)
+    serving_commands.register(app, groups)
     for name, group in groups.items():
         if group.registered_commands:
             app.add_typer(group, name=name)
