@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import ServingError
-from serving.body import Fields, checked_text, read_json, wrong_type
+from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
 from serving.requests import BeamParams, GenerationRequest, SequenceOutput, StopRules, check_fits
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, MAX_TOP_K, SamplingParams
@@ -87,7 +87,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     fields.refuse_unknown(FIELDS)
     eod = engine.tokenizer.eod
     start = (eod,) if add_bos else ()
-    ids = tuple((*start, *_encode(engine, text, number)) for number, text in enumerate(prompts))
+    ids = tuple(_ids(engine, text, start, number) for number, text in enumerate(prompts))
     # As in Megatron, the rules about lines replace the end of document.
     stop = StopRules(line=line) if line else StopRules(token_ids=frozenset({eod}))
     asked = GenerationRequest(
@@ -172,9 +172,9 @@ def _beam(
     return BeamParams(width=width, length_penalty=penalty, stop_token=stop)
 
 
-def _encode(engine: Engine, text: str, number: int) -> list[int]:
-    ids = engine.tokenizer.encode(text)
-    if text and not ids:
+def _ids(engine: Engine, text: str, start: tuple[int, ...], number: int) -> tuple[int, ...]:
+    ids = (*start, *encode(text, engine.tokenizer, "prompts"))
+    if not ids:
         raise ServingError(f"prompt {number} has no tokens", param="prompts")
     return ids
 

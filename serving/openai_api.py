@@ -10,9 +10,9 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
-from mtk.errors import MtkError, ServingError
+from mtk.errors import ServingError
 from mtk.tokenizers import Tokenizer
-from serving.body import Fields, checked_text, read_json, wrong_type
+from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
 from serving.requests import GenerationRequest, SequenceOutput, StopRules, TokenLogprob
 from serving.sampling import (
@@ -176,19 +176,10 @@ def _ids(item: object, engine: Engine) -> tuple[int, ...]:
     if isinstance(item, list) and item and all(_is_id(token) for token in item):
         return tuple(item)
     if isinstance(item, str):
-        return tuple(encode(item, engine.tokenizer)) or (engine.tokenizer.eod,)
+        return tuple(encode(item, engine.tokenizer, "prompt")) or (engine.tokenizer.eod,)
     if isinstance(item, list):
         raise ServingError("prompt holds a list that is not of token ids", param="prompt")
     raise wrong_type("prompt", item, "text, token ids, or a list of these")
-
-
-def encode(text: str, tokenizer: Tokenizer, param: str = "prompt") -> list[int]:
-    """Raises ServingError (400) for text that the tokenizer cannot take."""
-    text = checked_text(param, text)
-    try:
-        return tokenizer.encode(text)
-    except MtkError as error:
-        raise ServingError(str(error), param=param) from None
 
 
 def _stop(fields: Fields, engine: Engine, settings: ServerSettings) -> StopRules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -84,7 +85,7 @@ class HttpServer:
             map=self._map,
             sockets=[listener],
             threads=concurrency + SPARE_THREADS,
-            connection_limit=max(1000, 4 * concurrency),
+            connection_limit=connection_limit(concurrency),
             # Flask refuses what is larger than the setting; this bounds what is read at all.
             max_request_body_size=8 * service.settings.max_body_bytes,
             channel_timeout=IDLE_TIMEOUT,
@@ -134,6 +135,13 @@ class HttpServer:
 
     def _poll(self) -> None:
         wasyncore.loop(timeout=0.1, map=self._map, use_poll=True, count=1)
+
+
+def connection_limit(concurrency: int) -> int:
+    """Sockets that may be open: idle and slow ones cost no thread, only a descriptor."""
+    wanted = max(1000, 4 * concurrency)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(16, min(wanted, soft - 64))
 
 
 @contextmanager

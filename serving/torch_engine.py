@@ -82,6 +82,7 @@ class TorchEngine:
         self._probes: list[_Probe] = []
         self._stopping = False
         self._death: str | None = None
+        self._crashed = False
         self._batch = Batch(Decoder(model))
         self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
         self._beam: _BeamSearch | None = None
@@ -109,8 +110,8 @@ class TorchEngine:
 
     @property
     def died(self) -> str | None:
-        """Why the thread ended, if nobody stopped it."""
-        return self._death if self._death is not None and not self._stopping else None
+        """Why the thread ended, unless it was stopped on request."""
+        return self._death if self._crashed else None
 
     def observe(self, observer: Observer) -> None:
         self._observer = observer
@@ -180,6 +181,7 @@ class TorchEngine:
                 while self._wait_for_work():
                     self._tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
+            self._crashed = True
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:

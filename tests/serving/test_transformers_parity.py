@@ -58,6 +58,7 @@ def test_greedy_equals_transformers(config: ModelConfig, tmp_path: Path) -> None
     native = save_native(tmp_path / "native", config)
     exported = tmp_path / "hf"
     convert.run(convert_config(native, exported), quiet())
+    theirs: list[tuple[int, ...]] = []
     for source in (native, exported):
         served = open_served(str(source), dtype=torch.float32, device="cpu")
         assert served.lineage is not None and len(served.lineage["digest"]) == 64
@@ -67,5 +68,6 @@ def test_greedy_equals_transformers(config: ModelConfig, tmp_path: Path) -> None
             prompts=tuple(prompts), max_tokens=TOKENS, sampling=SamplingParams(temperature=0)
         )
         mine = generate(served.model, served.tokenizer, request, max_rows=7)
-        assert [output.tokens for output in mine] == their_continuations(exported, prompts)
-    assert len({output.tokens for output in mine}) > 5
+        theirs = theirs or their_continuations(exported, prompts)
+        assert [output.tokens for output in mine] == theirs
+    assert len(set(theirs)) > 5
