@@ -1,1 +1,1 @@
-"""Prefect flows; the only place that imports prefect."""
+"""Flows: chains of stages, with Prefect (``flows.end_to_end``) or without (``flows.runner``)."""

@@ -183,18 +183,14 @@ def quiet_waitress() -> None:
 
 
 def read_keys(path: str | None) -> frozenset[str]:
-    """Keys from a file, one a line; blank lines and lines that begin with # do not count.
-
-    Raises ConfigError for a file that cannot be read or holds none.
-    """
+    """Keys from a file, one a line. Raises ConfigError if it cannot be read or holds none."""
     if path is None:
         return frozenset()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({error})"
         raise ConfigError([Problem("listen.api_key_file", path, rule)]) from error
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         rule = "holds no key: write one a line"
         raise ConfigError([Problem("listen.api_key_file", path, rule)])

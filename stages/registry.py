@@ -49,6 +49,32 @@ class Stage:
 
 STAGES = (
     Stage(
+        "demo",
+        "mtk.config.corpus:DemoCorpusConfig",
+        "stages.corpus:run",
+        "Write the demo corpus: documentation that comes with Python.",
+        group="corpus",
+    ),
+    Stage(
+        "train",
+        "mtk.config.tokenizer:TrainTokenizerConfig",
+        "stages.tokenizer:run",
+        "Train a tokenizer from a corpus.",
+        group="tokenizer",
+    ),
+    Stage(
+        "preprocess",
+        "mtk.config.preprocess:PreprocessConfig",
+        "stages.preprocess:run",
+        "Turn a corpus into token datasets (.bin/.idx).",
+    ),
+    Stage(
+        "merge",
+        "mtk.config.preprocess:MergeConfig",
+        "stages.merge:run",
+        "Concatenate the token datasets of a folder.",
+    ),
+    Stage(
         "pretrain",
         "mtk.config.pretrain:PretrainConfig",
         "stages.pretrain:run",

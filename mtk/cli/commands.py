@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import typer
 
-from mtk.cli import serving_commands, stage_commands, tokenizer_commands
+from mtk.cli import (
+    artifact_commands,
+    config_commands,
+    doctor_commands,
+    flow_commands,
+    plan_commands,
+    serving_commands,
+    stage_commands,
+    tokenizer_commands,
+)
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
     "flow": "Prefect flows: chains of stages.",
+    "config": "See what a command would run with.",
     "checkpoint": "Look into checkpoints and check them.",
 }
+
+# Modules of commands with shapes of their own, each with a function register(app, groups).
+TOPICS = (
+    tokenizer_commands,
+    plan_commands,
+    flow_commands,
+    artifact_commands,
+    config_commands,
+    doctor_commands,
+    serving_commands,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -20,8 +41,8 @@ def register(app: typer.Typer) -> None:
         return
     groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
     stage_commands.register(app, groups)
-    tokenizer_commands.register(app, groups)
-    serving_commands.register(app, groups)
+    for topic in TOPICS:
+        topic.register(app, groups)
     for name, group in groups.items():
         if group.registered_commands:
             app.add_typer(group, name=name)

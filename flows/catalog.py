@@ -1,0 +1,37 @@
+"""The flows there are; reading it imports nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mtk.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class FlowEntry:
+    """steps: for people; function: ``module:attribute`` of the Prefect flow."""
+
+    name: str
+    steps: str
+    function: str
+
+
+FLOWS: Mapping[str, FlowEntry] = {
+    "end_to_end": FlowEntry(
+        "end_to_end",
+        "corpus > tokenizer > preprocess > pretrain > evaluate > cloze > convert > quantize"
+        " > serve",
+        "flows.end_to_end:end_to_end",
+    ),
+}
+
+
+def find_flow(name: str) -> FlowEntry:
+    """Raises ConfigError with the nearest name."""
+    if name not in FLOWS:
+        near = difflib.get_close_matches(name, FLOWS, n=1)
+        fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(FLOWS)}."
+        raise ConfigError([Problem("flow", name, "no such flow", fix)])
+    return FLOWS[name]

@@ -1,0 +1,88 @@
+"""``mtk flow serve``: a process that starts a flow when its schedule says so."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.catalog import FlowEntry
+from flows.pipeline import plan_pipeline
+from flows.server import prefect_server
+from flows.steps import registered_stages
+from mtk.config import Layer
+from mtk.errors import ConfigError, Interrupted, Problem
+from mtk.log import Reporter
+
+
+def serve_flow(
+    entry: FlowEntry,
+    config: str,
+    overrides: Mapping[str, Any],
+    reporter: Reporter,
+    *,
+    cron: str | None,
+    interval: float | None,
+    home: str | None = None,
+) -> None:
+    """Stay and run ``entry`` on its schedule until SIGTERM or Ctrl-C.
+
+    cron: five fields; interval: seconds. The file is checked now, so that a mistake is
+    not found at night. Raises ConfigError; Interrupted when it is stopped.
+    """
+    check_schedule(cron, interval)
+    plan_pipeline(config, registered_stages(), overrides=Layer("--set", overrides))
+    with prefect_server(reporter, home):
+        if cron is not None:
+            require_readable(cron)
+        module, _, attribute = entry.function.partition(":")
+        flow = getattr(importlib.import_module(module), attribute)
+        parameters = {
+            "config": str(Path(config).resolve()),
+            "folder": str(Path.cwd()),
+            "overrides": dict(overrides) or None,
+        }
+        when = f"cron {cron!r}" if cron else f"every {interval:g} s"
+        reporter.info(f"serving flow {entry.name}, {when}; Ctrl-C or SIGTERM ends it")
+        signal.signal(signal.SIGTERM, _stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            flow.serve(
+                name=f"{entry.name}-schedule",
+                cron=cron,
+                interval=interval,
+                parameters=parameters,
+                # A run that takes longer than its interval must not be joined by the next.
+                limit=1,
+                global_limit=1,
+                print_starting_message=False,
+            )
+    raise Interrupted("the schedule was stopped")
+
+
+def check_schedule(cron: str | None, interval: float | None) -> None:
+    """Exactly one of the two. Raises ConfigError."""
+    if (cron is None) == (interval is None):
+        rule = "give exactly one of --cron and --interval"
+        raise ConfigError([Problem("cron", cron, rule, 'For example --cron "0 2 * * *".')])
+    if interval is not None and not interval > 0:
+        raise ConfigError([Problem("interval", interval, "must be greater than 0")])
+
+
+def require_readable(cron: str) -> None:
+    """Prefect reads the schedule, so Prefect judges it. Raises ConfigError."""
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=cron)
+    except ValueError as error:
+        rule = "is not a cron expression"
+        fix = 'Five fields: minute hour day month weekday, e.g. "0 2 * * *".'
+        raise ConfigError([Problem("cron", cron, rule, fix)]) from error
+
+
+def _stop(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt

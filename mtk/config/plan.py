@@ -1,0 +1,127 @@
+"""Options of ``mtk plan``: those of pretrain, and the machine to plan for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mtk.config.model import nearest_multiple
+from mtk.config.pretrain import DataConfig, LengthConfig, PretrainConfig, SaveConfig
+from mtk.config.schema import group, option
+from mtk.errors import Problem
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory: bytes as sold; peak: dense FLOP/s in bf16 (V100: fp16) without sparsity."""
+
+    memory: float
+    peak: float
+
+
+GPUS: Mapping[str, Gpu] = {
+    "h200": Gpu(141e9, 989.4e12),
+    "h100": Gpu(80e9, 989.4e12),
+    "b200": Gpu(180e9, 2250e12),
+    "a100": Gpu(80e9, 312e12),
+    "a100-40gb": Gpu(40e9, 312e12),
+    "l40s": Gpu(48e9, 362e12),
+    "v100": Gpu(32e9, 125e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What the run would be started on."""
+
+    gpus: int | None = option(None, help="Number of GPUs (default: one copy of the model).")
+    gpu: Literal["h200", "h100", "b200", "a100", "a100-40gb", "l40s", "v100"] = option(
+        "h100", help="Kind of GPU."
+    )
+    mfu: float = option(0.4, help="Share of the GPU's peak that the estimate assumes.")
+    price_per_gpu_hour: float | None = option(None, help="For the cost, in any currency.")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.gpus is not None and self.gpus < 1:
+            yield Problem("gpus", self.gpus, "must be at least 1")
+        if not 0 < self.mfu <= 1:
+            yield Problem("mfu", self.mfu, "must be in (0, 1]", "Nearest: 0.4 is usual.")
+        if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
+            yield Problem("price_per_gpu_hour", self.price_per_gpu_hour, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDataConfig(DataConfig):
+    """As for pretrain, but a plan needs no data."""
+
+    def problems(self) -> Iterator[Problem]:
+        per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
+        if self.data_path or any(per_split) or self.mock_data:
+            yield from super().problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanLengthConfig(LengthConfig):
+    """As for pretrain, but a plan without a length costs a step."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.train_iters or self.train_samples or self.train_tokens:
+            yield from super().problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSaveConfig(SaveConfig):
+    """As for pretrain, but a plan saves nothing."""
+
+    save: str = option("", help="Folder of checkpoints; not used by a plan.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PretrainConfig):
+    """Everything ``mtk plan`` needs."""
+
+    data: PlanDataConfig = group(PlanDataConfig, title="Data")
+    length: PlanLengthConfig = group(PlanLengthConfig, title="Length")
+    checkpoint: PlanSaveConfig = group(PlanSaveConfig, title="Checkpoints")
+    hardware: HardwareConfig = group(HardwareConfig, title="Hardware")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs to plan for."""
+        return self.hardware.gpus or self.parallel.model_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model, after the checks."""
+        return max(1, self.gpus // self.parallel.model_parallel_size)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step; by default one micro-batch for every copy."""
+        return self.batch.global_batch_size or (
+            self.batch.micro_batch_size * self.data_parallel_size
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        endless = not any(vars(self.length).values())
+        for problem in super().problems():
+            # Without a length it is open whether the schedule counts steps or samples.
+            if not (endless and problem.key.startswith("schedule.")):
+                yield problem
+        unit = self.parallel.model_parallel_size
+        if unit < 1 or self.gpus < 1 or self.batch.micro_batch_size < 1:
+            return
+        if self.gpus % unit:
+            rule = f"must be a multiple of TP x PP x CP = {unit}"
+            fix = f"Nearest: {nearest_multiple(self.gpus, unit)}."
+            yield Problem("hardware.gpus", self.gpus, rule, fix)
+            return
+        step = self.batch.micro_batch_size * self.data_parallel_size
+        if self.global_batch_size % step:
+            rule = (
+                f"must be a multiple of micro_batch_size x data-parallel size = "
+                f"{self.batch.micro_batch_size} x {self.data_parallel_size} = {step}"
+            )
+            fix = f"Nearest: {nearest_multiple(self.global_batch_size, step)}."
+            yield Problem("batch.global_batch_size", self.global_batch_size, rule, fix)

@@ -1,0 +1,144 @@
+"""Parameter and FLOP counts against published numbers and against built models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtk.config import make
+from mtk.config.model import ModelConfig
+from mtk.models.count_families import flops_per_token, parameters
+
+LLAMA = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+}
+GPT2_MEDIUM = {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "seq_length": 1024}
+
+
+def model(**values: Any) -> ModelConfig:
+    return make(ModelConfig, **{"make_vocab_size_divisible_by": 1, **values})
+
+
+PUBLISHED = [
+    # Hugging Face's own counts of the released weights.
+    ("gpt2-medium", {**GPT2_MEDIUM, "vocab_size": 50257}, 354_823_168),
+    (
+        "llama2-7b",
+        {
+            **LLAMA,
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "ffn_hidden_size": 11008,
+            "seq_length": 4096,
+            "vocab_size": 32000,
+        },
+        6_738_415_616,
+    ),
+    (
+        "bert-large",  # post-LN: its embedding norm stands for the final norm here
+        {
+            "family": "bert",
+            "num_layers": 24,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "seq_length": 512,
+            "vocab_size": 30522,
+        },
+        336_226_108,
+    ),
+    (
+        "t5-base",  # without its 2 x 32 x 12 relative position weights
+        {
+            "family": "t5",
+            "num_layers": 12,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "ffn_hidden_size": 3072,
+            "seq_length": 512,
+            "vocab_size": 32128,
+            "position_embedding_type": "none",
+            "normalization": "RMSNorm",
+            "activation": "relu",
+            "add_bias_linear": False,
+        },
+        222_903_552 - 768,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "expected"), PUBLISHED, ids=lambda v: str(v)[:12])
+def test_published_counts(name: str, values: dict[str, Any], expected: int) -> None:
+    assert parameters(model(**values)) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("values", "billions"),
+    [
+        # Megatron-LM's tables: rounded as printed there (51,200 and 131,072 ids).
+        (
+            {
+                "num_layers": 96,
+                "hidden_size": 12288,
+                "num_attention_heads": 96,
+                "seq_length": 2048,
+                "vocab_size": 51200,
+            },
+            174.6,
+        ),
+        (
+            {
+                "num_layers": 24,
+                "hidden_size": 2048,
+                "num_attention_heads": 16,
+                "seq_length": 4096,
+                "vocab_size": 131072,
+                "untie_embeddings_and_output_weights": True,
+                "position_embedding_type": "rope",
+            },
+            1.7,
+        ),
+    ],
+)
+def test_rounded_counts(values: dict[str, Any], billions: float) -> None:
+    assert round(parameters(model(**values)) / 1e9, 1) == billions
+
+
+def test_flops_of_llama3_8b_at_8192() -> None:
+    config = model(
+        **LLAMA,
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        seq_length=8192,
+        vocab_size=128256,
+    )
+    flops = flops_per_token(config)
+    assert flops.causal / 1e9 == pytest.approx(51.47, abs=0.02)
+    assert flops.full / 1e9 == pytest.approx(57.91, abs=0.02)
+
+
+def test_bert_has_no_masked_half_and_t5_counts_both_stacks() -> None:
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "seq_length": 32,
+        "vocab_size": 100,
+    }
+    bert = flops_per_token(model(family="bert", **sizes))
+    gpt = flops_per_token(model(**sizes))
+    t5 = flops_per_token(model(family="t5", **sizes))
+    assert bert.full == bert.causal == gpt.full + 6 * 64**2
+    # Encoder: every token; decoder with cross attention: a quarter of the tokens.
+    layer, width, query_output, key_value = 12 * 64**2, 12 * 2 * 64, 2 * 64**2, 2 * 64**2
+    matrices = 6 * (2 * (layer + layer / 4 + query_output / 4 + key_value) + 100 * 64 / 4)
+    assert t5.full == matrices + width * (32 + 8 + 2)
+    assert t5.causal == matrices + width * (32 + 8 + 1)
