@@ -109,7 +109,7 @@ def _quantize(wiring: Wiring) -> dict[str, Any]:
         "load": wiring.configs["pretrain"].checkpoint.save,
         "save": wiring.below("quantized_model"),
         "format": "int8_wo",
-        "calibration_data": wiring.heldout,
+        "valid_data": wiring.heldout,
     }
 
 

@@ -76,15 +76,20 @@ class Reporter:
             print(human, file=self._stdout or sys.stdout, flush=True)
 
     @contextmanager
-    def progress(self, description: str, total: float | None, unit: str) -> Iterator[Progress]:
-        """A bar with rate and ETA on a terminal; a line every ten seconds elsewhere."""
+    def progress(
+        self, description: str, total: float | None, unit: str, done: float = 0.0
+    ) -> Iterator[Progress]:
+        """A bar with rate and ETA on a terminal; a line every ten seconds elsewhere.
+
+        done: what an earlier run had finished; it does not count in the rate.
+        """
         if self.quiet:
             yield _Silent()
         elif self.console.is_terminal:
-            with _rich_progress(self.console, description, total, unit) as bar:
+            with _rich_progress(self.console, description, total, unit, done) as bar:
                 yield bar
         else:
-            lines = _Lines(self, description, total, unit)
+            lines = _Lines(self, description, total, unit, done)
             yield lines
             lines.close()
 
@@ -103,11 +108,11 @@ class _Lines:
     interval = 10.0
 
     def __init__(
-        self, reporter: Reporter, description: str, total: float | None, unit: str
+        self, reporter: Reporter, description: str, total: float | None, unit: str, done: float
     ) -> None:
         self._reporter, self._description = reporter, description
         self._total, self._unit = total, unit
-        self._done = 0.0
+        self._done = self._before = done
         self._fields: dict[str, object] = {}
         self._start = self._last = time.monotonic()
         self._printed = -1.0
@@ -124,7 +129,7 @@ class _Lines:
     def _print(self) -> None:
         now = time.monotonic()
         self._last, self._printed = now, self._done
-        rate = self._done / max(now - self._start, 1e-9)
+        rate = (self._done - self._before) / max(now - self._start, 1e-9)
         text = f"{self._description}: {self._done:,.0f}"
         if self._total:
             left = (self._total - self._done) / rate if rate else float("inf")
@@ -141,7 +146,7 @@ class _Lines:
 
 @contextmanager
 def _rich_progress(
-    console: Console, description: str, total: float | None, unit: str
+    console: Console, description: str, total: float | None, unit: str, done: float
 ) -> Iterator[Progress]:
     from rich import progress as rp
 
@@ -159,7 +164,7 @@ def _rich_progress(
         rp.TextColumn("{task.fields[extra]}"),
     )
     with rp.Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, extra="")
+        task = progress.add_task(description, total=total, completed=int(done), extra="")
 
         class Bar:
             def advance(self, amount: float = 1, **fields: object) -> None:

@@ -49,10 +49,60 @@ class Stage:
 
 STAGES = (
     Stage(
+        "demo",
+        "mtk.config.corpus:DemoCorpusConfig",
+        "stages.corpus:run",
+        "Write the demo corpus: documentation that comes with Python.",
+        group="corpus",
+    ),
+    Stage(
+        "train",
+        "mtk.config.tokenizer:TrainTokenizerConfig",
+        "stages.tokenizer:run",
+        "Train a tokenizer from a corpus.",
+        group="tokenizer",
+    ),
+    Stage(
+        "preprocess",
+        "mtk.config.preprocess:PreprocessConfig",
+        "stages.preprocess:run",
+        "Turn a corpus into token datasets (.bin/.idx).",
+    ),
+    Stage(
+        "merge",
+        "mtk.config.preprocess:MergeConfig",
+        "stages.merge:run",
+        "Concatenate the token datasets of a folder.",
+    ),
+    Stage(
         "pretrain",
         "mtk.config.pretrain:PretrainConfig",
         "stages.pretrain:run",
         "Train a model from scratch or from a checkpoint.",
+    ),
+    Stage(
+        "serve",
+        "mtk.config.serve:ServeConfig",
+        "stages.serve:run",
+        "Serve a model over HTTP: PUT /api (Megatron) and POST /v1/completions (OpenAI).",
+    ),
+    Stage(
+        "convert",
+        "mtk.config.convert:ConvertConfig",
+        "stages.convert:run",
+        "Convert a model to or from Hugging Face, with a parity certificate.",
+    ),
+    Stage(
+        "evaluate",
+        "mtk.config.evaluate:EvaluateConfig",
+        "stages.evaluate:run",
+        "Score a model on given files: perplexity, LAMBADA.",
+    ),
+    Stage(
+        "quantize",
+        "mtk.config.quantize:QuantizeConfig",
+        "stages.quantize:run",
+        "Store weights in INT8, with a perplexity gate.",
     ),
 )
 

@@ -20,6 +20,7 @@ from mtk.artifacts.publish import (
     completed,
     publish_directory,
     publish_prefix,
+    remove_leftovers,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "open_artifact",
     "publish_directory",
     "publish_prefix",
+    "remove_leftovers",
     "verify",
     "verify_lineage",
 ]

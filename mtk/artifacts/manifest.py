@@ -223,10 +223,28 @@ def input_file(path: str | Path, role: str) -> InputRecord:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file (used as {role}).")
-    marker = find_marker(path)
-    if marker is not None:
-        artifact = read_manifest(marker)
-        if any(artifact.folder / entry.path == path for entry in artifact.files):
-            verify(artifact)
-            return artifact.as_input(role)
+    artifact = owner_of(path)
+    if artifact is not None:
+        verify(artifact)
+        return artifact.as_input(role)
     return InputRecord(role, "file", os.fspath(path), sha256_file(path))
+
+
+def owner_of(path: str | Path) -> Artifact | None:
+    """The complete artifact that lists the file ``path``: of its folder, or of a prefix.
+
+    Raises ArtifactError for a damaged manifest.
+    """
+    path = Path(path)
+    markers = [path.parent / MARKER]
+    markers += sorted(
+        marker
+        for marker in path.parent.glob(f"*.{MARKER}")
+        if path.name.startswith(marker.name.removesuffix(f".{MARKER}"))
+    )
+    for marker in markers:
+        if marker.is_file():
+            artifact = read_manifest(marker)
+            if any(artifact.folder / entry.path == path for entry in artifact.files):
+                return artifact
+    return None

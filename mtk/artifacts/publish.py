@@ -134,7 +134,7 @@ def publish_prefix(
         if stray:
             raise ValueError(f"files {stray} do not start with the prefix {prefix.name}")
         _sync_tree(folder)
-        marker.unlink(missing_ok=True)
+        _remove_replaced(marker, {entry.path for entry in files})
         for entry in files:
             target = prefix.parent / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,23 @@ def publish_prefix(
         sync_folder(prefix.parent)
         publication.finished = publication.build(marker, files)
         write_json_atomically(marker, publication.finished.to_dict())
+
+
+def _remove_replaced(marker: Path, new: set[str]) -> None:
+    """Unpublish what ``marker`` describes: it and those of its files that nothing replaces."""
+    if not marker.is_file():
+        return
+    try:
+        old = [entry.path for entry in read_manifest(marker).files]
+    except ArtifactError:
+        old = []
+    marker.unlink()
+    for path in old:
+        if path not in new:
+            (marker.parent / path).unlink(missing_ok=True)
+    for folder in {(marker.parent / path).parent for path in old} - {marker.parent}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def completed(
@@ -198,7 +215,7 @@ def sync_folder(folder: Path) -> None:
 def _staging(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent, name)
+        remove_leftovers(parent, name)
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-{os.getpid()}-", dir=parent))
     except OSError as error:
         raise ArtifactError(f"{parent} cannot be written to: {error.strerror}.") from error
@@ -253,10 +270,13 @@ def _replace_directory(source: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_leftovers(parent: Path, name: str) -> None:
-    """Delete staging folders of processes that were killed."""
+def remove_leftovers(parent: Path, name: str = "*") -> None:
+    """Delete the staging folders below ``parent`` of processes that were killed.
+
+    name: of the output they were for; a glob pattern.
+    """
     for folder in parent.glob(f".{name}.partial-*"):
-        pid = folder.name.removeprefix(f".{name}.partial-").split("-")[0]
+        pid = folder.name.rpartition(".partial-")[2].split("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 

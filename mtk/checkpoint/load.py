@@ -47,13 +47,19 @@ def load_model(
     folder = checkpoint_folder(path)
     artifact = open_artifact(folder, "checkpoint")
     config = read_model_config(folder)
+    model = empty_model(config, dtype=dtype, device=device)
+    load_weights(model, folder)
+    tokenizer = folder / "tokenizer"
+    return LoadedModel(model.eval(), config, artifact, tokenizer if tokenizer.is_dir() else None)
+
+
+def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> GPT:
+    """The module with memory for its weights but nothing in it yet; buffers are right."""
     with torch.device("meta"):
         model = build_model(config)
     model = model.to_empty(device=device).to(dtype)
     restore_buffers(model, config, device)
-    load_weights(model, folder)
-    tokenizer = folder / "tokenizer"
-    return LoadedModel(model.eval(), config, artifact, tokenizer if tokenizer.is_dir() else None)
+    return model
 
 
 def restore_buffers(model: GPT, config: ModelConfig, device: torch.device | str) -> None:

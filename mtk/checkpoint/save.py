@@ -56,26 +56,32 @@ def save_checkpoint(
         command=command,
         force=force,
     ) as publication:
-        staging = publication.folder
-        _write_json(
-            staging / "model.json",
-            {
-                "format": MODEL_FORMAT,
-                "version": MODEL_VERSION,
-                "model": to_dict(content.model_config),
-            },
-        )
-        write_config(to_dict(config), staging / "config.yaml")
-        write_tensors(staging, "model", content.weights, max_shard_size)
-        if content.optimizer:
-            write_tensors(staging, "optimizer", content.optimizer, max_shard_size)
-        if content.random:
-            write_tensors(staging, "random", content.random)
-        _write_json(staging / "training.json", dict(content.training))
-        if content.tokenizer_folder is not None:
-            shutil.copytree(content.tokenizer_folder, staging / "tokenizer")
+        write_content(publication.folder, content, config, max_shard_size)
         publication.metrics.update(metrics)
     return publication.artifact
+
+
+def write_content(
+    folder: Path, content: CheckpointContent, config: Any, max_shard_size: int = 2_000_000_000
+) -> None:
+    """Write a checkpoint's files, without the marker that makes it one."""
+    _write_json(
+        folder / "model.json",
+        {
+            "format": MODEL_FORMAT,
+            "version": MODEL_VERSION,
+            "model": to_dict(content.model_config),
+        },
+    )
+    write_config(to_dict(config), folder / "config.yaml")
+    write_tensors(folder, "model", content.weights, max_shard_size)
+    if content.optimizer:
+        write_tensors(folder, "optimizer", content.optimizer, max_shard_size)
+    if content.random:
+        write_tensors(folder, "random", content.random)
+    _write_json(folder / "training.json", dict(content.training))
+    if content.tokenizer_folder is not None:
+        shutil.copytree(content.tokenizer_folder, folder / "tokenizer")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from mtk.cli import (
     flow_commands,
     plan_commands,
     stage_commands,
+    tokenizer_commands,
 )
 
 GROUPS = {
@@ -22,7 +23,14 @@ GROUPS = {
 }
 
 # Modules of commands with shapes of their own, each with a function register(app, groups).
-TOPICS = (plan_commands, flow_commands, artifact_commands, config_commands, doctor_commands)
+TOPICS = (
+    tokenizer_commands,
+    plan_commands,
+    flow_commands,
+    artifact_commands,
+    config_commands,
+    doctor_commands,
+)
 
 
 def register(app: typer.Typer) -> None:

@@ -43,16 +43,16 @@ def require_sequences(part: range, split: SplitName, text: str, count: int, wher
     """Raise DataError if a split that is asked for holds no sequence."""
     if len(part):
         return
-    found = f"{where}: the {split} split of --split {text} is empty: {count} sequences"
+    found = f"{where}: the {split} split of --split {text} is empty"
     smallest = smallest_share(text, split, count)
     if smallest is None:
         raise DataError(
-            f"{found} are too few to divide. Use more data, or give every split its own dataset "
-            f"with --train-data-path, --valid-data-path and --test-data-path."
+            f"{found}: {count} sequences are too few to divide. Use more data, or give every split "
+            f"its own dataset with --train-data-path, --valid-data-path and --test-data-path."
         )
     raise DataError(
-        f"{found} times this share is less than one. A share of {smallest.share:.3g} of the whole "
-        f"gives one sequence: --split {smallest.text}, or use more data."
+        f"{found}: its share of {count} sequences rounds to none. A share of {smallest.share:.3g} "
+        f"of the whole gives one sequence: --split {smallest.text}, or use more data."
     )
 
 

@@ -153,7 +153,7 @@ def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: R
         open_source=IndexedDataset,
         vocab_size=config.model.vocab_size,
         eod=data.eod,
-        notify=reporter.warn,
+        notify=reporter.info,
     )
     assert splits.train is not None
     train, micro = splits.train, config.batch.micro_batch_size

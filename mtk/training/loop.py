@@ -66,10 +66,9 @@ class Loop:
         no longer finite (the last good checkpoint stays).
         """
         progress, target = self.progress, self.data.train_samples
-        description, unit = "training", "samples"
-        with self.reporter.progress(description, target, unit) as bar:
-            bar.advance(progress.consumed_samples)
-            for batch in self.data.train(progress.consumed_samples):
+        done = progress.consumed_samples
+        with self.reporter.progress("training", target, "samples", done) as bar:
+            for batch in self.data.train(done):
                 self._one_step(batch, bar)
                 if stop and progress.consumed_samples < target:
                     self._save()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtk.artifacts import Artifact, open_artifact
+from mtk.artifacts import Artifact, open_artifact, remove_leftovers
 from mtk.checkpoint.steps import checkpoint_folder, latest_step, step_folder
 from mtk.config import config_digest, leaves, to_dict
 from mtk.config.pretrain import PretrainConfig, SaveConfig
@@ -85,6 +85,7 @@ def save_directory(checkpoint: SaveConfig) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"--save {path} cannot be made: {error.strerror}.") from error
+    remove_leftovers(path, "step_*")
     return path
 
 

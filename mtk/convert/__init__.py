@@ -1,0 +1,1 @@
+"""Conversion between native models and Hugging Face directories, with a certificate."""

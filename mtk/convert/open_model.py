@@ -1,0 +1,115 @@
+"""One way to open any model on disk, for every stage that runs one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from mtk.artifacts import Artifact
+from mtk.checkpoint import read_model_config
+from mtk.checkpoint.load import copy_into, empty_model
+from mtk.config.model import ModelConfig
+from mtk.convert.hf_directory import read_hf_model
+from mtk.convert.lazy import Tensors
+from mtk.convert.mapping import check_complete
+from mtk.convert.source import Source, SourceKind, find_source
+from mtk.errors import ArtifactError
+from mtk.models.gpt import GPT
+from mtk.quantization.directory import dequantized
+from mtk.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model in eval mode with what belongs to it.
+
+    artifact: None for a directory that mtk did not write.
+    """
+
+    model: GPT
+    config: ModelConfig
+    kind: SourceKind
+    folder: Path
+    artifact: Artifact | None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A native checkpoint keeps its tokenizer in a folder, the others beside the weights."""
+        return tokenizer_folder(self.kind, self.folder)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return has_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded on first use. Raises ArtifactError if the model has none."""
+        if not self.has_tokenizer:
+            raise ArtifactError(
+                f"{self.folder} has no tokenizer: it was trained on ids alone, or its tokenizer "
+                f"files were left out. Text cannot be used with it."
+            )
+        return load_tokenizer(self.tokenizer_folder)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OpenedModel:
+    """A native checkpoint, a Hugging Face directory (GPT-2, Llama) or a quantised one.
+
+    Quantised weights are expanded to ``dtype``. Raises ArtifactError, CheckpointError or
+    ConversionError, saying what the directory holds instead.
+    """
+    return open_source(find_source(path), dtype=dtype, device=device)
+
+
+def open_source(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OpenedModel:
+    """As :func:`open_model`, for a path already looked into."""
+    config, tensors = read_native(source)
+    model = assemble(config, tensors, source.folder, dtype=dtype, device=device)
+    return OpenedModel(model, config, source.kind, source.folder, source.artifact)
+
+
+def read_native(source: Source) -> tuple[ModelConfig, Tensors]:
+    """Configuration and weights (lazy) in native form, wherever they come from."""
+    if source.kind == "native":
+        return read_model_config(source.folder), source.native_tensors()
+    stored = dequantized(source.folder) if source.kind == "quantized" else None
+    found = read_hf_model(source.folder, stored)
+    return found.config, found.native
+
+
+def assemble(
+    config: ModelConfig,
+    tensors: Tensors,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """The module in eval mode, filled strictly from ``tensors``. Raises ConversionError."""
+    model = empty_model(config, dtype=dtype, device=device)
+    parameters = dict(model.named_parameters())
+    check_complete(tensors, parameters, f"model in {folder}")
+    for name, parameter in parameters.items():
+        copy_into(parameter, tensors[name], name, folder)
+    return model.eval()
+
+
+def tokenizer_folder(kind: SourceKind, folder: Path) -> Path:
+    return folder / "tokenizer" if kind == "native" else folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("mtk_tokenizer.json", "tokenizer.json"))

@@ -1,0 +1,156 @@
+"""Conversions as a whole: write into a staging folder, prove it, only then publish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mtk.checkpoint import read_model_config
+from mtk.checkpoint.save import CheckpointContent, write_content
+from mtk.config.model import ModelConfig
+from mtk.convert.families import family_for
+from mtk.convert.hf_directory import (
+    read_hf_config,
+    read_hf_model,
+    read_weights,
+    write_hf_directory,
+    write_json,
+)
+from mtk.convert.lazy import LazyTensors, Tensors, as_dtype
+from mtk.convert.open_model import assemble, has_tokenizer, read_native, tokenizer_folder
+from mtk.convert.parity import Parity, compare, fixed_prompts, require
+from mtk.convert.reference_models import (
+    Comparable,
+    NativeModel,
+    PlainModel,
+    TransformersModel,
+    rounded,
+    transformers_installed,
+)
+from mtk.convert.source import Source
+from mtk.errors import ConfigError, ConversionError, Problem
+from mtk.tokenizers import Tokenizer, load_tokenizer
+
+ReferenceChoice = Literal["auto", "transformers", "plain"]
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a conversion has to honour. dtype: None keeps the stored one."""
+
+    dtype: torch.dtype | None
+    tolerance: float
+    reference: ReferenceChoice
+    max_shard_size: int
+
+
+def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
+    """Native checkpoint -> Hugging Face directory with ``parity.json``.
+
+    Raises ConversionError if no family holds the model, GateError if the written
+    directory computes something else.
+    """
+    config, tensors = read_native(source)
+    family = family_for(config)
+    foreign = family.weights(config).as_foreign(as_dtype(tensors, demands.dtype))
+    tokenizer = source_tokenizer(source, config)
+    write_hf_directory(
+        folder,
+        family.to_config(config),
+        foreign,
+        tokens=token_ids(tokenizer),
+        max_shard_size=demands.max_shard_size,
+    )
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    parity = certify(config, tensors, source.folder, folder, demands)
+    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
+    write_json(folder / "parity.json", {**parity.to_dict(), "round_trip_bit_equal": True})
+    return parity
+
+
+def write_native(source: Source, folder: Path, stage_config: Any, demands: Demands) -> Parity:
+    """Hugging Face directory -> native checkpoint of weights with ``parity.json``."""
+    config, tensors = read_native(source)
+    tokenizer = source_tokenizer(source, config)
+    weights = as_dtype(tensors, demands.dtype)
+    content = CheckpointContent(config, weights, training={"source": "convert"})
+    write_content(folder, content, stage_config, demands.max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    written = Source("native", folder, None)
+    parity = certify(
+        read_model_config(folder), written.native_tensors(), folder, source.folder, demands
+    )
+    write_json(folder / "parity.json", parity.to_dict())
+    return parity
+
+
+def certify(
+    config: ModelConfig, native: Tensors, native_folder: Path, hf_folder: Path, demands: Demands
+) -> Parity:
+    """Compare a native model with a directory run by foreign code. Raises GateError."""
+    rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
+    candidate = NativeModel(assemble(config, rounded_native, native_folder))
+    reference = reference_model(hf_folder, demands)
+    stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"
+    parity = compare(
+        candidate,
+        reference,
+        fixed_prompts(config.vocab_size or 1, config.positions),
+        tolerance=demands.tolerance,
+        stored_dtype=stored,
+    )
+    require(parity)
+    return parity
+
+
+def reference_model(folder: Path, demands: Demands) -> Comparable:
+    """The independent implementation that runs a Hugging Face directory."""
+    if demands.reference == "transformers" and not transformers_installed():
+        rule = "transformers is not installed"
+        fix = "Install the extra hf, or use --reference plain."
+        raise ConfigError([Problem("reference", "transformers", rule, fix)])
+    if demands.reference == "plain" or not transformers_installed():
+        found = read_hf_model(folder)
+        return PlainModel(read_hf_config(folder), found.tensors, demands.dtype)
+    return TransformersModel(folder, demands.dtype)
+
+
+def source_tokenizer(source: Source, config: ModelConfig) -> Tokenizer | None:
+    """The model's tokenizer; None if it has none. Raises ConversionError if it does not fit."""
+    folder = tokenizer_folder(source.kind, source.folder)
+    if not has_tokenizer(folder):
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > (config.vocab_size or 0):
+        raise ConversionError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size}."
+        )
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Special tokens for ``config.json``. Padding is EOD: generation needs some id for it."""
+    if tokenizer is None:
+        return {}
+    end = tokenizer.eos if tokenizer.eos is not None else tokenizer.eod
+    pad = tokenizer.pad if tokenizer.pad is not None else end
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": pad}
+
+
+def _check_round_trip(config: ModelConfig, tensors: Tensors, folder: Path) -> None:
+    """The written files give back every native weight bit for bit, but for padding rows."""
+    vocab = config.vocab_size or 0
+    family = family_for(config)
+    back = family.weights(config).as_native(read_weights(folder))
+    for name in tensors:
+        before, after = tensors[name], back[name]
+        if name in ("embedding.tokens.weight", "output.weight"):
+            before, after = before[:vocab], after[:vocab]
+        if before.dtype != after.dtype or not torch.equal(before, after):
+            raise ConversionError(f"{folder}: {name} did not survive the way there and back.")

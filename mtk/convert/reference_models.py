@@ -1,0 +1,150 @@
+"""The models a parity check compares, behind one small interface.
+
+Shape suffixes: B batch, S sequence, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtk.convert.families import family_of
+from mtk.convert.lazy import Tensors
+from mtk.convert.reference_forward import reference_forward
+from mtk.errors import ConversionError
+from mtk.models.gpt import GPT
+
+
+class Comparable(Protocol):
+    """One side of a comparison; computes in fp32 on the CPU.
+
+    name: what the certificate calls it. forward: logits [B, S, V], and the residual
+    stream [B, S, E] after the embedding and after each layer.
+    """
+
+    name: str
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]: ...
+
+
+class NativeModel:
+    """mtk's own module."""
+
+    def __init__(self, model: GPT) -> None:
+        self.name = "mtk"
+        self._model = model.float().eval()
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        blocks = list(self._model.layers.values())
+        return _traced(blocks, lambda: self._model(tokens_BS))
+
+
+class PlainModel:
+    """The reference forward over the files' own tensors."""
+
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Tensors, dtype: torch.dtype | None = None
+    ) -> None:
+        self.name = "mtk reference forward"
+        self._config = config
+        self._weights = {name: rounded(tensors[name], dtype) for name in tensors}
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return reference_forward(self._config, self._weights, tokens_BS)
+
+
+class TransformersModel:
+    """``AutoModelForCausalLM`` on the directory, offline.
+
+    Raises ConversionError when transformers reports any weight that is missing, left
+    over or of another shape.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.name = f"transformers {metadata.version('transformers')}"
+        with _silent_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        complaints = {key: sorted(map(str, found)) for key, found in report.items() if found}
+        if complaints:
+            raise ConversionError(f"transformers does not take {folder} as it is: {complaints}.")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(rounded(parameter, dtype))
+        self._model = model.eval()
+        family = family_of(model.config.model_type, str(folder))
+        self._blocks: Sequence[nn.Module] = list(model.get_submodule(family.blocks))
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return _traced(
+            self._blocks, lambda: self._model(input_ids=tokens_BS, use_cache=False).logits
+        )
+
+
+def transformers_installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """fp32 values of what ``dtype`` keeps of ``tensor`` (None: all of it)."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype or tensor.dtype).float()
+
+
+def _traced(blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Run with hooks on the blocks: the first one's input and each one's output."""
+    states: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        states.append(args[0].detach())
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del module, args
+        states.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [blocks[0].register_forward_pre_hook(before)] if blocks else []
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        with torch.inference_mode():
+            return run().float(), states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No progress bar and no log lines of transformers; its report is read instead."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

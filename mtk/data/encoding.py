@@ -1,0 +1,235 @@
+"""Chunks of raw records to token arrays, in this process or in a pool, always in order.
+
+Every chunk is encoded by itself, so the result does not depend on the number of workers.
+At most a few chunks a worker are in flight: memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mtk.data.indexed_dataset import token_dtype
+from mtk.data.records import BadRecord, RecordError, Texts, bad_record, parse_record
+from mtk.data.sources import Chunk
+from mtk.errors import DataError, MtkError, WorkerError
+from mtk.tokenizers import Tokenizer, load_tokenizer
+
+IN_FLIGHT = 3  # chunks a worker
+
+
+class Splitter(Protocol):
+    """Cuts a text into sentences; hashable and picklable, as workers receive it."""
+
+    def split(self, text: str) -> list[str]: ...
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What to do with every record. tokenizer: folder it was saved in."""
+
+    tokenizer: str
+    keys: tuple[str, ...]
+    append_eod: bool
+    splitter: Splitter | None = None
+
+
+@dataclass(frozen=True)
+class EncodedKey:
+    """Documents of one key: tokens [T], lengths [S] (sum T), sequences [D] (sum S)."""
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """By key in the plan's order, and the records that were left out."""
+
+    keys: tuple[EncodedKey, ...]
+    bad: tuple[BadRecord, ...]
+    records: int
+    done: int
+
+
+class Encoder:
+    """Encodes chunks with one tokenizer.
+
+    Sentences without tokens are dropped; EOD goes behind the last token of a document that
+    has any and is part of its last sentence; an empty document stays, without sequences.
+    """
+
+    def __init__(self, plan: EncodingPlan, tokenizer: Tokenizer) -> None:
+        self._plan, self._tokenizer = plan, tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        documents: list[Texts] = []
+        bad: list[tuple[int, BadRecord]] = []
+        places: list[int] = []
+        for index, raw in enumerate(chunk.records):
+            try:
+                documents.append(parse_record(raw, self._plan.keys, plain=chunk.plain))
+                places.append(index)
+            except RecordError as error:
+                bad.append((index, bad_record(chunk, index, error)))
+        try:
+            keys = self._encode_keys(documents)
+        except DataError:
+            documents, more = self._without_refused(chunk, documents, places)
+            bad = sorted([*bad, *more], key=lambda item: item[0])
+            keys = self._encode_keys(documents)
+        return EncodedChunk(keys, tuple(b for _, b in bad), len(chunk.records), chunk.done)
+
+    def _without_refused(
+        self, chunk: Chunk, documents: list[Texts], places: list[int]
+    ) -> tuple[list[Texts], list[tuple[int, BadRecord]]]:
+        """The documents that the tokenizer accepts one by one, and the others' places."""
+        kept, bad = [], []
+        for document, index in zip(documents, places, strict=True):
+            try:
+                self._encode_keys([document])
+                kept.append(document)
+            except DataError as error:
+                refused = RecordError("not tokenizable", str(error).rstrip("."))
+                bad.append((index, bad_record(chunk, index, refused)))
+        return kept, bad
+
+    def _encode_keys(self, documents: list[Texts]) -> tuple[EncodedKey, ...]:
+        return tuple(
+            self._encode_key([document[position] for document in documents])
+            for position in range(len(self._plan.keys))
+        )
+
+    def _sentences(self, value: str | list[str]) -> list[str]:
+        if isinstance(value, list):
+            return value
+        return [value] if self._plan.splitter is None else self._plan.splitter.split(value)
+
+    def _encode_key(self, values: list[str | list[str]]) -> EncodedKey:
+        text_bytes = sum(_bytes(text) for v in values for text in ([v] if type(v) is str else v))
+        documents = [self._sentences(value) for value in values]
+        encoded = iter(self._tokenizer.encode_batch([s for d in documents for s in d]))
+        sequences: list[list[int]] = []
+        counts = np.zeros(len(documents), np.int64)
+        for index, document in enumerate(documents):
+            own = [ids for ids in (next(encoded) for _ in document) if ids]
+            if own and self._plan.append_eod:
+                own[-1] = [*own[-1], self._tokenizer.eod]
+            counts[index] = len(own)
+            sequences += own
+        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        total = int(lengths.sum())
+        tokens = np.fromiter(chain.from_iterable(sequences), np.int64, total)
+        if total and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._tokenizer.vocab_size:
+            raise MtkError(
+                f"the tokenizer gave the id {int(tokens.max())}, outside its vocabulary of "
+                f"{self._tokenizer.vocab_size}; its files do not belong together."
+            )
+        return EncodedKey(tokens.astype(self._dtype), lengths, counts, text_bytes)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def encode_chunks(
+    chunks: Iterator[Chunk], plan: EncodingPlan, workers: int
+) -> Iterator[EncodedChunk]:
+    """Encode every chunk, in order, with ``workers`` processes (1: in this process).
+
+    Raises WorkerError if a worker dies or fails.
+    """
+    if workers == 1:
+        encoder = Encoder(plan, load_tokenizer(plan.tokenizer))
+        yield from map(encoder.encode, chunks)
+        return
+    methods = multiprocessing.get_all_start_methods()
+    # Not fork: threads of this process (tokenizers', torch's, Prefect's) would be lost.
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    waiting: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_in_worker, plan, chunk))
+            if len(waiting) >= IN_FLIGHT * workers:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    except BrokenProcessPool as error:
+        raise _dead_worker() from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[EncodedChunk]) -> EncodedChunk:
+    try:
+        return future.result()
+    except (MtkError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        raise WorkerError(f"a preprocessing worker failed: {error!r}.") from error
+
+
+def _dead_worker() -> WorkerError:
+    return WorkerError(
+        "a preprocessing worker died without a message: it was killed (often for lack of memory; "
+        "use fewer --workers), or this program is a script whose stage is not called under "
+        'if __name__ == "__main__".'
+    )
+
+
+def _start_worker() -> None:
+    """In each worker: no threads of its own, no death by the terminal's Ctrl-C (the parent
+    stops the pool), and no life after the parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _leave_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+@lru_cache(maxsize=1)
+def _worker_encoder(plan: EncodingPlan) -> Encoder:
+    return Encoder(plan, load_tokenizer(plan.tokenizer))
+
+
+def _encode_in_worker(plan: EncodingPlan, chunk: Chunk) -> EncodedChunk:
+    return _worker_encoder(plan).encode(chunk)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_workers(wanted: int | None, sizes: Sequence[int]) -> int:
+    """``wanted``, or a worker per core but none for less than 8 MiB of input."""
+    if wanted is not None:
+        return wanted
+    return max(1, min(usable_cores(), sum(sizes) // (8 << 20)))

@@ -1,0 +1,38 @@
+"""Overlapping windows over one long sequence, in which every target is scored once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``start .. start + length`` (one more than it has predictions).
+
+    Predictions ``first .. length - 1`` are scored, earlier ones only give context.
+    """
+
+    start: int
+    length: int
+    first: int
+
+    @property
+    def scored(self) -> int:
+        return self.length - self.first
+
+
+def windows(targets: int, length: int, overlap: int | None) -> Iterator[Window]:
+    """Windows over ``targets`` predictions, each of at most ``length``.
+
+    overlap: predictions newly scored by every window after the first (Megatron's
+    ``--overlapping-eval``); None: windows do not overlap. Window i starts at i x overlap.
+    Megatron's trailing windows, in which nothing is scored, are left out.
+    """
+    step = length if overlap is None else min(max(1, overlap), length)
+    done, index = 0, 0
+    while done < targets:
+        start = index * step
+        size = min(length, targets - start)
+        yield Window(start, size, done - start)
+        done, index = start + size, index + 1

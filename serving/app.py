@@ -1,0 +1,79 @@
+"""The Flask application around an engine."""
+
+from __future__ import annotations
+
+import hmac
+import time
+
+from flask import Flask, Response, g, request
+
+from mtk.errors import ServingError
+from serving import errors, info_routes, megatron_api, openai_api
+from serving.engine import Engine
+from serving.metrics import Metrics
+from serving.service import Service
+from serving.settings import ServerSettings
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
+
+
+def create_app(engine: Engine, settings: ServerSettings) -> Flask:
+    """All routes over ``engine``; ``service_of(app)`` gives what the server needs to drain."""
+    app = Flask("mtk", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    service = Service(engine, settings, Metrics(engine))
+    app.extensions["mtk"] = service
+    errors.register(app, settings.log)
+    _account(app, service)  # before the guard, so that refused keys are accounted for
+    _guard(app, settings)
+    for routes in (megatron_api, openai_api, info_routes):
+        app.register_blueprint(routes.blueprint(service))
+    return app
+
+
+def service_of(app: Flask) -> Service:
+    service: Service = app.extensions["mtk"]
+    return service
+
+
+def _guard(app: Flask, settings: ServerSettings) -> None:
+    keys = [key.encode() for key in settings.api_keys]
+
+    @app.before_request
+    def check_key() -> None:
+        if not keys or request.path == "/livez":
+            return
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        sent = given.strip().encode("utf-8", errors="replace")
+        # Every key is compared, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(sent, key) for key in keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ServingError(
+                "a valid key is needed: send the header Authorization: Bearer KEY", status=401
+            )
+
+
+def _account(app: Flask, service: Service) -> None:
+    """Figures and one log line a request, when its answer has gone out."""
+
+    @app.before_request
+    def begin() -> None:
+        g.started, g.quiet = time.monotonic(), False
+
+    @app.after_request
+    def account(response: Response) -> Response:
+        started, quiet = g.get("started", time.monotonic()), g.get("quiet", False)
+        method = request.method if request.method in METHODS else "other"
+        route = request.url_rule.rule if request.url_rule else "unmatched"
+        address, status = request.remote_addr, response.status_code
+
+        def end() -> None:
+            seconds = time.monotonic() - started
+            service.metrics.request(route, method, status, seconds)
+            if not quiet and method in ("PUT", "POST"):
+                line = f"{address} {method} {route} {status} {seconds * 1000:.0f} ms"
+                service.settings.log(line)
+
+        response.call_on_close(end)
+        return response

@@ -1,0 +1,271 @@
+"""Batched generation with a cache: prefill a prompt alone, decode all rows together.
+
+Prompts are never padded: each is prefilled in a row of its own, and in a decode step every
+row has its own position and looks only at its own tokens. A row's logits are therefore
+those of the row generated alone.
+
+Shape suffixes: B rows, S new tokens, T all tokens, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mtk.errors import ServingError
+from mtk.models.gpt import GPT
+from serving.kv_cache import KVCache
+from serving.requests import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    SequenceOutput,
+    TokenLogprob,
+)
+from serving.sampling import Sampler
+from serving.text import LineStop, StopStrings, TextCodec, TextStream
+
+# Positions whose logits are held at once when a whole prompt is scored.
+SCORED_AT_ONCE = 256
+
+
+class Decoder:
+    """A model with the caches of the sequences that run on it.
+
+    Row i of every call is row i of ``cache``.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.cache = KVCache(len(model.layers))
+        self._device = model.output_weight.device
+
+    def prefill(
+        self, row: int, prompt: Sequence[int], *, score_top: int | None = None
+    ) -> tuple[Tensor, list[TokenLogprob]]:
+        """Read a prompt into an empty row.
+
+        Returns the logits [V] of the next token and, if ``score_top`` is a number, the
+        log-probabilities of prompt tokens 1.. with so many alternatives.
+        """
+        tokens_BS = torch.tensor([prompt], device=self._device)
+        views = self.cache.prefill_views(row)
+        hidden_BSE = self.model.hidden(tokens_BS, caches=views)
+        self.cache.lengths[row] += len(prompt)
+        scored: list[TokenLogprob] = []
+        if score_top is not None:
+            for start in range(0, len(prompt) - 1, SCORED_AT_ONCE):
+                end = min(start + SCORED_AT_ONCE, len(prompt) - 1)
+                logits_SV = self.model.logits(hidden_BSE[0, start:end])
+                scored += logprobs_of(logits_SV, prompt[start + 1 : end + 1], score_top)
+        return self.model.logits(hidden_BSE[0, -1]), scored
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each row; the logits [B, V] of the next ones."""
+        positions_B = torch.tensor(self.cache.lengths, device=self._device)
+        tokens_BS = torch.tensor(tokens, device=self._device)[:, None]
+        seen_T = torch.arange(max(self.cache.lengths) + 1, device=self._device)
+        mask_BT = seen_T[None, :] <= positions_B[:, None]
+        logits_BSV = self.model(
+            tokens_BS,
+            positions_B[:, None],
+            mask=mask_BT[:, None, None, :],
+            caches=self.cache.decode_views(positions_B),
+        )
+        self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        return logits_BSV[:, 0]  # type: ignore[no-any-return]
+
+
+def logprobs_of(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log-softmax of raw logits at ``tokens``, each with its ``top`` likeliest alternatives."""
+    values_SV = logits_SV.float().log_softmax(dim=-1)
+    index_S1 = torch.tensor(tokens, device=values_SV.device)[:, None]
+    chosen = values_SV.gather(1, index_S1)[:, 0].tolist()
+    if not top:
+        return [TokenLogprob(*pair) for pair in zip(tokens, chosen, strict=True)]
+    best = values_SV.topk(min(top, values_SV.shape[-1]), dim=-1)
+    rows = zip(tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [TokenLogprob(t, c, tuple(zip(ids, v, strict=True))) for t, c, ids, v in rows]
+
+
+class Vocabulary:
+    """What generation needs to know about tokens' texts. size: ids that may be drawn."""
+
+    def __init__(self, codec: TextCodec, model_vocab: int) -> None:
+        self.codec = codec
+        self.size = min(codec.vocab_size, model_vocab)
+        self._newlines: Tensor | None = None
+
+    def newlines(self, device: torch.device) -> Tensor:
+        """Ids of all tokens whose text begins with a newline; found at first use."""
+        if self._newlines is None:
+            ids = [i for i in range(self.size) if self.codec.decode([i]).startswith("\n")]
+            self._newlines = torch.tensor(ids, dtype=torch.int64, device=device)
+        return self._newlines
+
+
+class RunningSequence:
+    """One continuation of one prompt: chooses tokens, makes text, knows when it is done."""
+
+    def __init__(self, request: GenerationRequest, index: int, vocabulary: Vocabulary) -> None:
+        self.request = request
+        self.index = index
+        self.prompt = request.prompts[index // request.samples]
+        self.finish: FinishReason | None = None
+        self.error: ServingError | None = None
+        self._vocabulary = vocabulary
+        self._sampler = Sampler(request.sampling, index % request.samples)
+        self._text = TextStream(vocabulary.codec, self.prompt)
+        self._stops = StopStrings(request.stop.strings)
+        self._line: LineStop | None = None
+        self._last_text = ""
+        if request.stop.line or not request.newline_after_colon:
+            self._last_text = vocabulary.codec.decode(self.prompt[-4:])
+        if request.stop.line:
+            double = request.stop.line == "double_eol"
+            self._line = LineStop(double=double, before=self._last_text)
+        self.tokens: list[int] = []
+        self._steps: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+    @property
+    def score_top(self) -> int | None:
+        """What :meth:`Decoder.prefill` is to score of the prompt."""
+        return (self.request.sampling.logprobs or 0) if self.request.prompt_logprobs else None
+
+    def scored_only(self) -> Delta:
+        """A request of no new tokens ends after its prompt was scored."""
+        self.finish = "length"
+        return Delta(self.index, (), "", (), self.finish)
+
+    def advance(self, logits_V: Tensor) -> Delta:
+        """Choose the next token from raw logits and apply the stop rules.
+
+        Logits with NaN or infinity set ``error`` instead: the weights or their precision
+        are broken, and nothing drawn from them would mean anything.
+        """
+        if not torch.isfinite(logits_V).all():
+            self.error = ServingError("the model computed NaN or infinite logits", status=500)
+            return Delta(self.index, (), "")
+        token = self._sampler.choose(self._allowed(logits_V))
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self.request.sampling.logprobs is not None:
+            top = self.request.sampling.logprobs
+            logprobs = tuple(logprobs_of(logits_V[None], [token], top))
+        self.tokens.append(token)
+        text = self._accept(token)
+        self._steps.append(text)
+        self._logprobs += logprobs
+        return Delta(self.index, (token,), text, logprobs, self.finish)
+
+    def _accept(self, token: int) -> str:
+        if token in self.request.stop.token_ids:
+            self.finish = "stop"
+            ready, _ = self._stops.push(self._text.flush())
+            return ready + self._stops.flush()
+        new = self._text.push(token)
+        last = len(self.tokens) >= self.request.max_tokens
+        if last:
+            new += self._text.flush()
+        self._last_text = new or self._last_text
+        if self._line is not None and self._line.push(new):
+            self.finish = "stop"
+        ready, stopped = self._stops.push(new)
+        if stopped:
+            self.finish = "stop"
+        elif last and self.finish is None:
+            self.finish = "length"
+        if self.finish is not None and not stopped:
+            ready += self._stops.flush()
+        return ready
+
+    def _allowed(self, logits_V: Tensor) -> Tensor:
+        if logits_V.shape[-1] > self._vocabulary.size:
+            logits_V = logits_V[: self._vocabulary.size]
+        if not self.request.newline_after_colon and self._last_text.endswith(":"):
+            newlines = self._vocabulary.newlines(logits_V.device)
+            logits_V = logits_V.index_fill(0, newlines, float("-inf"))
+        return logits_V
+
+    def output(self) -> SequenceOutput:
+        if self.finish is None:
+            raise ValueError("the sequence is still running")
+        return SequenceOutput(
+            index=self.index,
+            prompt=self.prompt,
+            tokens=tuple(self.tokens),
+            text="".join(self._steps),
+            steps=tuple(self._steps),
+            finish=self.finish,
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
+        )
+
+
+class Batch:
+    """Sequences that are decoded together; rows come and go between steps."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.running: list[RunningSequence] = []
+
+    def add(self, sequence: RunningSequence) -> Delta:
+        """Prefill the sequence's prompt and choose its first token."""
+        row = self.decoder.cache.add_row()
+        self.running.append(sequence)
+        logits_V, scored = self.decoder.prefill(row, sequence.prompt, score_top=sequence.score_top)
+        sequence.prompt_logprobs = scored
+        if sequence.request.max_tokens == 0:
+            delta = sequence.scored_only()
+        else:
+            delta = sequence.advance(logits_V)
+        self.remove(_ended)
+        return replace(delta, prompt_logprobs=tuple(scored))
+
+    def step(self) -> list[tuple[RunningSequence, Delta]]:
+        """One token for every running sequence."""
+        if not self.running:
+            return []
+        logits_BV = self.decoder.decode([sequence.tokens[-1] for sequence in self.running])
+        pairs = zip(self.running, logits_BV, strict=True)
+        deltas = [(sequence, sequence.advance(logits_V)) for sequence, logits_V in pairs]
+        self.remove(_ended)
+        return deltas
+
+    def remove(self, unwanted: Callable[[RunningSequence], bool]) -> None:
+        """Free the rows of all ``unwanted`` sequences."""
+        # From the end, so that the row that moves into a gap has been looked at already.
+        for row in reversed(range(len(self.running))):
+            if unwanted(self.running[row]):
+                moved = self.decoder.cache.free_row(row)
+                self.running[row] = self.running[moved]
+                self.running.pop()
+
+
+def _ended(sequence: RunningSequence) -> bool:
+    return sequence.finish is not None or sequence.error is not None
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, codec: TextCodec, request: GenerationRequest, *, max_rows: int = 8
+) -> list[SequenceOutput]:
+    """All sequences of one request without an engine, at most ``max_rows`` at a time.
+
+    Raises ServingError if the model computes NaN.
+    """
+    vocabulary = Vocabulary(codec, model.config.vocab_size or codec.vocab_size)
+    sequences = [RunningSequence(request, i, vocabulary) for i in range(request.sequences)]
+    batch, waiting = Batch(Decoder(model)), list(reversed(sequences))
+    while waiting or batch.running:
+        while waiting and len(batch.running) < max_rows:
+            batch.add(waiting.pop())
+        batch.step()
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error
+    return [sequence.output() for sequence in sequences]

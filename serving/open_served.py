@@ -1,0 +1,45 @@
+"""From the path of ``--load`` to a model, its tokenizer and its lineage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtk.artifacts import Artifact
+from mtk.convert.open_model import open_model
+from mtk.models.gpt import GPT
+from serving.text import TextCodec
+
+
+@dataclass(frozen=True)
+class Served:
+    """lineage: the chain of digests as plain data; None if the model is no mtk artifact."""
+
+    model: GPT
+    codec: TextCodec
+    lineage: dict[str, Any] | None
+
+
+def open_served(path: str, *, dtype: torch.dtype, device: str) -> Served:
+    """A native checkpoint, Hugging Face directory or quantised directory.
+
+    Raises ArtifactError if there is no model, or it has no tokenizer.
+    """
+    opened = open_model(path, dtype=dtype, device=device)
+    return Served(opened.model, opened.tokenizer, lineage_of(opened.artifact))
+
+
+def lineage_of(artifact: Artifact | None) -> dict[str, Any] | None:
+    if artifact is None:
+        return None
+    return {
+        "kind": artifact.kind,
+        "path": str(artifact.path),
+        "digest": artifact.digest,
+        "stage": artifact.stage,
+        "metrics": dict(artifact.metrics),
+        "versions": dict(artifact.versions),
+        "inputs": [record.to_dict() for record in artifact.inputs],
+    }

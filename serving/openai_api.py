@@ -1,0 +1,283 @@
+"""``POST /v1/completions`` as OpenAI's clients and lm-evaluation-harness speak it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+
+from mtk.errors import MtkError, ServingError
+from serving.body import Fields, checked_text, read_json, wrong_type
+from serving.engine import Engine
+from serving.requests import GenerationRequest, SequenceOutput, StopRules, TokenLogprob
+from serving.sampling import (
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+)
+from serving.service import Service
+from serving.settings import ServerSettings
+from serving.text import TextCodec, pieces
+
+MAX_NEW_TOKENS = 2**31 - 1
+# Parts of OpenAI's API that this server does not have, and what may be sent all the same.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+}
+FIELDS = (
+    "model",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stop",
+    "logprobs",
+    "echo",
+    "seed",
+    "stream",
+    "stream_options",
+    "user",
+    *NEUTRAL,
+)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A parsed request and how its answer is to look."""
+
+    generation: GenerationRequest
+    echo: bool
+    include_usage: bool
+
+
+def blueprint(service: Service) -> Blueprint:
+    from serving.sse import stream_completion
+
+    routes = Blueprint("openai", __name__)
+
+    @routes.post("/v1/completions")
+    def completions() -> Response:
+        asked = parse(read_json(request), service.engine, service.settings)
+        if asked.generation.stream:
+            return stream_completion(service, asked)
+        outputs = service.answer(asked.generation)
+        codec = service.engine.codec
+        choices = [_choice(output, asked, codec) for output in outputs]
+        produced = sum(len(output.tokens) for output in outputs)
+        return jsonify(
+            {**envelope(service.settings), "choices": choices, "usage": usage(asked, produced)}
+        )
+
+    return routes
+
+
+def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Completion:
+    """Raises ServingError: 404 for another model's name, 400 for anything else amiss."""
+    fields = Fields(data)
+    fields.refuse_unknown(FIELDS)
+    _refuse_unsupported(fields)
+    check_model(fields, settings)
+    echo, stream = fields.flag("echo"), fields.flag("stream")
+    logprobs = fields.optional_integer("logprobs", low=0, high=MAX_TOP_LOGPROBS)
+    max_tokens = fields.integer("max_tokens", 16, low=0, high=MAX_NEW_TOKENS)
+    if max_tokens == 0 and not echo:
+        raise ServingError("max_tokens = 0 needs echo = true", param="max_tokens")
+    generation = GenerationRequest(
+        prompts=_prompts(fields, engine, settings),
+        max_tokens=max_tokens,
+        sampling=_sampling(fields, logprobs),
+        stop=StopRules(token_ids=frozenset({engine.codec.eod}), strings=_stop(fields, settings)),
+        samples=fields.integer("n", 1, low=1, high=settings.max_sequences),
+        prompt_logprobs=echo and logprobs is not None,
+        stream=stream,
+    )
+    fields.text("user")
+    if generation.sequences > settings.max_sequences:
+        raise ServingError(
+            f"{len(generation.prompts)} prompts x n = {generation.samples} are more than "
+            f"{settings.max_sequences} sequences",
+            param="n",
+        )
+    return Completion(generation, echo, _include_usage(fields, stream))
+
+
+def check_model(fields: Fields, settings: ServerSettings) -> None:
+    """Raises ServingError (404) for the name of a model that is not served."""
+    name = fields.text("model")
+    if name is not None and name != settings.model:
+        raise ServingError(
+            f"the model {name[:80]!r} does not exist here; this server has {settings.model!r}",
+            status=404,
+            param="model",
+        )
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    for name, allowed in NEUTRAL.items():
+        value = fields.raw(name)
+        if value is not None and (isinstance(value, bool) or value not in allowed):
+            raise ServingError(f"{name} is not supported by this server", param=name)
+
+
+def _sampling(fields: Fields, logprobs: int | None) -> SamplingParams:
+    top_p = fields.number("top_p", 1.0, low=0.0, high=1.0)
+    if top_p == 0:
+        raise ServingError(
+            "top_p = 0: must lie in (0, 1]; temperature = 0 is greedy", param="top_p"
+        )
+    return SamplingParams(
+        temperature=fields.number("temperature", 1.0, low=0.0, high=MAX_TEMPERATURE),
+        top_k=fields.integer("top_k", 0, low=0, high=MAX_TOP_K),
+        top_p=top_p,
+        seed=fields.optional_integer("seed", low=0, high=MAX_SEED),
+        logprobs=logprobs,
+    )
+
+
+def _prompts(
+    fields: Fields, engine: Engine, settings: ServerSettings
+) -> tuple[tuple[int, ...], ...]:
+    """Ids of the prompts: a text, texts, ids or lists of ids; empty text is the end of
+    document, as in OpenAI's API."""
+    value = fields.raw("prompt")
+    if value is None:
+        raise ServingError("prompt is required: text, ids, or a list of these", param="prompt")
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ServingError("prompt is an empty list", param="prompt")
+    if isinstance(value, list) and all(_is_id(item) for item in items):
+        return (tuple(items),)
+    if len(items) > settings.max_sequences:
+        raise ServingError(
+            f"prompt holds {len(items)} prompts; at most {settings.max_sequences} are allowed",
+            param="prompt",
+        )
+    return tuple(_ids(item, engine) for item in items)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ids(item: object, engine: Engine) -> tuple[int, ...]:
+    if isinstance(item, list) and item and all(_is_id(token) for token in item):
+        return tuple(item)
+    if isinstance(item, str):
+        return tuple(encode(item, engine.codec)) or (engine.codec.eod,)
+    if isinstance(item, list):
+        raise ServingError("prompt holds a list that is not of token ids", param="prompt")
+    raise wrong_type("prompt", item, "text, token ids, or a list of these")
+
+
+def encode(text: str, codec: TextCodec, param: str = "prompt") -> list[int]:
+    """Raises ServingError (400) for text that the tokenizer cannot take."""
+    text = checked_text(param, text)
+    try:
+        return codec.encode(text)
+    except MtkError as error:
+        raise ServingError(str(error), param=param) from None
+
+
+def _stop(fields: Fields, settings: ServerSettings) -> tuple[str, ...]:
+    value = fields.raw("stop")
+    if value is None:
+        return ()
+    items = value if isinstance(value, list) else [value]
+    if len(items) > settings.max_stop_strings:
+        raise ServingError(
+            f"stop holds {len(items)} texts; at most {settings.max_stop_strings} are allowed",
+            param="stop",
+        )
+    for item in items:
+        if not 1 <= len(checked_text("stop", item)) <= settings.max_stop_length:
+            raise ServingError(
+                f"stop texts must have 1..{settings.max_stop_length} characters", param="stop"
+            )
+    return tuple(items)
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.raw("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise wrong_type("stream_options", options, "an object")
+    if not stream:
+        raise ServingError("stream_options needs stream = true", param="stream_options")
+    inner = Fields(options)
+    inner.refuse_unknown(("include_usage",))
+    return inner.flag("include_usage")
+
+
+def envelope(settings: ServerSettings) -> dict[str, Any]:
+    """What every reply and every chunk of a stream begins with."""
+    return {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": settings.model,
+    }
+
+
+def usage(asked: Completion, produced: int) -> dict[str, int]:
+    prompt = sum(len(ids) for ids in asked.generation.prompts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": produced,
+        "total_tokens": prompt + produced,
+    }
+
+
+def _choice(output: SequenceOutput, asked: Completion, codec: TextCodec) -> dict[str, Any]:
+    texts = list(output.steps)
+    values: list[TokenLogprob | None] = list(output.logprobs)
+    before = ""
+    if asked.echo:
+        prompt = pieces(codec, output.prompt)
+        before = "".join(prompt)
+        texts = [*prompt, *texts]
+        values = [None, *output.prompt_logprobs, *values]
+    wanted = asked.generation.sampling.logprobs is not None
+    return {
+        "index": output.index,
+        "text": before + output.text,
+        "logprobs": logprobs_object(texts, values, codec) if wanted else None,
+        "finish_reason": output.finish,
+    }
+
+
+def logprobs_object(
+    texts: Sequence[str], values: Sequence[TokenLogprob | None], codec: TextCodec, offset: int = 0
+) -> dict[str, Any]:
+    """OpenAI's parallel lists; the first token of a prompt has null. offset: characters
+    that came before."""
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": list(texts),
+        "token_logprobs": [None if value is None else value.logprob for value in values],
+        "top_logprobs": [None if value is None else _top(value, codec) for value in values],
+        "text_offset": offsets,
+    }
+
+
+def _top(value: TokenLogprob, codec: TextCodec) -> dict[str, float]:
+    """Alternatives by their text; of tokens with the same text the likeliest counts."""
+    found: dict[str, float] = {}
+    for token, logprob in (*value.top, (value.token, value.logprob)):
+        found.setdefault(codec.decode([token]), logprob)
+    return found

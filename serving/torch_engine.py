@@ -1,0 +1,337 @@
+"""The engine on plain PyTorch: one thread that owns the model and decodes all rows together.
+
+Every tick admits at most one waiting sequence (its prompt is prefilled alone), decodes one
+token for all running ones and advances beam searches by a step. Requests take turns, so a
+long list of prompts does not keep others waiting; a cancelled request loses its rows at
+the next tick.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+import torch
+
+from mtk.models.gpt import GPT
+from serving import beam
+from serving.engine import EngineStats, Health, Observer, Ticket
+from serving.errors import NotReadyError, OverloadedError, describe
+from serving.generation import Batch, Decoder, RunningSequence, Vocabulary
+from serving.requests import Delta, GenerationRequest, check_fits
+from serving.text import TextCodec
+
+# A decode step this recent (seconds) proves health without a probe of its own.
+RECENT = 5.0
+
+
+@dataclass
+class _Job:
+    """A ticket and how many of its sequences have begun."""
+
+    ticket: Ticket
+    begun: int = 0
+
+    @property
+    def exhausted(self) -> bool:
+        beams = self.ticket.request.beam is not None
+        return self.begun >= (1 if beams else self.ticket.request.sequences)
+
+
+@dataclass
+class _Probe:
+    done: threading.Event = field(default_factory=threading.Event)
+    health: Health = Health(False, "the engine did not answer")
+
+
+@dataclass
+class _BeamSearch:
+    job: _Job
+    decoder: Decoder
+    steps: Generator[None, None, list[beam.Hypothesis]]
+
+
+class TorchEngine:
+    """Implements :class:`serving.engine.Engine`.
+
+    max_batch_size: sequences decoded together. max_queue: requests that may wait.
+    context: most tokens of a sequence. report: gets the traceback if the thread dies.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        codec: TextCodec,
+        *,
+        context: int,
+        max_batch_size: int = 8,
+        max_queue: int = 64,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._model = model.eval()
+        self._vocabulary = Vocabulary(codec, model.config.vocab_size or codec.vocab_size)
+        self._context = context
+        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._report = report
+        self._observer: Observer | None = None
+        self._wake = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._probes: list[_Probe] = []
+        self._stopping = False
+        self._death: str | None = None
+        self._batch = Batch(Decoder(model))
+        self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
+        self._beam: _BeamSearch | None = None
+        self._admitted: _Job | None = None  # begun, but not yet among the owners
+        self._last_decode = 0.0
+        self._seconds_per_request = 1.0
+        self._thread = threading.Thread(target=self._main, name="mtk-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def codec(self) -> TextCodec:
+        return self._vocabulary.codec
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocabulary.size
+
+    @property
+    def thread_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def died(self) -> str | None:
+        """Why the thread ended, if nobody stopped it."""
+        return self._death if self._death is not None and not self._stopping else None
+
+    def observe(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def submit(self, request: GenerationRequest) -> Ticket:
+        check_fits(request, context=self._context, vocab=self._vocabulary.size)
+        ticket = Ticket(request, self._notify)
+        with self._wake:
+            self._refuse_if_stopped()
+            waiting = self._waiting()
+            if waiting >= self._max_queue and not self._idle():
+                raise OverloadedError(
+                    f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
+                    retry_after=round(self._seconds_per_request * (waiting + 1)),
+                )
+            self._jobs.append(_Job(ticket))
+            self._wake.notify_all()
+        return ticket
+
+    def probe(self, timeout: float) -> Health:
+        with self._wake:
+            if self._death is not None:
+                return Health(False, self._death)
+            if time.monotonic() - self._last_decode < RECENT:
+                return Health(True)
+            probe = _Probe()
+            self._probes.append(probe)
+            self._wake.notify_all()
+        probe.done.wait(timeout)
+        return probe.health
+
+    def stats(self) -> EngineStats:
+        with self._wake:
+            beams = 1 if self._beam else 0
+            cached = self._batch.decoder.cache.tokens
+            return EngineStats(len(self._batch.running) + beams, self._waiting(), cached)
+
+    def close(self, timeout: float) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join(timeout)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def _waiting(self) -> int:
+        return sum(not job.begun for job in self._jobs)
+
+    def _idle(self) -> bool:
+        """A row is free and nobody is before a new request."""
+        return not self._jobs and len(self._batch.running) < self._max_batch_size
+
+    def _refuse_if_stopped(self) -> None:
+        if self._death is not None:
+            raise NotReadyError(self._death)
+        if self._stopping:
+            raise NotReadyError("the server is stopping")
+
+    # Everything below runs in the engine's thread.
+
+    def _main(self) -> None:
+        reason = "the server is stopping"
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._tick()
+        except BaseException as error:  # the thread ends here, so nobody else would see it
+            reason = f"the engine died: {type(error).__name__}"
+            self._report(f"{reason}\n{describe(error)}")
+        finally:
+            self._die(reason)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not self._stopping and not (
+                self._jobs or self._probes or self._owners or self._beam
+            ):
+                self._wake.wait()
+            return not self._stopping
+
+    def _tick(self) -> None:
+        self._answer_probes()
+        self._drop_abandoned()
+        self._admit()
+        for sequence, delta in self._batch.step():
+            self._deliver(sequence, delta)
+        self._advance_beam()
+
+    def _admit(self) -> None:
+        with self._wake:
+            job = self._next_job()
+            if job is None:
+                return
+            if not job.begun and self._observer is not None:
+                self._observer.queued(time.monotonic() - job.ticket.submitted)
+            index, job.begun = job.begun, job.begun + 1
+            if not job.exhausted:
+                self._jobs.append(job)
+            self._admitted = job
+        request = job.ticket.request
+        if request.beam is not None:
+            self._count_prompt(len(request.prompts[0]))
+            decoder = Decoder(self._model)
+            search = beam.search(decoder, self._vocabulary, request)
+            self._beam = _BeamSearch(job, decoder, search)
+            return
+        sequence = RunningSequence(request, index, self._vocabulary)
+        self._count_prompt(len(sequence.prompt))
+        self._owners[sequence] = (job, job.ticket.submitted)
+        self._deliver(sequence, self._batch.add(sequence))
+
+    def _next_job(self) -> _Job | None:
+        """The next job in turn that there is room for; one beam search runs at a time."""
+        for _ in range(len(self._jobs)):
+            job = self._jobs.popleft()
+            if job.ticket.request.beam is not None:
+                fits = self._beam is None
+            else:
+                fits = len(self._batch.running) < self._max_batch_size
+            if fits:
+                return job
+            self._jobs.append(job)
+        return None
+
+    def _deliver(self, sequence: RunningSequence, delta: Delta) -> None:
+        job, since = self._owners[sequence]
+        now = self._last_decode = time.monotonic()
+        self._owners[sequence] = (job, now)
+        if self._observer is not None and delta.tokens:
+            self._observer.token(now - since, first=len(sequence.tokens) == 1)
+        if sequence.error is not None:
+            job.ticket.fail(sequence.error)
+            del self._owners[sequence]
+            self._finished("error")
+            return
+        job.ticket.push(delta)
+        if sequence.finish is not None:
+            job.ticket.complete(sequence.output())
+            del self._owners[sequence]
+            self._finished(sequence.finish)
+            if job.ticket.done:
+                self._learn_duration(job.ticket)
+
+    def _advance_beam(self) -> None:
+        if self._beam is None:
+            return
+        search = self._beam
+        try:
+            next(search.steps)
+            self._last_decode = time.monotonic()
+        except StopIteration as end:
+            ticket = search.job.ticket
+            found = beam.outputs(ticket.request, self._vocabulary, end.value)
+            ticket.complete(*found, last=True)
+            self._beam = None
+            self._finished(found[0].finish)
+            self._learn_duration(ticket)
+
+    def _drop_abandoned(self) -> None:
+        """Free what cancelled or failed requests hold."""
+        abandoned = {s for s, (job, _) in self._owners.items() if job.ticket.done}
+        if abandoned:
+            self._batch.remove(abandoned.__contains__)
+            for sequence in abandoned:
+                del self._owners[sequence]
+                self._finished("abort")
+        with self._wake:
+            self._jobs = deque(job for job in self._jobs if not job.ticket.done)
+        if self._beam is not None and self._beam.job.ticket.done:
+            self._beam = None
+            self._finished("abort")
+
+    def _answer_probes(self) -> None:
+        with self._wake:
+            probes, self._probes = self._probes, []
+        if probes:
+            health = self._decode_once()
+            for probe in probes:
+                probe.health = health
+                probe.done.set()
+
+    def _decode_once(self) -> Health:
+        """A prompt of one token and one decode step, in a cache of their own."""
+        decoder = Decoder(self._model)
+        decoder.cache.add_row()
+        decoder.prefill(0, [self._vocabulary.codec.eod])
+        if not torch.isfinite(decoder.decode([self._vocabulary.codec.eod])).all():
+            return Health(False, "the model computes NaN or infinite logits")
+        self._last_decode = time.monotonic()
+        return Health(True)
+
+    def _count_prompt(self, tokens: int) -> None:
+        if self._observer is not None:
+            self._observer.prompt(tokens)
+
+    def _finished(self, reason: str) -> None:
+        if self._observer is not None:
+            self._observer.finished(reason)
+
+    def _learn_duration(self, ticket: Ticket) -> None:
+        """A moving average of seconds a request takes from a row, for Retry-After."""
+        seconds = (time.monotonic() - ticket.submitted) / self._max_batch_size
+        self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
+
+    def _die(self, reason: str) -> None:
+        with self._wake:
+            self._death = reason
+            tickets = {job.ticket for job in self._jobs}
+            tickets |= {job.ticket for job, _ in self._owners.values()}
+            tickets |= {job.ticket for job in (self._admitted,) if job is not None}
+            if self._beam is not None:
+                tickets.add(self._beam.job.ticket)
+            self._jobs.clear()
+            self._owners.clear()
+            self._beam = None
+            self._batch.running.clear()
+            probes, self._probes = self._probes, []
+        for ticket in tickets:
+            ticket.fail(NotReadyError(reason))
+        for probe in probes:
+            probe.health = Health(False, reason)
+            probe.done.set()

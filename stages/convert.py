@@ -1,0 +1,69 @@
+"""Stage ``convert``: native checkpoint <-> Hugging Face directory, with a certificate."""
+
+from __future__ import annotations
+
+from mtk.artifacts import Artifact, completed, publish_directory
+from mtk.config.convert import ConvertConfig
+from mtk.errors import ConversionError
+from mtk.session import Session
+
+
+def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
+    """Write ``config.save``; nothing appears there unless both models give the same logits.
+
+    Raises ConversionError (no counterpart, weights left over) and GateError (parity).
+    """
+    from mtk.convert.lazy import DTYPES
+    from mtk.convert.publish_model import Demands, write_hf, write_native
+    from mtk.convert.source import find_source
+
+    session = session or Session()
+    source = find_source(config.load)
+    _check_kinds(config, source.kind)
+    inputs = source.inputs()
+    done = completed(config.save, stage="convert", config=config, inputs=inputs)
+    if done is not None and not session.force:
+        session.reporter.info(f"{config.save} is complete and up to date; nothing to do.")
+        return done
+    demands = Demands(
+        DTYPES[config.dtype] if config.dtype else None,
+        config.tolerance,
+        config.reference,
+        config.max_shard_size,
+    )
+    session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
+    with publish_directory(
+        config.save,
+        kind="hf_model" if config.to == "hf" else "checkpoint",
+        stage="convert",
+        config=config,
+        inputs=inputs,
+        command=session.command,
+        force=session.force,
+    ) as publication:
+        if config.to == "hf":
+            parity = write_hf(source, publication.folder, demands)
+        else:
+            parity = write_native(source, publication.folder, config, demands)
+        publication.metrics.update(
+            max_abs_logit_error=parity.max_abs_logit_error,
+            top1_agreement=parity.top1_agreement,
+            reference=parity.reference,
+        )
+    session.reporter.info(
+        f"parity with {parity.reference}: largest logit error "
+        f"{parity.max_abs_logit_error:.2e} (allowed {parity.limit:.2e}), same top token at "
+        f"{parity.top1_agreement:.2%} of positions"
+    )
+    return publication.artifact
+
+
+def _check_kinds(config: ConvertConfig, kind: str) -> None:
+    if config.source != "auto" and config.source != kind:
+        raise ConversionError(f"{config.load} is {kind}, but --from says {config.source}.")
+    if kind == "quantized":
+        raise ConversionError(
+            f"{config.load} is quantised; convert what it was made from (mtk lineage shows it)."
+        )
+    if kind == config.to:
+        raise ConversionError(f"{config.load} is {kind} already; there is nothing to convert.")

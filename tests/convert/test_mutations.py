@@ -1,0 +1,127 @@
+"""Mutation check: every seeded fault of the converter is refused with exit code 5.
+
+A round trip alone would let most of them pass, because a fault in the table is made on
+the way out and undone on the way in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtk.convert import families
+from mtk.convert.family import Family
+from mtk.convert.open_model import read_native
+from mtk.convert.source import find_source
+from mtk.errors import GateError
+from stages.convert import run
+from tests.convert.faults import FAULTS, Fault
+from tests.convert.models import convert_config, gpt2_config, llama, quiet, save_native
+
+CONFIGS = {
+    "llama": llama(
+        num_query_groups=4, add_bias_linear=True, untie_embeddings_and_output_weights=True
+    ),
+    "gpt2": gpt2_config(),
+}
+IDS = [f"{family.model_type}: {name}" for family, name, _ in FAULTS]
+
+
+@pytest.fixture(scope="module")
+def natives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("natives")
+    return {
+        kind: save_native(folder / kind, config, tokenizer=False)
+        for kind, config in CONFIGS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(natives: dict[str, Path]) -> dict[str, Path]:
+    return {
+        kind: run(convert_config(path, path.with_name(f"{kind}-hf")), quiet()).path
+        for kind, path in natives.items()
+    }
+
+
+def seed_fault(monkeypatch: pytest.MonkeyPatch, family: Family, fault: Fault) -> None:
+    table = tuple(
+        fault(family) if entry.model_type == family.model_type else entry
+        for entry in families.FAMILIES
+    )
+    monkeypatch.setattr(families, "FAMILIES", table)
+
+
+@pytest.mark.parametrize(("family", "name", "fault"), FAULTS, ids=IDS)
+def test_export_with_a_fault_is_refused(
+    family: Family,
+    name: str,
+    fault: Fault,
+    natives: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seed_fault(monkeypatch, family, fault)
+    with pytest.raises(GateError, match="first difference") as caught:
+        run(convert_config(natives[family.model_type], tmp_path / "hf"), quiet())
+    assert caught.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("family", "name", "fault"), FAULTS, ids=IDS)
+def test_import_with_a_fault_is_refused(
+    family: Family,
+    name: str,
+    fault: Fault,
+    exported: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if name == "output tied":
+        pytest.skip("a fault of writing only")
+    seed_fault(monkeypatch, family, fault)
+    with pytest.raises(GateError):
+        run(convert_config(exported[family.model_type], tmp_path / "n", to="native"), quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def survives_round_trip(family: Family, fault: Fault, native: Path) -> bool:
+    """What a test that only converts there and back would see."""
+    config, tensors = read_native(find_source(native))
+    table = fault(family).weights(config)
+    foreign = table.as_foreign(tensors)
+    back = table.as_native({name: foreign[name] for name in foreign})
+    vocab = config.vocab_size or 0
+    return all(
+        torch.equal(tensors[name][:vocab], back[name][:vocab])
+        if name in ("embedding.tokens.weight", "output.weight")
+        else torch.equal(tensors[name], back[name])
+        for name in tensors
+    )
+
+
+def test_a_round_trip_alone_misses_most_faults(natives: dict[str, Path]) -> None:
+    missed = [
+        f"{family.model_type}: {name}"
+        for family, name, fault in FAULTS
+        if survives_round_trip(family, fault, natives[family.model_type])
+    ]
+    assert len(FAULTS) == 27
+    assert len(missed) >= 20, missed
+
+
+def test_the_first_wrong_layer_is_named(
+    natives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {
+        "embedding rows shifted": "the embedding",
+        "gate and up swapped": "layer 0",
+        "final norm skipped": "the final norm or the output matrix",
+    }
+    for family, name, fault in FAULTS:
+        if family.model_type == "llama" and name in expected:
+            seed_fault(monkeypatch, family, fault)
+            with pytest.raises(GateError, match=f"first difference: {expected[name]}"):
+                run(convert_config(natives["llama"], tmp_path / "hf"), quiet())

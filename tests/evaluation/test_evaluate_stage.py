@@ -1,0 +1,243 @@
+"""Figures against the slowest correct computation, and the stage's artifact and errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtk.artifacts import Artifact, verify_lineage
+from mtk.cli.main import main
+from mtk.config import make
+from mtk.config.evaluate import EvaluateConfig
+from mtk.convert.open_model import OpenedModel, open_model
+from mtk.errors import ArtifactError, ConfigError, DataError
+from mtk.evaluation.scoring import Request, batches
+from stages.evaluate import run
+from tests.convert.models import TEXT, VOCAB, llama, quiet, save_native
+
+CONTEXT = 24
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_native(tmp_path_factory.mktemp("evaluate") / "model", llama())
+
+
+@pytest.fixture(scope="module")
+def opened(native: Path) -> OpenedModel:
+    return open_model(native)
+
+
+def evaluate(native: Path, data: Path, folder: Path, **changes: Any) -> Artifact:
+    values: dict[str, Any] = {
+        "load": str(native),
+        "task": "WIKITEXT103",
+        "valid_data": str(data),
+        "output": str(folder / "out"),
+        "detokenizer": "none",
+    }
+    return run(make(EvaluateConfig, **(values | changes)), quiet())
+
+
+def results(artifact: Artifact) -> dict[str, Any]:
+    return dict(json.loads((artifact.path / "results.json").read_text()))
+
+
+def items(artifact: Artifact) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (artifact.path / "items.jsonl").read_text().splitlines()]
+
+
+def log_prob(opened: OpenedModel, context: list[int], target: int) -> float:
+    logits: Tensor = opened.model(torch.tensor([context]))[0, -1].double()
+    return logits.log_softmax(-1)[target].item()
+
+
+def brute_force(opened: OpenedModel, tokens: list[int], step: int) -> float:
+    """-ln p of every target, one forward pass each, with the context its window gives."""
+    total = 0.0
+    for target in range(1, len(tokens)):
+        prediction = target - 1
+        late = max(0, math.ceil((prediction - CONTEXT + 1) / step))
+        total -= log_prob(opened, tokens[late * step : target], tokens[target])
+    return total
+
+
+@pytest.mark.parametrize("overlap", [None, 1, 7, CONTEXT])
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_perplexity_is_the_brute_force_one(
+    overlap: int | None, batch_size: int | None, native: Path, opened: OpenedModel, tmp_path: Path
+) -> None:
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    artifact = evaluate(native, data, tmp_path, overlapping_eval=overlap, batch_size=batch_size)
+    tokens = opened.tokenizer.encode(TEXT)
+    total = brute_force(opened, tokens, overlap or CONTEXT)
+    figures = results(artifact)["figures"]
+    assert figures["total_nll"] == pytest.approx(total, rel=1e-6)
+    assert figures["tokens"] == len(tokens) and figures["scored_tokens"] == len(tokens) - 1
+    loss, original = total / (len(tokens) - 1), len(TEXT.strip().split(" "))
+    ratio = (len(tokens) - 1) / (original - 1)
+    assert figures["loss"] == pytest.approx(loss)
+    assert figures["perplexity"] == pytest.approx(math.exp(min(20, loss)))
+    assert figures["adjusted_perplexity"] == pytest.approx(math.exp(min(20, loss * ratio)))
+    assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT.encode()))
+    assert figures["original_tokens"] == original and figures["words"] == len(TEXT.split())
+    assert math.fsum(item["nll"] for item in items(artifact)) == pytest.approx(total)
+
+
+def test_documents_are_scored_apart(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    texts = [TEXT[:40], TEXT[40:]]
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    artifact = evaluate(native, data, tmp_path)
+    total = sum(brute_force(opened, opened.tokenizer.encode(t), CONTEXT) for t in texts)
+    figures = results(artifact)["figures"]
+    assert figures["total_nll"] == pytest.approx(total, rel=1e-6)
+    assert figures["documents"] == 2 and figures["scored_tokens"] == figures["tokens"] - 2
+    assert [item["document"] for item in items(artifact)][-1] == 1
+
+
+PASSAGES = ["the quick brown fox jumps", "over the lazy dog dog", "a test numbers"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_lambada_is_the_brute_force_one(
+    strict: bool, batch_size: int | None, native: Path, opened: OpenedModel, tmp_path: Path
+) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in PASSAGES), encoding="utf-8")
+    artifact = evaluate(
+        native, data, tmp_path, task="LAMBADA", strict_lambada=strict, batch_size=batch_size
+    )
+    found = items(artifact)
+    encode = opened.tokenizer.encode
+    for passage, item in zip(PASSAGES, found, strict=True):
+        if strict:
+            word = passage.split()[-1]
+            context, label = encode(passage[: passage.rindex(word)].strip()), encode(" " + word)
+        else:
+            context, label = encode(passage)[:-1], encode(passage)[-1:]
+        expected = sum(
+            log_prob(opened, context + label[:k], target) for k, target in enumerate(label)
+        )
+        assert item["log_prob"] == pytest.approx(expected, rel=1e-5)
+        assert item["context_tokens"] == len(context) and item["label_tokens"] == len(label)
+        assert item["label"] == opened.tokenizer.decode(label)
+    figures = results(artifact)["figures"]
+    assert figures["correct"] == sum(item["correct"] for item in found)
+    assert figures["accuracy"] == figures["correct"] / 3 and figures["strict"] is strict
+
+
+def test_lambada_counts_a_right_answer(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
+    """For some context the model's own most likely token survives tokenisation."""
+    encode, decode = opened.tokenizer.encode, opened.tokenizer.decode
+    for size in range(1, 20):
+        context = encode(TEXT[:size])
+        best = int(opened.model(torch.tensor([context]))[0, -1].argmax())
+        text = decode([*context, best])
+        if encode(text) == [*context, best] and text.strip() == text:
+            break
+    else:
+        pytest.fail("no passage found")
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    figures = results(evaluate(native, data, tmp_path, task="LAMBADA"))["figures"]
+    assert figures["correct"] == figures["total"] == 1
+
+
+def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    first = evaluate(native, data, tmp_path)
+    found = results(first)
+    assert first.kind == "evaluation" and {i.role for i in first.inputs} == {"model", "data"}
+    assert found["definitions"]["adjusted_perplexity"] and found["detokenizer"] == "none"
+    assert found["data"][0]["file"] == "a.txt" and len(found["data"][0]["sha256"]) == 64
+    assert set(verify_lineage(first).values()) == {"verified"}
+    assert evaluate(native, data, tmp_path).timings == first.timings
+    data.write_text(TEXT + "more", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="--force"):
+        evaluate(native, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "message"),
+    [
+        ("a.txt", "", {}, "is empty"),
+        ("a.txt", "\n", {}, "is empty"),
+        ("a.jsonl", '{"x": "y"}\n', {}, "no field 'text'"),
+        ("a.jsonl", '{"text": "word"}\n', {"task": "LAMBADA", "strict_lambada": True}, "too short"),
+        ("a.jsonl", json.dumps({"text": TEXT}), {"task": "LAMBADA"}, "--seq-length"),
+        ("missing/a.txt", None, {}, "does not exist"),
+    ],
+)
+def test_bad_data(
+    name: str,
+    content: str | None,
+    changes: dict[str, Any],
+    message: str,
+    native: Path,
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / name
+    if content is not None:
+        data.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        evaluate(native, data, tmp_path, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_length": 25}, "exceeds the 24 positions"),
+        ({"overlapping_eval": 25}, "exceeds the context of 24"),
+        ({"overlapping_eval": 9, "seq_length": 8}, "Nearest: 8"),
+        ({"strict_lambada": True}, "belongs to --task LAMBADA"),
+        ({"task": "LAMBADA", "overlapping_eval": 3}, "belongs to --task WIKITEXT103"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str, native: Path, tmp_path: Path) -> None:
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        evaluate(native, data, tmp_path, **changes)
+
+
+def test_a_model_without_tokenizer_cannot_be_scored(tmp_path: Path) -> None:
+    model = save_native(tmp_path / "bare", llama(vocab_size=VOCAB), tokenizer=False)
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="has no tokenizer"):
+        evaluate(model, data, tmp_path)
+
+
+def test_command_line_json(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "wiki.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    arguments = ["evaluate", "--load", str(native), "--task", "WIKITEXT103"]
+    arguments += ["--valid-data", str(data), "--output", str(tmp_path / "out"), "--json"]
+    assert main(arguments) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["event"] == "result" and last["kind"] == "evaluation"
+    assert last["metrics"]["bits_per_byte"] > 0
+    arguments[6] = str(tmp_path / "none.txt")
+    assert main(arguments) == 3
+
+
+def test_batches_respect_both_limits() -> None:
+    requests = [Request(range(size + 1), 1) for size in (5, 1, 9, 3, 3, 8)]
+    groups = list(batches(requests, 2, 16))
+    assert sorted(index for group in groups for index in group) == list(range(6))
+    for group in groups:
+        longest = max(requests[i].inputs for i in group)
+        assert len(group) <= 2 and (len(group) == 1 or len(group) * longest <= 16)

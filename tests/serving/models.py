@@ -1,0 +1,76 @@
+"""Small random models and a tokenizer of bytes for the tests of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mtk.config import make
+from mtk.config.model import ModelConfig
+from mtk.models.build import build_model
+from mtk.models.gpt import GPT
+from mtk.models.init import initialize
+
+EOD = 256
+
+
+class ByteCodec:
+    """Ids 0..255 are bytes, 256 is the end of a document."""
+
+    vocab_size = 257
+    eod = EOD
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        out, run = [], bytearray()
+        for token in ids:
+            if token < 256:
+                run.append(token)
+            else:
+                out += [run.decode("utf-8", errors="replace"), "<|endoftext|>"]
+                run = bytearray()
+        return "".join([*out, run.decode("utf-8", errors="replace")])
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    values: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": 96,
+        "vocab_size": 257,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.3,
+    }
+    return make(ModelConfig, **{**values, **changes})
+
+
+def tiny_model(seed: int = 1, **changes: object) -> GPT:
+    """A random GPT in fp32 whose logits are far from uniform."""
+    config = tiny_config(**changes)
+    model = build_model(config)
+    initialize(model, config, seed)
+    return model.eval()
+
+
+LLAMA_LIKE = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+    "untie_embeddings_and_output_weights": True,
+}
+
+
+@torch.inference_mode()
+def greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list[int]:
+    """The simplest correct decoder: the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]

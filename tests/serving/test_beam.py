@@ -1,0 +1,111 @@
+"""Beam search against exhaustive enumeration and against a naive form without a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from mtk.models.gpt import GPT
+from serving import beam
+from serving.generation import Decoder, Vocabulary
+from serving.requests import BeamParams, GenerationRequest
+from tests.serving.models import tiny_model
+
+STOP, VOCAB = 4, 5
+PROMPT = (1, 2, 0)
+
+
+class Letters:
+    vocab_size, eod = VOCAB, STOP
+
+    def encode(self, text: str) -> list[int]:
+        return ["abcd.".index(letter) for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join("abcd."[token] for token in ids)
+
+
+def toy(seed: int) -> GPT:
+    return tiny_model(seed, vocab_size=VOCAB, init_method_std=0.5)
+
+
+def search(model: GPT, width: int, length: int, penalty: float) -> list[beam.Hypothesis]:
+    params = BeamParams(width=width, length_penalty=penalty, stop_token=STOP)
+    request = GenerationRequest(prompts=(PROMPT,), max_tokens=length, beam=params)
+    steps = beam.search(Decoder(model), Vocabulary(Letters(), VOCAB), request)
+    with torch.inference_mode():
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found: list[beam.Hypothesis] = end.value
+                return found
+
+
+@torch.inference_mode()
+def log_probability(model: GPT, tokens: Sequence[int]) -> float:
+    ids = torch.tensor([[*PROMPT, *tokens]])
+    logs_SV = model(ids)[0].log_softmax(dim=-1)
+    start = len(PROMPT) - 1
+    return sum(float(logs_SV[start + i, token]) for i, token in enumerate(tokens))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_a_wide_beam_is_exhaustive(penalty: float) -> None:
+    model, length = toy(1), 3
+    letters = range(VOCAB - 1)
+    every = [(s, s) for s in itertools.product(letters, repeat=length)]
+    for size in range(length):
+        every += [(s, (*s, STOP)) for s in itertools.product(letters, repeat=size)]
+    scored = sorted(
+        ((log_probability(model, full) / len(full) ** penalty, shown) for shown, full in every),
+        reverse=True,
+    )
+    found = search(model, 200, length, penalty)
+    assert [h.tokens for h in found] == [tokens for _, tokens in scored]
+    assert [h.score for h in found] == pytest.approx([score for score, _ in scored], abs=1e-4)
+
+
+def naive(
+    model: GPT, width: int, length: int, penalty: float
+) -> list[tuple[float, tuple[int, ...]]]:
+    """The reference's rules on whole forwards; no cache, no tensors kept."""
+    beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    done: list[tuple[float, tuple[int, ...]]] = []
+    for step in range(1, length + 1):
+        options = [
+            (log_probability(model, (*tokens, token)), tokens, token)
+            for _, tokens in beams
+            for token in range(VOCAB)
+        ]
+        options.sort(key=lambda option: -option[0])
+        beams = []
+        for rank, (total, tokens, token) in enumerate(options[: 2 * width]):
+            if token == STOP:
+                if rank < width:
+                    done.append((total / step**penalty, tokens))
+                    done = sorted(done, reverse=True)[:width]
+            elif len(beams) < width:
+                beams.append((total, (*tokens, token)))
+        if len(done) == width and done[-1][0] >= options[0][0] / step**penalty:
+            return done
+    done += [(total / length**penalty, tokens) for total, tokens in beams]
+    return sorted(done, reverse=True)[:width]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("width", "penalty"), [(1, 1.0), (2, 0.5), (3, 1.5), (4, 0.0)])
+def test_narrow_beams_follow_the_reference(seed: int, width: int, penalty: float) -> None:
+    model = toy(seed)
+    found = search(model, width, 7, penalty)
+    expected = naive(model, width, 7, penalty)
+    assert [h.tokens for h in found] == [tokens for _, tokens in expected]
+    assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_some_of_these_searches_end_with_the_stop_token() -> None:
+    ends = {h.finish for seed in range(4) for h in search(toy(seed), 3, 7, 1.5)}
+    assert ends == {"stop", "length"}
