@@ -111,4 +111,4 @@ def test_flow_files_resolve(name: str) -> None:
     if "own" in name:
         assert "corpus" not in configs and configs["serve"].load == configs["quantize"].save
     else:
-        assert [*configs][0] == "corpus" and configs["serve"].load == configs["convert"].save
+        assert next(iter(configs)) == "corpus" and configs["serve"].load == configs["convert"].save
