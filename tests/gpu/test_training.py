@@ -66,6 +66,7 @@ def test_low_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
     assert low == pytest.approx(exact, rel=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own import
 @pytest.mark.parametrize("changes", [{"attention_backend": "flash"}, {"compile": True}], ids=str)
 def test_kernels_agree(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = losses(tmp_path / "plain", precision="bf16")
