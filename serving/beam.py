@@ -66,7 +66,7 @@ def search(
     logits_WV = logits_V[None]
     beams: list[list[int]] = [[]]
     totals: list[float] = [0.0]
-    last_char = vocabulary.codec.decode(prompt[-4:])[-1:]
+    last_char = vocabulary.tokenizer.decode(prompt[-4:])[-1:]
     for length in range(1, request.max_tokens + 1):
         yield
         if not request.newline_after_colon:
@@ -107,7 +107,7 @@ def _candidates(
 def _without_newline(
     logits_WV: Tensor, beams: Sequence[Sequence[int]], before: str, vocabulary: Vocabulary
 ) -> Tensor:
-    ends = [vocabulary.codec.decode(t[-4:])[-1:] if t else before for t in beams]
+    ends = [vocabulary.tokenizer.decode(t[-4:])[-1:] if t else before for t in beams]
     rows = [row for row, end in enumerate(ends) if end == ":"]
     if not rows:
         return logits_WV
@@ -124,7 +124,7 @@ def outputs(
     """The hypotheses as finished sequences, best first."""
     made = []
     for index, hypothesis in enumerate(found):
-        stream = TextStream(vocabulary.codec, request.prompts[0])
+        stream = TextStream(vocabulary.tokenizer, request.prompts[0])
         steps = [stream.push(token) for token in hypothesis.tokens]
         if steps:
             steps[-1] += stream.flush()

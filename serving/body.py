@@ -9,7 +9,8 @@ from typing import Any
 
 from flask import Request
 
-from mtk.errors import ServingError
+from mtk.errors import MtkError, ServingError
+from mtk.tokenizers import Tokenizer
 
 
 def read_json(request: Request) -> dict[str, Any]:
@@ -114,6 +115,15 @@ def checked_text(name: str, value: object) -> str:
             param=name,
         ) from None
     return value
+
+
+def encode(text: str, tokenizer: Tokenizer, param: str) -> list[int]:
+    """Raises ServingError (400) for text that the tokenizer cannot take."""
+    text = checked_text(param, text)
+    try:
+        return tokenizer.encode(text)
+    except MtkError as error:
+        raise ServingError(str(error), param=param) from None
 
 
 def wrong_type(name: str, value: object, wanted: str) -> ServingError:

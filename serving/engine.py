@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mtk.errors import ServingError
+from mtk.tokenizers import Tokenizer
 from serving.errors import OverloadedError
 from serving.requests import Delta, GenerationRequest, SequenceOutput
-from serving.text import TextCodec
 
 # Deltas that may wait for a reader before its request is given up.
 MAX_UNREAD = 4096
@@ -54,7 +54,7 @@ class Engine(Protocol):
     """Generates text. All methods may be called from any thread."""
 
     @property
-    def codec(self) -> TextCodec: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def context(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtk.errors import ServingError
 from mtk.models.gpt import GPT
+from mtk.tokenizers import Tokenizer
 from serving.kv_cache import KVCache
 from serving.requests import (
     Delta,
@@ -26,7 +27,7 @@ from serving.requests import (
     TokenLogprob,
 )
 from serving.sampling import Sampler
-from serving.text import LineStop, StopStrings, TextCodec, TextStream
+from serving.text import LineStop, StopStrings, TextStream
 
 # Positions whose logits are held at once when a whole prompt is scored.
 SCORED_AT_ONCE = 256
@@ -94,15 +95,15 @@ def logprobs_of(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 class Vocabulary:
     """What generation needs to know about tokens' texts. size: ids that may be drawn."""
 
-    def __init__(self, codec: TextCodec, model_vocab: int) -> None:
-        self.codec = codec
-        self.size = min(codec.vocab_size, model_vocab)
+    def __init__(self, tokenizer: Tokenizer, model_vocab: int) -> None:
+        self.tokenizer = tokenizer
+        self.size = min(tokenizer.vocab_size, model_vocab)
         self._newlines: Tensor | None = None
 
     def newlines(self, device: torch.device) -> Tensor:
         """Ids of all tokens whose text begins with a newline; found at first use."""
         if self._newlines is None:
-            ids = [i for i in range(self.size) if self.codec.decode([i]).startswith("\n")]
+            ids = [i for i in range(self.size) if self.tokenizer.decode([i]).startswith("\n")]
             self._newlines = torch.tensor(ids, dtype=torch.int64, device=device)
         return self._newlines
 
@@ -118,12 +119,12 @@ class RunningSequence:
         self.error: ServingError | None = None
         self._vocabulary = vocabulary
         self._sampler = Sampler(request.sampling, index % request.samples)
-        self._text = TextStream(vocabulary.codec, self.prompt)
+        self._text = TextStream(vocabulary.tokenizer, self.prompt)
         self._stops = StopStrings(request.stop.strings)
         self._line: LineStop | None = None
         self._last_text = ""
         if request.stop.line or not request.newline_after_colon:
-            self._last_text = vocabulary.codec.decode(self.prompt[-4:])
+            self._last_text = vocabulary.tokenizer.decode(self.prompt[-4:])
         if request.stop.line:
             double = request.stop.line == "double_eol"
             self._line = LineStop(double=double, before=self._last_text)
@@ -252,13 +253,13 @@ def _ended(sequence: RunningSequence) -> bool:
 
 @torch.inference_mode()
 def generate(
-    model: GPT, codec: TextCodec, request: GenerationRequest, *, max_rows: int = 8
+    model: GPT, tokenizer: Tokenizer, request: GenerationRequest, *, max_rows: int = 8
 ) -> list[SequenceOutput]:
     """All sequences of one request without an engine, at most ``max_rows`` at a time.
 
     Raises ServingError if the model computes NaN.
     """
-    vocabulary = Vocabulary(codec, model.config.vocab_size or codec.vocab_size)
+    vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
     sequences = [RunningSequence(request, i, vocabulary) for i in range(request.sequences)]
     batch, waiting = Batch(Decoder(model)), list(reversed(sequences))
     while waiting or batch.running:

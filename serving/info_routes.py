@@ -8,8 +8,8 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import MtkError, ServingError
-from serving.body import Fields, read_json, wrong_type
-from serving.openai_api import check_model, encode
+from serving.body import Fields, encode, read_json, wrong_type
+from serving.openai_api import check_model
 from serving.service import Service
 
 
@@ -57,7 +57,7 @@ def blueprint(service: Service) -> Blueprint:
         fields = _fields(service, "prompt")
         if fields.text("prompt") is None:
             raise ServingError("prompt is required: a text", param="prompt")
-        ids = encode(fields.raw("prompt"), service.engine.codec)
+        ids = encode(fields.raw("prompt"), service.engine.tokenizer, "prompt")
         return jsonify({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
 
     @routes.post("/detokenize")
@@ -89,7 +89,7 @@ def _decode(service: Service, tokens: object) -> str:
         if not 0 <= token < limit:
             raise ServingError(f"token id {token} is not in 0..{limit - 1}", param="tokens")
     try:
-        return service.engine.codec.decode(tokens)
+        return service.engine.tokenizer.decode(tokens)
     except MtkError as error:
         raise ServingError(str(error), param="tokens") from None
 

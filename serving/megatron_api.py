@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import ServingError
-from serving.body import Fields, checked_text, read_json, wrong_type
+from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
 from serving.requests import BeamParams, GenerationRequest, SequenceOutput, StopRules, check_fits
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, MAX_TOP_K, SamplingParams
@@ -85,9 +85,9 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     fields.flag("no_log")
     beam = _beam(fields, engine, settings, len(prompts), new_tokens)
     fields.refuse_unknown(FIELDS)
-    eod = engine.codec.eod
+    eod = engine.tokenizer.eod
     start = (eod,) if add_bos else ()
-    ids = tuple((*start, *_encode(engine, text, number)) for number, text in enumerate(prompts))
+    ids = tuple(_ids(engine, text, start, number) for number, text in enumerate(prompts))
     # As in Megatron, the rules about lines replace the end of document.
     stop = StopRules(line=line) if line else StopRules(token_ids=frozenset({eod}))
     asked = GenerationRequest(
@@ -163,7 +163,7 @@ def _beam(
     width = fields.optional_integer("beam_width", low=1, high=settings.max_beam_width)
     if width is not None and prompts > 1:
         raise ServingError("beam search takes one prompt", param="beam_width")
-    stop = fields.integer("stop_token", engine.codec.eod, low=0, high=engine.vocab_size - 1)
+    stop = fields.integer("stop_token", engine.tokenizer.eod, low=0, high=engine.vocab_size - 1)
     penalty = fields.number("length_penalty", 1.0, low=-100.0, high=100.0)
     if width is None:
         return None
@@ -172,9 +172,9 @@ def _beam(
     return BeamParams(width=width, length_penalty=penalty, stop_token=stop)
 
 
-def _encode(engine: Engine, text: str, number: int) -> list[int]:
-    ids = engine.codec.encode(text)
-    if text and not ids:
+def _ids(engine: Engine, text: str, start: tuple[int, ...], number: int) -> tuple[int, ...]:
+    ids = (*start, *encode(text, engine.tokenizer, "prompts"))
+    if not ids:
         raise ServingError(f"prompt {number} has no tokens", param="prompts")
     return ids
 
@@ -183,7 +183,7 @@ def answer(
     asked: GenerationRequest, outputs: list[SequenceOutput], engine: Engine
 ) -> dict[str, Any]:
     """Megatron's reply: whole texts, their pieces, and log-probabilities or beam scores."""
-    segments = [pieces(engine.codec, (*output.prompt, *output.tokens)) for output in outputs]
+    segments = [pieces(engine.tokenizer, (*output.prompt, *output.tokens)) for output in outputs]
     reply: dict[str, Any] = {"text": ["".join(p) for p in segments], "segments": segments}
     if asked.beam is not None:
         reply["scores"] = [output.score for output in outputs]

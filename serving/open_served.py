@@ -10,7 +10,7 @@ import torch
 from mtk.artifacts import Artifact
 from mtk.convert.open_model import open_model
 from mtk.models.gpt import GPT
-from serving.text import TextCodec
+from mtk.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Served:
     """lineage: the chain of digests as plain data; None if the model is no mtk artifact."""
 
     model: GPT
-    codec: TextCodec
+    tokenizer: Tokenizer
     lineage: dict[str, Any] | None
 
 

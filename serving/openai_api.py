@@ -10,8 +10,9 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
-from mtk.errors import MtkError, ServingError
-from serving.body import Fields, checked_text, read_json, wrong_type
+from mtk.errors import ServingError
+from mtk.tokenizers import Tokenizer
+from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
 from serving.requests import GenerationRequest, SequenceOutput, StopRules, TokenLogprob
 from serving.sampling import (
@@ -23,7 +24,7 @@ from serving.sampling import (
 )
 from serving.service import Service
 from serving.settings import ServerSettings
-from serving.text import TextCodec, pieces
+from serving.text import pieces
 
 MAX_NEW_TOKENS = 2**31 - 1
 # Parts of OpenAI's API that this server does not have, and what may be sent all the same.
@@ -73,8 +74,8 @@ def blueprint(service: Service) -> Blueprint:
         if asked.generation.stream:
             return stream_completion(service, asked)
         outputs = service.answer(asked.generation)
-        codec = service.engine.codec
-        choices = [_choice(output, asked, codec) for output in outputs]
+        tokenizer = service.engine.tokenizer
+        choices = [_choice(output, asked, tokenizer) for output in outputs]
         produced = sum(len(output.tokens) for output in outputs)
         return jsonify(
             {**envelope(service.settings), "choices": choices, "usage": usage(asked, produced)}
@@ -98,7 +99,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Com
         prompts=_prompts(fields, engine, settings),
         max_tokens=max_tokens,
         sampling=_sampling(fields, logprobs),
-        stop=StopRules(token_ids=frozenset({engine.codec.eod}), strings=_stop(fields, settings)),
+        stop=_stop(fields, engine, settings),
         samples=fields.integer("n", 1, low=1, high=settings.max_sequences),
         prompt_logprobs=echo and logprobs is not None,
         stream=stream,
@@ -175,25 +176,17 @@ def _ids(item: object, engine: Engine) -> tuple[int, ...]:
     if isinstance(item, list) and item and all(_is_id(token) for token in item):
         return tuple(item)
     if isinstance(item, str):
-        return tuple(encode(item, engine.codec)) or (engine.codec.eod,)
+        return tuple(encode(item, engine.tokenizer, "prompt")) or (engine.tokenizer.eod,)
     if isinstance(item, list):
         raise ServingError("prompt holds a list that is not of token ids", param="prompt")
     raise wrong_type("prompt", item, "text, token ids, or a list of these")
 
 
-def encode(text: str, codec: TextCodec, param: str = "prompt") -> list[int]:
-    """Raises ServingError (400) for text that the tokenizer cannot take."""
-    text = checked_text(param, text)
-    try:
-        return codec.encode(text)
-    except MtkError as error:
-        raise ServingError(str(error), param=param) from None
-
-
-def _stop(fields: Fields, settings: ServerSettings) -> tuple[str, ...]:
+def _stop(fields: Fields, engine: Engine, settings: ServerSettings) -> StopRules:
+    end = frozenset({engine.tokenizer.eod})
     value = fields.raw("stop")
     if value is None:
-        return ()
+        return StopRules(token_ids=end)
     items = value if isinstance(value, list) else [value]
     if len(items) > settings.max_stop_strings:
         raise ServingError(
@@ -205,7 +198,7 @@ def _stop(fields: Fields, settings: ServerSettings) -> tuple[str, ...]:
             raise ServingError(
                 f"stop texts must have 1..{settings.max_stop_length} characters", param="stop"
             )
-    return tuple(items)
+    return StopRules(token_ids=end, strings=tuple(items))
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:
@@ -240,12 +233,12 @@ def usage(asked: Completion, produced: int) -> dict[str, int]:
     }
 
 
-def _choice(output: SequenceOutput, asked: Completion, codec: TextCodec) -> dict[str, Any]:
+def _choice(output: SequenceOutput, asked: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     texts = list(output.steps)
     values: list[TokenLogprob | None] = list(output.logprobs)
     before = ""
     if asked.echo:
-        prompt = pieces(codec, output.prompt)
+        prompt = pieces(tokenizer, output.prompt)
         before = "".join(prompt)
         texts = [*prompt, *texts]
         values = [None, *output.prompt_logprobs, *values]
@@ -253,13 +246,16 @@ def _choice(output: SequenceOutput, asked: Completion, codec: TextCodec) -> dict
     return {
         "index": output.index,
         "text": before + output.text,
-        "logprobs": logprobs_object(texts, values, codec) if wanted else None,
+        "logprobs": logprobs_object(texts, values, tokenizer) if wanted else None,
         "finish_reason": output.finish,
     }
 
 
 def logprobs_object(
-    texts: Sequence[str], values: Sequence[TokenLogprob | None], codec: TextCodec, offset: int = 0
+    texts: Sequence[str],
+    values: Sequence[TokenLogprob | None],
+    tokenizer: Tokenizer,
+    offset: int = 0,
 ) -> dict[str, Any]:
     """OpenAI's parallel lists; the first token of a prompt has null. offset: characters
     that came before."""
@@ -270,14 +266,14 @@ def logprobs_object(
     return {
         "tokens": list(texts),
         "token_logprobs": [None if value is None else value.logprob for value in values],
-        "top_logprobs": [None if value is None else _top(value, codec) for value in values],
+        "top_logprobs": [None if value is None else _top(value, tokenizer) for value in values],
         "text_offset": offsets,
     }
 
 
-def _top(value: TokenLogprob, codec: TextCodec) -> dict[str, float]:
+def _top(value: TokenLogprob, tokenizer: Tokenizer) -> dict[str, float]:
     """Alternatives by their text; of tokens with the same text the likeliest counts."""
     found: dict[str, float] = {}
     for token, logprob in (*value.top, (value.token, value.logprob)):
-        found.setdefault(codec.decode([token]), logprob)
+        found.setdefault(tokenizer.decode([token]), logprob)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -84,7 +85,7 @@ class HttpServer:
             map=self._map,
             sockets=[listener],
             threads=concurrency + SPARE_THREADS,
-            connection_limit=max(1000, 4 * concurrency),
+            connection_limit=connection_limit(concurrency),
             # Flask refuses what is larger than the setting; this bounds what is read at all.
             max_request_body_size=8 * service.settings.max_body_bytes,
             channel_timeout=IDLE_TIMEOUT,
@@ -136,6 +137,13 @@ class HttpServer:
         wasyncore.loop(timeout=0.1, map=self._map, use_poll=True, count=1)
 
 
+def connection_limit(concurrency: int) -> int:
+    """Sockets that may be open: idle and slow ones cost no thread, only a descriptor."""
+    wanted = max(1000, 4 * concurrency)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(16, min(wanted, soft - 64))
+
+
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and SIGINT call ``stop`` inside the block."""
@@ -175,18 +183,14 @@ def quiet_waitress() -> None:
 
 
 def read_keys(path: str | None) -> frozenset[str]:
-    """Keys from a file, one a line; blank lines and lines that begin with # do not count.
-
-    Raises ConfigError for a file that cannot be read or holds none.
-    """
+    """Keys from a file, one a line. Raises ConfigError if it cannot be read or holds none."""
     if path is None:
         return frozenset()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({error})"
         raise ConfigError([Problem("listen.api_key_file", path, rule)]) from error
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         rule = "holds no key: write one a line"
         raise ConfigError([Problem("listen.api_key_file", path, rule)])

@@ -65,7 +65,7 @@ class _Chunks:
 
     def __init__(self, service: Service, asked: Completion) -> None:
         self.asked = asked
-        self._codec = service.engine.codec
+        self._tokenizer = service.engine.tokenizer
         self._envelope = envelope(service.settings)
         self._offsets: dict[int, int] = {}
         self._tokens = 0
@@ -84,7 +84,7 @@ class _Chunks:
 
     def _echo(self, delta: Delta) -> dict[str, Any]:
         prompt = self.asked.generation.prompts[delta.index // self.asked.generation.samples]
-        texts = pieces(self._codec, prompt)
+        texts = pieces(self._tokenizer, prompt)
         values = (None, *delta.prompt_logprobs)
         return self._chunk(delta.index, "".join(texts), texts, values, None)
 
@@ -98,7 +98,7 @@ class _Chunks:
     ) -> dict[str, Any]:
         logprobs = None
         if self.asked.generation.sampling.logprobs is not None:
-            logprobs = logprobs_object(texts, values, self._codec, self._offsets[index])
+            logprobs = logprobs_object(texts, values, self._tokenizer, self._offsets[index])
         self._offsets[index] += len(text)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return {**self._envelope, "choices": [choice]}

@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character of UTF-8 has at most four bytes, so an unfinished one spans three tokens.
-LONGEST_UNFINISHED = 3
+from mtk.tokenizers import Tokenizer
+from mtk.tokenizers.streaming import StreamingDecoder
 
-
-class TextCodec(Protocol):
-    """What serving needs of a tokenizer; every ``mtk.tokenizers.Tokenizer`` has it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eod(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+# A character of UTF-8 has at most four bytes, so more context never matters.
+CONTEXT = 4
 
 
 class TextStream:
-    """Turns one token after the other into text.
+    """Turns one token after the other into text; special tokens show as their names.
 
-    A token may end inside a character of UTF-8, and its text may depend on the token
-    before (spaces of word pieces). So each piece is the difference between two decoded
-    windows, and text that ends in an unfinished character is held back until it is whole,
-    or until it cannot become whole any more. context: ids that stand before the first.
+    Text that ends in an unfinished character is held back. context: ids that stand before
+    the first; they decide about a space in front of it, or begin its first character.
     """
 
-    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
-        self._codec = codec
-        self._window = list(context[-LONGEST_UNFINISHED - 1 :])
-        self._known = len(self._window)
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = StreamingDecoder(tokenizer)
+        for token in context[-CONTEXT:]:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; "" while a character is unfinished."""
-        self._window.append(token)
-        text = self._codec.decode(self._window)
-        waiting = len(self._window) - self._known
-        if text.endswith(REPLACEMENT) and waiting <= LONGEST_UNFINISHED:
-            return ""
-        return self._take(text)
+        if self._tokenizer.token_bytes(token) != b"":
+            return self._decoder.feed(token)
+        return self.flush() + self._tokenizer.decode([token])
 
     def flush(self) -> str:
-        """Whatever is still held back, once no token follows."""
-        if len(self._window) == self._known:
-            return ""
-        return self._take(self._codec.decode(self._window))
-
-    def _take(self, text: str) -> str:
-        before = self._codec.decode(self._window[: self._known]) if self._known else ""
-        if not text.startswith(before):
-            # The context ended inside a character that the new tokens completed.
-            before = before.rstrip(REPLACEMENT)
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        return text[len(before) :]
+        """Whatever is still held back, when nothing follows it."""
+        held, self._decoder = self._decoder.finish(), StreamingDecoder(self._tokenizer)
+        return held
 
 
-def pieces(codec: TextCodec, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """One slice of text a token; joined they are the whole text.
 
     A character that is spread over several tokens belongs to the last of them.
     """
-    stream = TextStream(codec)
+    stream = TextStream(tokenizer)
     found = [stream.push(token) for token in ids]
     if found:
         found[-1] += stream.flush()

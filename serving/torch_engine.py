@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 
 from mtk.models.gpt import GPT
+from mtk.tokenizers import Tokenizer
 from serving import beam
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
 from serving.generation import Batch, Decoder, RunningSequence, Vocabulary
 from serving.requests import Delta, GenerationRequest, check_fits
-from serving.text import TextCodec
 
 # A decode step this recent (seconds) proves health without a probe of its own.
 RECENT = 5.0
@@ -64,7 +64,7 @@ class TorchEngine:
     def __init__(
         self,
         model: GPT,
-        codec: TextCodec,
+        tokenizer: Tokenizer,
         *,
         context: int,
         max_batch_size: int = 8,
@@ -72,7 +72,7 @@ class TorchEngine:
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
-        self._vocabulary = Vocabulary(codec, model.config.vocab_size or codec.vocab_size)
+        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report = report
@@ -82,6 +82,7 @@ class TorchEngine:
         self._probes: list[_Probe] = []
         self._stopping = False
         self._death: str | None = None
+        self._crashed = False
         self._batch = Batch(Decoder(model))
         self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
         self._beam: _BeamSearch | None = None
@@ -92,8 +93,8 @@ class TorchEngine:
         self._thread.start()
 
     @property
-    def codec(self) -> TextCodec:
-        return self._vocabulary.codec
+    def tokenizer(self) -> Tokenizer:
+        return self._vocabulary.tokenizer
 
     @property
     def context(self) -> int:
@@ -109,8 +110,8 @@ class TorchEngine:
 
     @property
     def died(self) -> str | None:
-        """Why the thread ended, if nobody stopped it."""
-        return self._death if self._death is not None and not self._stopping else None
+        """Why the thread ended, unless it was stopped on request."""
+        return self._death if self._crashed else None
 
     def observe(self, observer: Observer) -> None:
         self._observer = observer
@@ -180,6 +181,7 @@ class TorchEngine:
                 while self._wait_for_work():
                     self._tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
+            self._crashed = True
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:
@@ -298,8 +300,8 @@ class TorchEngine:
         """A prompt of one token and one decode step, in a cache of their own."""
         decoder = Decoder(self._model)
         decoder.cache.add_row()
-        decoder.prefill(0, [self._vocabulary.codec.eod])
-        if not torch.isfinite(decoder.decode([self._vocabulary.codec.eod])).all():
+        decoder.prefill(0, [self._vocabulary.tokenizer.eod])
+        if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():
             return Health(False, "the model computes NaN or infinite logits")
         self._last_decode = time.monotonic()
         return Health(True)

@@ -48,7 +48,7 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         context = context_length(config, served.model)
         engine = TorchEngine(
             served.model,
-            served.codec,
+            served.tokenizer,
             context=context,
             max_batch_size=limits.max_batch_size,
             max_queue=limits.max_queue,

@@ -10,6 +10,7 @@ from mtk.cli import (
     doctor_commands,
     flow_commands,
     plan_commands,
+    serving_commands,
     stage_commands,
     tokenizer_commands,
 )
@@ -30,6 +31,7 @@ TOPICS = (
     artifact_commands,
     config_commands,
     doctor_commands,
+    serving_commands,
 )
 
 

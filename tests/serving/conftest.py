@@ -15,7 +15,7 @@ from serving.app import create_app
 from serving.server import HttpServer, bind
 from serving.settings import ServerSettings
 from serving.torch_engine import TorchEngine
-from tests.serving.models import ByteCodec, tiny_model
+from tests.serving.models import ByteTokenizer, tiny_model
 
 CONTEXT = 96
 SETTINGS = ServerSettings(model="tiny", lineage={"kind": "checkpoint", "digest": "d"})
@@ -32,7 +32,7 @@ def make_engine() -> Iterator[Callable[..., TorchEngine]]:
 
     def make(**values: object) -> TorchEngine:
         options: dict[str, object] = {"context": CONTEXT, "report": lambda line: None, **values}
-        made.append(TorchEngine(tiny_model(), ByteCodec(), **options))  # type: ignore[arg-type]
+        made.append(TorchEngine(tiny_model(), ByteTokenizer(), **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -44,7 +44,7 @@ def make_engine() -> Iterator[Callable[..., TorchEngine]]:
 @pytest.fixture(scope="module")
 def client() -> Iterator[FlaskClient]:
     """One engine for all tests of a module that leave it as it was."""
-    engine = TorchEngine(tiny_model(), ByteCodec(), context=CONTEXT, report=lambda line: None)
+    engine = TorchEngine(tiny_model(), ByteTokenizer(), context=CONTEXT, report=lambda line: None)
     yield create_app(engine, SETTINGS).test_client()
     engine.close(timeout=10)
 

@@ -11,15 +11,21 @@ from mtk.config.model import ModelConfig
 from mtk.models.build import build_model
 from mtk.models.gpt import GPT
 from mtk.models.init import initialize
+from mtk.tokenizers import Tokenizer
 
 EOD = 256
 
 
-class ByteCodec:
+class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, 256 is the end of a document."""
 
-    vocab_size = 257
+    kind = "Bytes"
     eod = EOD
+    vocab_size = 257
+    exact_bytes = True
+
+    def __init__(self) -> None:
+        super().__init__({}, {})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -33,6 +39,12 @@ class ByteCodec:
                 out += [run.decode("utf-8", errors="replace"), "<|endoftext|>"]
                 run = bytearray()
         return "".join([*out, run.decode("utf-8", errors="replace")])
+
+    def piece(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
 
 
 def tiny_config(**changes: object) -> ModelConfig:

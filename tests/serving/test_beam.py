@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtk.models.gpt import GPT
+from mtk.tokenizers.null import NullTokenizer
 from serving import beam
 from serving.generation import Decoder, Vocabulary
 from serving.requests import BeamParams, GenerationRequest
@@ -18,14 +19,11 @@ STOP, VOCAB = 4, 5
 PROMPT = (1, 2, 0)
 
 
-class Letters:
-    vocab_size, eod = VOCAB, STOP
+class Letters(NullTokenizer):
+    """Five tokens a, b, c, d and the end of document."""
 
-    def encode(self, text: str) -> list[int]:
-        return ["abcd.".index(letter) for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join("abcd."[token] for token in ids)
+    def __init__(self) -> None:
+        super().__init__({"vocab_size": VOCAB - 1, "eod": None})
 
 
 def toy(seed: int) -> GPT:

@@ -11,7 +11,7 @@ from mtk.errors import ServingError
 from serving.generation import Batch, Decoder, RunningSequence, Vocabulary, generate
 from serving.requests import GenerationRequest, StopRules, check_fits
 from serving.sampling import SamplingParams
-from tests.serving.models import EOD, LLAMA_LIKE, ByteCodec, greedy_without_cache, tiny_model
+from tests.serving.models import EOD, LLAMA_LIKE, ByteTokenizer, greedy_without_cache, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 PROMPTS = tuple(
@@ -32,7 +32,7 @@ def request(*prompts: tuple[int, ...], **values: Any) -> GenerationRequest:
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_ids_equal_the_cacheless_decoder(kind: str) -> None:
     model = tiny_model(**KINDS[kind])
-    outputs = generate(model, ByteCodec(), request(*PROMPTS, max_tokens=40), max_rows=3)
+    outputs = generate(model, ByteTokenizer(), request(*PROMPTS, max_tokens=40), max_rows=3)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert list(output.tokens) == greedy_without_cache(model, prompt, 40)
         assert output.finish == "length"
@@ -82,7 +82,7 @@ def test_logprobs_are_raw_and_match_a_full_forward() -> None:
     model = tiny_model()
     sampling = SamplingParams(temperature=0.3, top_k=5, seed=3, logprobs=4)
     asked = request(PROMPTS[1], sampling=sampling, prompt_logprobs=True)
-    (output,) = generate(model, ByteCodec(), asked)
+    (output,) = generate(model, ByteTokenizer(), asked)
     ids = [*PROMPTS[1], *output.tokens]
     with torch.inference_mode():
         expected_SV = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
@@ -98,7 +98,7 @@ def test_logprobs_are_raw_and_match_a_full_forward() -> None:
 def test_scoring_alone_gives_no_tokens() -> None:
     scoring = SamplingParams(temperature=0, logprobs=0)
     asked = request(PROMPTS[2], max_tokens=0, sampling=scoring, prompt_logprobs=True)
-    (output,) = generate(tiny_model(), ByteCodec(), asked)
+    (output,) = generate(tiny_model(), ByteTokenizer(), asked)
     assert output.tokens == () and output.text == ""
     assert len(output.prompt_logprobs) == len(PROMPTS[2]) - 1
 
@@ -111,29 +111,29 @@ def test_long_prompts_are_scored_in_slices(monkeypatch: pytest.MonkeyPatch) -> N
         prompt_logprobs=True,
     )
     model = tiny_model()
-    (whole,) = generate(model, ByteCodec(), asked)
+    (whole,) = generate(model, ByteTokenizer(), asked)
     monkeypatch.setattr("serving.generation.SCORED_AT_ONCE", 7)
-    (sliced,) = generate(model, ByteCodec(), asked)
+    (sliced,) = generate(model, ByteTokenizer(), asked)
     assert [x.logprob for x in sliced.prompt_logprobs] == pytest.approx(
         [x.logprob for x in whole.prompt_logprobs], abs=1e-5
     )
 
 
 def test_a_seed_gives_the_same_text_in_any_company() -> None:
-    model, codec = tiny_model(), ByteCodec()
+    model, tokenizer = tiny_model(), ByteTokenizer()
     sampling = SamplingParams(seed=11, temperature=1.0)
-    (alone,) = generate(model, codec, request(PROMPTS[1], sampling=sampling, max_tokens=30))
-    company = generate(model, codec, request(*PROMPTS, sampling=sampling, max_tokens=30))
+    (alone,) = generate(model, tokenizer, request(PROMPTS[1], sampling=sampling, max_tokens=30))
+    company = generate(model, tokenizer, request(*PROMPTS, sampling=sampling, max_tokens=30))
     assert company[1].tokens == alone.tokens
     other = SamplingParams(seed=12, temperature=1.0)
-    (different,) = generate(model, codec, request(PROMPTS[1], sampling=other, max_tokens=30))
+    (different,) = generate(model, tokenizer, request(PROMPTS[1], sampling=other, max_tokens=30))
     assert different.tokens != alone.tokens
 
 
 def test_samples_of_a_prompt_differ_and_are_reproducible() -> None:
-    model, codec = tiny_model(), ByteCodec()
+    model, tokenizer = tiny_model(), ByteTokenizer()
     asked = request(PROMPTS[1], sampling=SamplingParams(seed=5), samples=3, max_tokens=20)
-    first, again = generate(model, codec, asked), generate(model, codec, asked)
+    first, again = generate(model, tokenizer, asked), generate(model, tokenizer, asked)
     assert [o.tokens for o in first] == [o.tokens for o in again]
     assert len({o.tokens for o in first}) == 3
 
@@ -154,7 +154,7 @@ class Scripted(RunningSequence):
 
 def scripted(prompt: str = "x", **values: Any) -> Scripted:
     asked = request(tuple(prompt.encode()), **{"max_tokens": 50, **values})
-    return Scripted(asked, 0, Vocabulary(ByteCodec(), 257))
+    return Scripted(asked, 0, Vocabulary(ByteTokenizer(), 257))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_no_newline_after_a_colon() -> None:
 
 
 def test_padded_ids_are_never_drawn() -> None:
-    vocabulary = Vocabulary(ByteCodec(), 300)
+    vocabulary = Vocabulary(ByteTokenizer(), 300)
     sequence = RunningSequence(request((65,)), 0, vocabulary)
     logits_V = torch.zeros(300)
     logits_V[299] = 9.0
@@ -210,7 +210,7 @@ def test_padded_ids_are_never_drawn() -> None:
 def test_nan_fails_its_own_sequence_only() -> None:
     batch = Batch(Decoder(tiny_model()))
     asked = request(*PROMPTS[:2])
-    vocabulary = Vocabulary(ByteCodec(), 257)
+    vocabulary = Vocabulary(ByteTokenizer(), 257)
     good, bad = (RunningSequence(asked, i, vocabulary) for i in range(2))
     with torch.inference_mode():
         batch.add(good)

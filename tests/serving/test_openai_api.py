@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from tests.serving.models import ByteCodec, greedy_without_cache, tiny_model
+from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
 
 BASE = {"prompt": "Hello", "max_tokens": 3, "temperature": 0}
 
@@ -84,7 +84,7 @@ def test_another_models_name_is_404(client: FlaskClient) -> None:
 
 
 def expected(count: int) -> str:
-    return ByteCodec().decode(greedy_without_cache(tiny_model(), b"Hello", count))
+    return ByteTokenizer().decode(greedy_without_cache(tiny_model(), b"Hello", count))
 
 
 def test_the_answer(client: FlaskClient) -> None:

@@ -47,10 +47,18 @@ class Stream:
         self.headers = self._response.headers
         self.finished = False
 
+    def rest(self) -> bytes:
+        try:
+            return self._response.read()
+        finally:
+            self.close()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for line in self._response:
             if line.startswith(b"data: [DONE]"):
                 self.finished = True
+                self.close()
+                return
             elif line.startswith(b"data: "):
                 yield json.loads(line[6:])
 
