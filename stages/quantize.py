@@ -48,6 +48,7 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
     from mtk.quantization.dialects import DIALECTS
     from mtk.quantization.quantize_model import (
         certify,
+        check_rounding,
         open_written,
         read_original,
         write_quantized,
@@ -66,6 +67,7 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
         folder = staging / name if len(names) > 1 else staging
         session.reporter.info(f"writing {config.format} for {name} ...")
         write_quantized(original, folder, DIALECTS[name], config.max_shard_size)
+        weight_error = check_rounding(original, folder)
         opened = open_written(folder)
         parity = certify(opened)
         loss_after, _ = gate.measure(opened.model, sequences)
@@ -76,7 +78,8 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
             f"({verdict.increase:+.3f} %, allowed {verdict.limit:+.3f} %)"
         )
         record = {"format": "mtk-gate", "version": 1, **verdict.to_dict()}
-        write_json(folder / "gate.json", {**record, "files_parity": parity.to_dict()})
+        record |= {"largest_relative_weight_error": weight_error, "parity": parity.to_dict()}
+        write_json(folder / "gate.json", record)
         metrics.update(
             perplexity_before=verdict.perplexity_before,
             perplexity_after=verdict.perplexity_after,

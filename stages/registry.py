@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mtk.artifacts import Artifact
 from mtk.config import Layer, Resolved, resolve
-from mtk.session import Session
+
+if TYPE_CHECKING:
+    from mtk.artifacts import Artifact
+    from mtk.session import Session
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Token sources on disk, training samples and their order."""
+"""Token datasets: reading corpora, writing and opening ``.bin``/``.idx`` pairs."""

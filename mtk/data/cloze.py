@@ -13,11 +13,12 @@ FEWEST_WORDS = 20
 MOST_WORDS = 90
 MOST_PASSAGES = 400
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_LAST_WORD = re.compile(r"([A-Za-z]{4,})[.!?]?$")
+_LAST_WORD = re.compile(r"([A-Za-z]{3,})[.!?]?$")
 _CODE = re.compile(r">>>|[{}<>|\\]| = ")
 _COMMON = (
     "that this with from have will them they then than when were been also only each such "
-    "used uses into must some other which about there their these those would could should"
+    "the and for not are its can has may any all one two but was you you see set get self none "
+    "true false used uses into must some other which about there their these those would could should"
 )
 
 
@@ -31,15 +32,16 @@ def cloze_passages(texts: Iterable[str]) -> list[str]:
 
 
 def _prose(text: str) -> Iterator[list[str]]:
-    """Sentences of each stretch of running paragraphs; code and tables end a stretch."""
+    """Sentences of each stretch of running paragraphs; code ends a stretch, a heading (no
+    full stop, or very short) is left out."""
     sentences: list[str] = []
     for paragraph in text.split("\n\n"):
         line = " ".join(paragraph.split())
-        if _CODE.search(line) or not line.endswith((".", "!", "?")) or len(line) < 30:
+        if _CODE.search(line):
             if sentences:
                 yield sentences
             sentences = []
-        else:
+        elif line.endswith((".", "!", "?")) and len(line) >= 30:
             sentences += _SENTENCE_END.split(line)
     if sentences:
         yield sentences

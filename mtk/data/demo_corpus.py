@@ -32,7 +32,7 @@ SKIPPED = frozenset(
         "__phello__",
     ]
 )
-SHORTEST = 200  # characters
+SHORTEST = 120  # characters
 HELDOUT_PER_MILLE = 40
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

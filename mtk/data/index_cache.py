@@ -33,6 +33,9 @@ FORMAT = 1
 # Above this, an entry whose files still have the recorded size, time and inode is not hashed
 # again: reading 12 GB at every start of every rank would cost more than building anew.
 HASH_ALWAYS_BELOW = 1 << 30
+# What reading an entry that is not whole may raise.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+PUBLISH_ATTEMPTS = 4
 
 
 class IndexCache:
@@ -87,7 +90,7 @@ class IndexCache:
             return None
         try:
             return _read(entry, content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             self._notify(f"index cache {entry} is damaged ({error}): it is built again")
             return None
 
@@ -138,28 +141,31 @@ def _store(entry: Path, content: Mapping[str, Any], arrays: Mapping[str, Any]) -
             text.flush()
             os.fsync(text.fileno())
         _sync_folder(folder)
-        _publish(folder, entry)
+        _publish(folder, entry, content)
         _sync_folder(entry.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder: Path, entry: Path) -> None:
-    """Rename into place; a damaged entry in the way is set aside first."""
-    for _ in range(3):
+def _publish(folder: Path, entry: Path, content: Mapping[str, Any]) -> None:
+    """Rename into place, unless another builder has put a good entry there meanwhile."""
+    for attempt in range(PUBLISH_ATTEMPTS):
         try:
             folder.rename(entry)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # Either damaged, or put there just now by a builder on another machine with the very
-        # same arrays. Memory maps of it stay valid after the removal.
+            if attempt == PUBLISH_ATTEMPTS - 1:
+                raise
+        with suppress(*DAMAGE):
+            _read(entry, content)
+            return
+        # Damaged: set aside. Memory maps of its files stay valid after the removal.
         aside = folder.with_name(f"{folder.name}-old")
         with suppress(FileNotFoundError):
             entry.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(entry))
 
 
 def _stamp(path: Path) -> list[int]:

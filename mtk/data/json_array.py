@@ -20,7 +20,7 @@ def looks_like_array(stream: io.BufferedReader) -> bool:
         start = stream.peek(4096)[:4096]
     except Exception:  # a broken stream is reported when it is read
         return False
-    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    return start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def array_items(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -40,7 +40,7 @@ class _ArrayReader:
         self._buffer = ""
         self._at = 0  # in characters of the buffer
         self._byte = 0  # of the character at self._at
-        self._ended = False
+        self._started = self._ended = False
 
     def items(self) -> Iterator[tuple[int, int, bytes]]:
         self._expect("[")
@@ -60,6 +60,9 @@ class _ArrayReader:
 
     def _fill(self) -> bool:
         block = self._stream.read(max(BLOCK, len(self._buffer) - self._at))
+        if not self._started and block.startswith(codecs.BOM_UTF8):
+            self._byte = len(codecs.BOM_UTF8)
+        self._started = True
         self._ended = not block
         try:
             text = self._utf8.decode(block, final=self._ended)

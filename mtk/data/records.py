@@ -62,7 +62,8 @@ def parse_record(raw: bytes, keys: Sequence[str], *, plain: bool) -> Texts:
         return [text]
     if not text.strip():
         raise RecordError("empty line", "a record must be a JSON object")
-    return [_value(_object(text), key) for key in keys]
+    record = _object(text.rstrip("\r\n"))
+    return [_value(record, key) for key in keys]
 
 
 def _object(text: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ rows. Records stay bytes here; workers parse them.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
@@ -27,7 +28,7 @@ COMPRESSED = (".gz", ".zst")
 CHUNK_BYTES = 512 << 10
 CHUNK_RECORDS = 1000
 LARGEST_TEXT = 256 << 20
-BOM = b"\xef\xbb\xbf"
+BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,33 @@ def _chunk(path: Path, unit: str, records: list[Record], plain: bool, done: int)
 def _opened(path: Path, packed: str) -> Iterator[tuple[io.BufferedReader, Any]]:
     """The uncompressed stream, and a function that tells the position on disk."""
     try:
-        raw = path.open("rb")
+        raw = path.open("rb", buffering=1 << 20)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     with raw:
-        stream: Any = raw
+        stream: Any = None
         if packed == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif packed == ".zst":
             # Several frames in one file are one stream, as the zstd tool reads them.
             stream = _zstandard().ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        yield io.BufferedReader(stream, 1 << 20), lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
+        buffered = raw if stream is None else io.BufferedReader(_Available(stream), 1 << 20)
+        yield buffered, lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
+
+
+class _Available(io.RawIOBase):
+    """Hands on what a decompressor has at once, so that all before a break is delivered."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data: bytes = self._stream.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _zstandard() -> Any:

@@ -21,13 +21,15 @@ from mtk.convert.hf_directory import (
     write_weights,
 )
 from mtk.convert.lazy import Tensors, as_dtype
+from mtk.convert.mapping import check_complete
 from mtk.convert.open_model import OpenedModel, open_source, read_native
 from mtk.convert.parity import Parity, compare, fixed_prompts
 from mtk.convert.parity import require as require_parity
 from mtk.convert.publish_model import source_tokenizer, token_ids
 from mtk.convert.reference_models import NativeModel, PlainModel
 from mtk.convert.source import Source
-from mtk.errors import ConversionError
+from mtk.errors import ConversionError, GateError
+from mtk.quantization import int8
 from mtk.quantization.dialects import Dialect
 from mtk.quantization.directory import dequantized, quantized, write_quant_file
 
@@ -120,6 +122,30 @@ def _write_companions(original: Original, folder: Path) -> None:
 def open_written(folder: Path) -> OpenedModel:
     """The model as a reader of the written files gets it."""
     return open_source(Source("quantized", folder, None))
+
+
+def check_rounding(original: Original, folder: Path) -> float:
+    """Every written weight is its original, rounded by at most half a level of its row.
+
+    What is not quantised must be unchanged. A perplexity cannot tell a wrong scale on a
+    model that is bad already; this can. Returns the largest relative Frobenius error.
+    Raises GateError.
+    """
+    written, worst = dequantized(folder), 0.0
+    check_complete(written, original.tensors, f"directory {folder}")
+    for name in original.tensors:
+        before, after = original.tensors[name].float(), written[name].float()
+        error = (after - before).abs()
+        allowed = torch.zeros(())
+        if name.removesuffix(".weight").endswith(original.family.linears) and before.ndim == 2:
+            allowed = before.abs().amax(dim=1, keepdim=True) * (0.5001 / int8.LARGEST) + 1e-30
+            worst = max(worst, (error.norm() / before.norm().clamp(min=1e-30)).item())
+        if not bool((error <= allowed).all()):
+            raise GateError(
+                f"{name} in the written files is not its original rounded to INT8: off by "
+                f"{error.max():.3g}. Nothing was published."
+            )
+    return worst
 
 
 def certify(opened: OpenedModel) -> Parity:

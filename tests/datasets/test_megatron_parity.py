@@ -182,7 +182,8 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("counts", [(100, 20, 2), (900, 20, 2), (1300, 40, 2)])
+# 3953: three tenths of it are one epoch of "a", which the surplus makes two.
+@pytest.mark.parametrize("counts", [(100, 20, 2), (900, 20, 2), (1300, 40, 2), (3953, 20, 2)])
 @pytest.mark.parametrize(
     "items",
     [

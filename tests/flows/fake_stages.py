@@ -93,7 +93,7 @@ class Quantize:
     load: str = option(help="Model.")
     save: str = option(help="Output.")
     format: str = option("int8_wo", help="Format.")
-    calibration_data: tuple[str, ...] = option((), help="Data.")
+    valid_data: tuple[str, ...] = option((), help="Data.")
 
 
 def misbehave(name: str) -> None:

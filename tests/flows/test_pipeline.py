@@ -68,7 +68,7 @@ def test_outputs_become_inputs_and_follow_a_moved_output() -> None:
 def test_own_corpus_replaces_the_demo_corpus() -> None:
     pipeline = plan(flow__input=["a.jsonl", "b.jsonl"], flow__heldout=["h.txt"])
     assert [step.name for step in pipeline.steps] == [s for s in STEPS[1:] if s != "cloze"]
-    assert pipeline.steps[-1].config.calibration_data == ("h.txt",)
+    assert pipeline.steps[-1].config.valid_data == ("h.txt",)
     assert pipeline.steps[0].config.input == ("a.jsonl", "b.jsonl")
 
 

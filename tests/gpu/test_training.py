@@ -66,8 +66,15 @@ def test_low_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
     assert low == pytest.approx(exact, rel=2e-2)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own import
-@pytest.mark.parametrize("changes", [{"attention_backend": "flash"}, {"compile": True}], ids=str)
+# The compiler warns about its own imports and look-ups; nothing of it is ours.
+COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_backend": "flash"}, pytest.param({"compile": True}, marks=COMPILER)],
+    ids=str,
+)
 def test_kernels_agree(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = losses(tmp_path / "plain", precision="bf16")
     fast = losses(tmp_path / "fast", precision="bf16", **changes)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mtk.data.indexed_dataset import IndexedDatasetWriter
 
 from mtk.artifacts.hashing import sha256_file
 from mtk.checkpoint import complete_steps, load_model
 from mtk.config import make
 from mtk.config.pretrain import PretrainConfig
+from mtk.data.indexed_dataset import IndexedDatasetWriter
 from mtk.errors import CheckpointError, ConfigError, DataError, GateError, LayoutError
 from mtk.log import Reporter
 from mtk.session import Session

@@ -1,0 +1,114 @@
+"""The scripts and files of examples/ are kept honest: parsed, resolved and planned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.pipeline import plan_pipeline
+from flows.steps import registered_stages
+from mtk.cli.main import main
+from mtk.errors import LayoutError
+from tests.docs.shell_commands import ROOT, SCRIPTS, commands
+
+PARAMETERS = {
+    "pretrain_gpt.sh": "354,",
+    "pretrain_bert.sh": "336,",
+    "pretrain_t5.sh": "22",
+    "pretrain_gpt3_175b.slurm": "174,",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_plans(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands(script.read_text())
+    assert len(found) == 1
+    action, *options = found[0]
+    assert action in ("plan", "pretrain")
+    if "175b" in script.name:
+        options += ["--gpus", "1024", "--gpu", "a100"]
+    assert main(["plan", *options]) == 0
+    assert f", {PARAMETERS[script.name]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_a_configuration_of_pretrain(
+    script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What plan accepts here, pretrain accepts too, but for the machine's options."""
+    _, *options = commands(script.read_text())[0]
+    if "--gpus" in options:
+        at = options.index("--gpus")
+        options = options[:at] + options[at + 4 :]
+    assert main(["config", "show", "pretrain", *options]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in script.read_text()
+
+
+def test_slurm_script_previews_as_its_comment_says(tmp_path: Path) -> None:
+    program = tmp_path / "mtk"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mtk "$@"\n')
+    program.chmod(0o755)
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"},
+        "ACTION": "plan",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    script = str(ROOT / "examples" / "pretrain_gpt3_175b.slurm")
+    done = subprocess.run(
+        ["bash", script, "--gpus", "1024", "--gpu", "a100"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "TP 8 x PP 16 x CP 1 x DP 8" in done.stdout and "fits in 80 GB" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_comments_about_untrained_families_are_true(family: str) -> None:
+    from mtk.config import make
+    from mtk.config.model import ModelConfig
+    from mtk.errors import ConfigError
+    from mtk.models.build import build_model
+
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4}
+    with pytest.raises(ConfigError, match="planned only"):
+        build_model(make(ModelConfig, family=family, vocab_size=16, **sizes))
+    script = (ROOT / "examples" / f"pretrain_{family}.sh").read_text()
+    assert "does not train it" in script
+
+
+def test_comment_about_layouts_is_true() -> None:
+    from mtk.config.parallel import ParallelConfig
+    from mtk.config.pretrain import RuntimeConfig
+    from mtk.parallel.apply import apply
+
+    parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    with pytest.raises(LayoutError, match="one process"):
+        apply(None, parallel, RuntimeConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["end_to_end.yaml", "end_to_end_own_corpus.yaml"])
+def test_flow_files_resolve(name: str) -> None:
+    path = ROOT / "examples" / name
+    pipeline = plan_pipeline(path, registered_stages())
+    configs = {step.name: step.config for step in pipeline.steps}
+    sections = yaml.safe_load(path.read_text())
+    assert set(sections) - {"flow", "check"} <= set(configs)
+    assert [*configs][-1] == "serve"
+    if "own" in name:
+        assert "corpus" not in configs and configs["serve"].load == configs["quantize"].save
+    else:
+        assert next(iter(configs)) == "corpus" and configs["serve"].load == configs["convert"].save
