@@ -161,7 +161,7 @@ def test_broken_arrays(
     monkeypatch.setattr(json_array, "BLOCK", block)
     path = tmp_path / "c.json"
     path.write_bytes(content.encode())
-    with pytest.raises(DataError, match="c.json, byte") as caught:
+    with pytest.raises(DataError, match=r"c\.json, byte") as caught:
         list(read_texts([path], ["text"], "file", skip_bad=True))
     assert words in str(caught.value)
 

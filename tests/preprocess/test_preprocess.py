@@ -232,6 +232,18 @@ def test_the_manifest_repeats_the_run(tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+def test_the_tokenizer_of_a_dataset_serves_again(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    first = run(tmp_path, append_eod=True)
+    again = run(
+        tmp_path,
+        append_eod=True,
+        tokenizer_model=f"{first}.tokenizer",
+        output_prefix=str(tmp_path / "again/P"),
+    )
+    assert contents(again.parent) == contents(first.parent)
+
+
 def test_json_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     corpus(tmp_path)
     assert main(command(tmp_path, "--json")) == 0
