@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtk.artifacts import open_artifact, verify, verify_lineage
+from mtk.artifacts.staging import staging_prefix
 from mtk.cli.main import main
 from mtk.config.preprocess import PreprocessConfig
 from mtk.data.dataset_artifact import open_dataset
@@ -175,7 +176,8 @@ def test_a_killed_publication_is_continued(tmp_path: Path) -> None:
     corpus(tmp_path)
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    (tmp_path / "out" / f".P.partial-{done.pid}-x").mkdir(parents=True)
+    dead = staging_prefix("P").replace(f"-{os.getpid()}-", f"-{done.pid}-x")
+    (tmp_path / "out" / dead).mkdir(parents=True)
     (tmp_path / "out/P_text_document.bin").write_bytes(b"half")
     run(tmp_path)
     assert IndexedDataset(tmp_path / "out/P_text_document").num_documents == len(TEXTS)
