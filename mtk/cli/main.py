@@ -6,6 +6,7 @@ neither torch nor prefect nor flask.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -78,6 +79,9 @@ def _report(error: MtkError, json_lines: bool, hint: str = "") -> None:
 
 def run() -> None:
     """Entry point of the ``mtk`` script."""
+    # Threads of torch that wait spin by default, which starves each other wherever cores
+    # are shared (measured on two busy cores: a quarter of the speed). Read at its import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main())
 
 
