@@ -55,13 +55,18 @@ def stop(child: subprocess.Popen[bytes], patience: float = 10.0) -> int:
     return child.wait()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Replace this process by the command. Does not return."""
-    parent, command = int(arguments[0]), list(arguments[1:])
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when ``parent``, which started this process, is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:
             sys.exit(1)  # it died before the request above
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Replace this process by the command. Does not return."""
+    parent, command = int(arguments[0]), list(arguments[1:])
+    die_with_parent(parent)
     os.execvp(command[0], command)
 
 

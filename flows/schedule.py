@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def serve_flow(
         }
         when = f"cron {cron!r}" if cron else f"every {interval:g} s"
         reporter.info(f"serving flow {entry.name}, {when}; Ctrl-C or SIGTERM ends it")
-        signal.signal(signal.SIGTERM, _stop)
-        with contextlib.suppress(KeyboardInterrupt):
+        # Prefect ends its runner by SystemExit, and warns about its own way of stopping.
+        warnings.filterwarnings("ignore", message="coroutine 'Runner.astop'")
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
             flow.serve(
                 name=f"{entry.name}-schedule",
                 cron=cron,
@@ -81,8 +82,3 @@ def require_readable(cron: str) -> None:
         rule = "is not a cron expression"
         fix = 'Five fields: minute hour day month weekday, e.g. "0 2 * * *".'
         raise ConfigError([Problem("cron", cron, rule, fix)]) from error
-
-
-def _stop(number: int, frame: object) -> None:
-    del number, frame
-    raise KeyboardInterrupt

@@ -137,3 +137,28 @@ def test_every_step_and_the_run_have_a_markdown_artifact(prefect: None) -> None:
     assert set(found) == {"report", *(f"step-{step}" for step in STEPS)}
     assert "- digest: `sha256:" in found["step-convert"]
     assert found["report"] == Path("work/report.md").read_text()
+
+
+def test_killed_run_is_settled_by_the_next(prefect: None) -> None:
+    import prefect as library
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.stale import process_tag, settle_killed_runs
+
+    @library.flow(name="killed")
+    def body() -> None: ...
+
+    own = process_tag()
+    reused = own.rsplit(":", 1)[0] + ":1"  # the same process id, started at another time
+    elsewhere = own.replace("process:", "process:other-", 1)
+    with get_client(sync_client=True) as client:
+        runs = {
+            tag: client.create_flow_run(body, state=Running(), tags=[tag]).id
+            for tag in (own, reused, elsewhere, "process::::")
+        }
+        assert settle_killed_runs() == 1
+        states = {tag: client.read_flow_run(run).state for tag, run in runs.items()}
+    names = {tag: state.name for tag, state in states.items() if state is not None}
+    assert names[reused] == "Crashed"
+    assert {names[own], names[elsewhere]} == {"Running"}
