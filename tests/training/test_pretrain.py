@@ -103,6 +103,23 @@ def test_learns_and_leaves_what_it_should(straight: Path) -> None:
     assert load_model(straight).config.vocab_size == 50
 
 
+def test_held_out_samples_are_each_counted_once(straight: Path) -> None:
+    """The test split has fewer samples than were asked for: all of them, none twice."""
+    tests = [r for r in read_metrics(straight / "metrics.jsonl") if r["event"] == "test"]
+    asked = BASE["eval_iters"] * BASE["global_batch_size"] * BASE["seq_length"]
+    assert tests[0]["tokens"] == asked
+    small = held_out_samples(straight, eval_iters=500)
+    assert 16 * 8 < small < 16 * 100 and small % 16 == 0
+
+
+def held_out_samples(folder: Path, **changes: Any) -> float:
+    """Tokens of the test split's evaluation in a fresh run of one step."""
+    target = folder.parent / f"{folder.name}-heldout"
+    run(config(target, train_iters=4, **changes), QUIET)
+    records = read_metrics(target / "metrics.jsonl")
+    return float(next(r["tokens"] for r in records if r["event"] == "test"))
+
+
 def test_finished_run_is_skipped(straight: Path) -> None:
     before = (straight / "step_00000030" / "artifact.json").stat().st_mtime_ns
     artifact = run(config(straight), QUIET)
