@@ -129,6 +129,7 @@ def test_a_text_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.M
         ("c.jsonl.zst", LINES, "the stream is broken"),
         ("c.txt.gz", LINES, "the stream is broken"),
     ],
+    ids=["cut", "begun", "plain", "checksum", "trailing", "zst", "text"],
 )
 def test_broken_streams_are_never_skipped(
     file: str, data: bytes, words: str, tmp_path: Path
