@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, tags, task
+from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -27,7 +27,7 @@ from flows.guard import die_with_parent
 from flows.pipeline import Pipeline, PlannedStep, plan_pipeline
 from flows.report import step_markdown
 from flows.runner import Ledger, run_all
-from flows.stale import process_tag, settle_killed_runs
+from flows.stale import settle_killed_runs, tag_this_run
 from flows.steps import registered_stages
 from mtk.config import Layer
 from mtk.errors import Interrupted
@@ -51,6 +51,8 @@ def end_to_end(
     if folder is not None:
         die_with_parent(os.getppid())  # the process of the schedule
         os.chdir(folder)
+    tag_this_run()
+    settle_killed_runs()
     session = Session(Reporter(json_lines=json_lines), force=force)
     layer = Layer("--set", overrides) if overrides else None
     return run_tasks(plan_pipeline(config, registered_stages(), overrides=layer), session)
@@ -60,12 +62,10 @@ def run_in_prefect(
     config: str, overrides: Mapping[str, Any] | None, *, force: bool, json_lines: bool
 ) -> None:
     """Run the flow here and now. Raises what a stage raised, or Interrupted."""
-    settle_killed_runs()
     try:
-        with tags(process_tag()):
-            state: State[Any] = end_to_end(
-                str(Path(config).resolve()), None, overrides, force, json_lines, return_state=True
-            )
+        state: State[Any] = end_to_end(
+            str(Path(config).resolve()), None, overrides, force, json_lines, return_state=True
+        )
     finally:
         send_the_rest()
     raise_for_state(state)

@@ -56,8 +56,8 @@ def serve_flow(
                 interval=interval,
                 parameters=parameters,
                 # A run that takes longer than its interval must not be joined by the next.
+                # (A limit kept by the server would still be held by a run that was killed.)
                 limit=1,
-                global_limit=1,
                 print_starting_message=False,
             )
     raise Interrupted("the schedule was stopped")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypeFilter
 from prefect.client.schemas.objects import StateType
+from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 PREFIX = "process:"
@@ -23,6 +25,14 @@ def process_tag(pid: int | None = None) -> str:
     """Host, process id and start of the process, so that a reused id is another process."""
     pid = os.getpid() if pid is None else pid
     return f"{PREFIX}{socket.gethostname()}:{pid}:{_started(pid)}"
+
+
+def tag_this_run() -> None:
+    """Put this process's tag on the flow run that calls it."""
+    run_id, tags = flow_run.get_id(), flow_run.get_tags()
+    if run_id is not None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(run_id), tags=[*tags, process_tag()])
 
 
 def settle_killed_runs() -> int:
