@@ -64,7 +64,7 @@ def test_cloze_schema(written: Path) -> None:
         assert last in " ".join(before)
     heldout = " ".join((written / "d.heldout.txt").read_text(encoding="utf-8").split())
     found = [passage["text"] in heldout for passage in passages]
-    assert sum(found) > 50  # the others leave out headings between their paragraphs
+    assert sum(found) > len(found) // 4  # the others leave out headings between their paragraphs
 
 
 @pytest.mark.slow
