@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def serve_flow(
         reporter.info(f"serving flow {entry.name}, {when}; Ctrl-C or SIGTERM ends it")
         # Prefect ends its runner by SystemExit, and warns about its own way of stopping.
         warnings.filterwarnings("ignore", message="coroutine 'Runner.astop'")
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit), _runs_ended():
             flow.serve(
                 name=f"{entry.name}-schedule",
                 cron=cron,
@@ -82,3 +84,23 @@ def require_readable(cron: str) -> None:
         rule = "is not a cron expression"
         fix = 'Five fields: minute hour day month weekday, e.g. "0 2 * * *".'
         raise ConfigError([Problem("cron", cron, rule, fix)]) from error
+
+
+@contextlib.contextmanager
+def _runs_ended(patience: float = 60.0) -> Iterator[None]:
+    """End the runs that are under way as the block ends, while the server can record it.
+
+    Prefect leaves them to the end of the interpreter, which would wait for them. They get
+    SIGTERM, save their work and end as Cancelled.
+    """
+    try:
+        yield
+    finally:
+        running = multiprocessing.active_children()
+        for child in running:
+            child.terminate()
+        deadline = time.monotonic() + patience
+        for child in running:
+            child.join(max(0.0, deadline - time.monotonic()))
+            if child.is_alive():
+                child.kill()
