@@ -47,14 +47,16 @@ class ServeCheck:
 
 
 def check_server(config: Any, check: ServeCheckConfig, reporter: Reporter) -> ServeCheck:
-    """Raises ConfigError if the port is taken, ServingError for a wrong answer, and what
-    the server died of otherwise."""
+    """Raises ConfigError if the address cannot be used, ServingError for a wrong answer,
+    and what the server died of otherwise."""
     from mtk.checkpoint.steps import checkpoint_folder  # brings torch
 
     model = checkpoint_folder(config.load) if find_marker(config.load) is None else config.load
     digest = open_artifact(model).digest
-    host, port = config.listen.host, config.listen.port
-    require_free_port(host, port)
+    host = config.listen.host
+    port = usable_port(host, config.listen.port)
+    if port != config.listen.port:
+        reporter.warn(f"something else listens on port {config.listen.port}; asking on {port}")
     arguments = ["serve", "--load", config.load, "--host", host, "--port", str(port)]
     arguments += _other_options(config)
     headers = access_headers(config.listen.api_key_file)
@@ -75,19 +77,22 @@ def check_server(config: Any, check: ServeCheckConfig, reporter: Reporter) -> Se
     return ServeCheck(str(model), digest, _text(answer), ready, command)
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Otherwise somebody else might answer. Raises ConfigError."""
+def usable_port(host: str, port: int) -> int:
+    """``port``, or a free one where another program has it and might answer instead.
+
+    Raises ConfigError when the host is none of this machine's addresses.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            fix = "Stop what listens there, or set serve.listen.port to another one."
-            problem = Problem(
-                "serve.listen.port", port, f"cannot be used on {host}: {error.strerror}", fix
-            )
-            raise ConfigError([problem]) from error
+    for candidate in (port, 0):
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+                return int(probe.getsockname()[1])
+            except OSError as error:
+                reason = error.strerror
+    fix = "Set serve.listen.host to an address of this machine, e.g. 127.0.0.1."
+    raise ConfigError([Problem("serve.listen.host", host, f"cannot be used: {reason}", fix)])
 
 
 def access_headers(key_file: str | None) -> dict[str, str]:

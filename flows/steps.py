@@ -85,6 +85,7 @@ def _evaluate(wiring: Wiring) -> dict[str, Any]:
     return {
         "load": wiring.configs["pretrain"].checkpoint.save,
         "task": "WIKITEXT103",
+        "detokenizer": "none",  # plain text, not the tokens of WikiText
         "valid_data": wiring.heldout,
         "output": wiring.below("evaluation"),
     }

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import ServingError
-from mtk.tokenizers import Tokenizer
 from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
-from serving.requests import GenerationRequest, SequenceOutput, StopRules, TokenLogprob
+from serving.openai_objects import Completion, choice, envelope, usage
+from serving.requests import GenerationRequest, StopRules
 from serving.sampling import (
     MAX_SEED,
     MAX_TEMPERATURE,
@@ -24,7 +20,6 @@ from serving.sampling import (
 )
 from serving.service import Service
 from serving.settings import ServerSettings
-from serving.text import pieces
 
 MAX_NEW_TOKENS = 2**31 - 1
 # Parts of OpenAI's API that this server does not have, and what may be sent all the same.
@@ -54,15 +49,6 @@ FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A parsed request and how its answer is to look."""
-
-    generation: GenerationRequest
-    echo: bool
-    include_usage: bool
-
-
 def blueprint(service: Service) -> Blueprint:
     from serving.sse import stream_completion
 
@@ -75,7 +61,7 @@ def blueprint(service: Service) -> Blueprint:
             return stream_completion(service, asked)
         outputs = service.answer(asked.generation)
         tokenizer = service.engine.tokenizer
-        choices = [_choice(output, asked, tokenizer) for output in outputs]
+        choices = [choice(output, asked, tokenizer) for output in outputs]
         produced = sum(len(output.tokens) for output in outputs)
         return jsonify(
             {**envelope(service.settings), "choices": choices, "usage": usage(asked, produced)}
@@ -212,68 +198,3 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     inner = Fields(options)
     inner.refuse_unknown(("include_usage",))
     return inner.flag("include_usage")
-
-
-def envelope(settings: ServerSettings) -> dict[str, Any]:
-    """What every reply and every chunk of a stream begins with."""
-    return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": settings.model,
-    }
-
-
-def usage(asked: Completion, produced: int) -> dict[str, int]:
-    prompt = sum(len(ids) for ids in asked.generation.prompts)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": produced,
-        "total_tokens": prompt + produced,
-    }
-
-
-def _choice(output: SequenceOutput, asked: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    texts = list(output.steps)
-    values: list[TokenLogprob | None] = list(output.logprobs)
-    before = ""
-    if asked.echo:
-        prompt = pieces(tokenizer, output.prompt)
-        before = "".join(prompt)
-        texts = [*prompt, *texts]
-        values = [None, *output.prompt_logprobs, *values]
-    wanted = asked.generation.sampling.logprobs is not None
-    return {
-        "index": output.index,
-        "text": before + output.text,
-        "logprobs": logprobs_object(texts, values, tokenizer) if wanted else None,
-        "finish_reason": output.finish,
-    }
-
-
-def logprobs_object(
-    texts: Sequence[str],
-    values: Sequence[TokenLogprob | None],
-    tokenizer: Tokenizer,
-    offset: int = 0,
-) -> dict[str, Any]:
-    """OpenAI's parallel lists; the first token of a prompt has null. offset: characters
-    that came before."""
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": list(texts),
-        "token_logprobs": [None if value is None else value.logprob for value in values],
-        "top_logprobs": [None if value is None else _top(value, tokenizer) for value in values],
-        "text_offset": offsets,
-    }
-
-
-def _top(value: TokenLogprob, tokenizer: Tokenizer) -> dict[str, float]:
-    """Alternatives by their text; of tokens with the same text the likeliest counts."""
-    found: dict[str, float] = {}
-    for token, logprob in (*value.top, (value.token, value.logprob)):
-        found.setdefault(tokenizer.decode([token]), logprob)
-    return found

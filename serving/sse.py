@@ -10,7 +10,7 @@ from flask import Response
 
 from mtk.errors import ServingError
 from serving.errors import describe, error_body
-from serving.openai_api import Completion, envelope, logprobs_object, usage
+from serving.openai_objects import Completion, envelope, logprobs_object, usage
 from serving.requests import Delta, TokenLogprob
 from serving.service import LOOK_EVERY, ClientGoneError, DeltaStream, Service
 from serving.text import pieces

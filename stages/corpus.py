@@ -10,6 +10,7 @@ from mtk.artifacts import Artifact, completed, input_file, publish_prefix
 from mtk.config.corpus import DemoCorpusConfig
 from mtk.data.cloze import cloze_passages
 from mtk.data.demo_corpus import demo_documents, topics_file
+from mtk.data.stop import terminate_cleanly
 from mtk.errors import DataError
 from mtk.session import Session
 
@@ -36,7 +37,7 @@ def run(config: DemoCorpusConfig, session: Session | None = None) -> Artifact:
         command=session.command,
         force=session.force,
     )
-    with publishing as publication:
+    with terminate_cleanly(), publishing as publication:
         publication.metrics |= _write(config, publication.folder / Path(config.prefix).name)
     shown = ", ".join(f"{n:,} {name}" for name, n in publication.metrics.items())
     session.reporter.info(f"corpus demo: {shown.replace('_', ' ')}")

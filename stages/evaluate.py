@@ -85,7 +85,8 @@ def _evaluate(
 def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     """Tokens a window may have. Raises ConfigError beyond the model's positions."""
     limit = opened.config.positions
-    length = config.seq_length or limit
+    trained = opened.config.seq_length if config.task == "WIKITEXT103" else limit
+    length = config.seq_length or trained
     problems = []
     if length > limit and opened.config.position_embedding_type != "none":
         rule = f"exceeds the {limit} positions of the model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from mtk.training.data import (
     target_samples,
     with_vocabulary,
 )
-from mtk.training.loop import Loop
+from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import MetricsLog
 from mtk.training.optimizer import Optimizer
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
-from mtk.training.resume import Start, find_start, save_directory, start_over
+from mtk.training.resume import Start, exclusive, find_start, start_over
 from mtk.training.schedule import Schedule
 from mtk.training.state import Identity, gather, restore, restore_weights
 from mtk.training.step import Stepper
@@ -50,21 +51,39 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     config = with_vocabulary(config, data)
     samples = target_samples(config)
     stepper = make_stepper(config, samples)
-    save = save_directory(config.checkpoint)
-    if session.force:
-        start_over(save)
-    start = find_start(config, save, samples)
+    save = Path(config.checkpoint.save)
+    start = Start() if session.force else find_start(config, save, samples)
     if start.finished is not None:
         session.reporter.info(f"{start.folder} is already complete; nothing to train.")
         return start.finished
+    # Everything that can be wrong with the data is found before anything is written.
+    batches = run_data(config, data, samples, session.reporter)
     identity = Identity(
         data_identity(config, data, samples),
         data.fingerprint,
         config.runtime.seed,
         config.precision.precision,
     )
-    progress = begin(start, stepper, identity, config, session)
-    return train(config, session, stepper, data, progress, identity, start, save)
+    with exclusive(save):
+        if session.force:
+            start_over(save)
+        progress = begin(start, stepper, identity, config, session)
+        prepared = Run(config, session, stepper, data, batches, identity, save, start)
+        return train(prepared, progress)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What :func:`train` needs. save: the folder of checkpoints."""
+
+    config: PretrainConfig
+    session: Session
+    stepper: Stepper
+    data: OpenedData
+    batches: RunData
+    identity: Identity
+    save: Path
+    start: Start
 
 
 def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
@@ -107,22 +126,16 @@ def begin(
     return progress
 
 
-def train(
-    config: PretrainConfig,
-    session: Session,
-    stepper: Stepper,
-    data: OpenedData,
-    progress: RunProgress,
-    identity: Identity,
-    start: Start,
-    save: Path,
-) -> Artifact:
-    """Run the loop; every checkpoint is an artifact below ``save``."""
-    inputs = data.inputs() + initial_model(start, save)
+def train(run: Run, progress: RunProgress) -> Artifact:
+    """Run the loop; every checkpoint is an artifact below ``run.save``."""
+    config, save, session = run.config, run.save, run.session
+    inputs = run.data.inputs() + initial_model(run.start, save)
     saved: list[Artifact] = []
 
     def write_checkpoint(metrics: dict[str, Any]) -> None:
-        content = gather(stepper, progress, identity, config.model, data.tokenizer_folder)
+        content = gather(
+            run.stepper, progress, run.identity, config.model, run.data.tokenizer_folder
+        )
         artifact = save_checkpoint(
             step_folder(save, progress.step),
             content,
@@ -138,10 +151,8 @@ def train(
         saved.append(artifact)
         session.reporter.event("checkpoint", step=progress.step, path=str(artifact.path))
 
-    samples = target_samples(config)
-    batches = run_data(config, data, samples, session.reporter)
     log = MetricsLog(save / "metrics.jsonl", progress.step, config.logging.tensorboard_dir)
-    loop = Loop(config, stepper, batches, progress, log, session.reporter, write_checkpoint)
+    loop = Loop(config, run.stepper, run.batches, progress, log, session.reporter, write_checkpoint)
     try:
         with stop_on_signals() as stop:
             loop.run(stop)

@@ -59,7 +59,9 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
     before = open_model(config.load)
     tokenizer = before.tokenizer if before.has_tokenizer else None
     sequences = gate.gate_sequences(config, tokenizer, before.model)
-    loss_before, tokens = gate.measure(before.model, sequences)
+    total = sum(len(tokens) - 1 for tokens in sequences)
+    with session.reporter.progress("perplexity before", total, "tokens") as bar:
+        loss_before, tokens = gate.measure(before.model, sequences, bar.advance)
     del before
     names = tuple(DIALECTS) if config.dialect == "both" else (config.dialect,)
     metrics: dict[str, Any] = {}
@@ -70,7 +72,8 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
         weight_error = check_rounding(original, folder)
         opened = open_written(folder)
         parity = certify(opened)
-        loss_after, _ = gate.measure(opened.model, sequences)
+        with session.reporter.progress("perplexity after", total, "tokens") as bar:
+            loss_after, _ = gate.measure(opened.model, sequences, bar.advance)
         verdict = gate.judge(name, loss_before, loss_after, tokens, config.max_perplexity_increase)
         gate.require(verdict)
         session.reporter.info(

@@ -20,8 +20,8 @@ from mtk.artifacts.publish import (
     completed,
     publish_directory,
     publish_prefix,
-    remove_leftovers,
 )
+from mtk.artifacts.staging import remove_leftovers
 
 __all__ = [
     "Artifact",

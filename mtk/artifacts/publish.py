@@ -25,6 +25,7 @@ from mtk.artifacts.manifest import (
     find_marker,
     read_manifest,
 )
+from mtk.artifacts.staging import remove_leftovers, staging_prefix, sync_folder
 from mtk.config import config_digest, to_dict
 from mtk.errors import ArtifactError
 
@@ -203,20 +204,12 @@ def write_json_atomically(path: Path, value: Mapping[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _staging(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(parent, name)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-{os.getpid()}-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=staging_prefix(name), dir=parent))
     except OSError as error:
         raise ArtifactError(f"{parent} cannot be written to: {error.strerror}.") from error
     # mkdtemp makes it private; published files follow the user's umask instead.
@@ -268,24 +261,3 @@ def _replace_directory(source: Path, final: Path) -> None:
     source.replace(final)
     sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path, name: str = "*") -> None:
-    """Delete the staging folders below ``parent`` of processes that were killed.
-
-    name: of the output they were for; a glob pattern.
-    """
-    for folder in parent.glob(f".{name}.partial-*"):
-        pid = folder.name.rpartition(".partial-")[2].split("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

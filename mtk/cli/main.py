@@ -12,6 +12,7 @@ import sys
 import typer
 
 from mtk import __version__
+from mtk.cli.help_page import ProgramGroup
 from mtk.errors import EXIT_CODES, ConfigError, MtkError
 
 # Typer's usage errors, whether it brings its own copy of click (>= 0.26) or not.
@@ -21,6 +22,7 @@ _UsageProblem: type[Exception] = next(
 
 app = typer.Typer(
     name="mtk",
+    cls=ProgramGroup,
     help="From raw text to a served language model, with proof at every step.",
     epilog="Exit codes: " + " · ".join(f"{code} {text}" for code, text in EXIT_CODES.items()),
     no_args_is_help=True,

@@ -33,7 +33,9 @@ class EvaluateConfig:
         "auto", help="Marks to undo before scoring; auto decides by the file's path."
     )
     seq_length: int | None = option(
-        None, help="Longest context in tokens (default: what the model takes)."
+        None,
+        help="Longest context in tokens (default: what the model was trained at; for LAMBADA what "
+        "it takes at most).",
     )
     batch_size: int | None = option(
         None, help="Sequences in a forward pass (default: 16,384 tokens).", runtime=True

@@ -36,7 +36,7 @@ class QuantizeConfig:
     max_perplexity_increase: float = option(
         0.5, help="Refuse to publish above this many percent of perplexity."
     )
-    gate_tokens: int = option(65_536, help="Tokens the gate looks at, at most.")
+    gate_tokens: int = option(32_768, help="Tokens the gate looks at, at most.")
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, help="Precision of what is not quantised (default: as stored)."
     )

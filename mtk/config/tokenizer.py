@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from mtk.config.schema import group, option
+from mtk.config.schema import option
 from mtk.errors import Problem
 
 TokenizerType = Literal[
@@ -182,10 +182,3 @@ class TrainTokenizerConfig:
             yield Problem("json_keys", self.json_keys, "names no field")
         if not self.eod_token:
             yield Problem("eod_token", self.eod_token, "must not be empty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Options of ``mtk tokenizer inspect`` besides its text."""
-
-    tokenizer: TokenizerConfig = group(TokenizerConfig, title="Tokenizer")

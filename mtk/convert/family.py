@@ -65,6 +65,12 @@ class ForeignConfig:
         if key in self.data and self.data[key] not in allowed:
             self.complaints.append(f"{key} = {self.data[key]!r}: {why}")
 
+    def training_length(self, positions: int) -> int:
+        """What :func:`training_length` wrote, else all positions."""
+        own = self.data.get("mtk")
+        length = own.get("seq_length") if isinstance(own, dict) else None
+        return length if isinstance(length, int) and 1 <= length <= positions else positions
+
     def model(self, **values: Any) -> ModelConfig:
         """The native configuration. Raises ConversionError with all complaints."""
         if not self.complaints:
@@ -74,6 +80,13 @@ class ForeignConfig:
                 self.complaints += [str(problem) for problem in error.problems] or [str(error)]
         listed = "\n".join(f"  - {complaint}" for complaint in self.complaints)
         raise ConversionError(f"{self.where} describes a model mtk cannot hold:\n{listed}")
+
+
+def training_length(config: ModelConfig) -> dict[str, Any]:
+    """The length a model was trained at, where it accepts more: other readers pass over it."""
+    if config.seq_length == config.positions:
+        return {}
+    return {"mtk": {"seq_length": config.seq_length}}
 
 
 def linear(native: str, foreign: str, *, bias: bool, rule: type[Rename] = Rename) -> list[Rename]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear
+from mtk.convert.family import Family, ForeignConfig, linear, training_length
 from mtk.convert.mapping import (
     CutRows,
     Fuse,
@@ -66,6 +66,7 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         "reorder_and_upcast_attn": False,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "use_cache": True,
+        **training_length(config),
     }
 
 
@@ -84,7 +85,7 @@ def from_config(found: ForeignConfig) -> ModelConfig:
         hidden_size=hidden,
         num_attention_heads=found.get("n_head", int, 12),
         ffn_hidden_size=found.get("n_inner", int, 4 * hidden),
-        seq_length=positions,
+        seq_length=found.training_length(positions),
         max_position_embeddings=positions,
         position_embedding_type="learned",
         normalization="LayerNorm",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear
+from mtk.convert.family import Family, ForeignConfig, linear, training_length
 from mtk.convert.mapping import CutRows, Rule, TiedCopy, WeightTable, for_layers
 
 
@@ -62,6 +62,7 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         "initializer_range": config.init_method_std,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "use_cache": True,
+        **training_length(config),
     }
 
 
@@ -85,7 +86,7 @@ def from_config(found: ForeignConfig) -> ModelConfig:
         num_query_groups=found.get("num_key_value_heads", int, heads),
         ffn_hidden_size=found.get("intermediate_size", int),
         kv_channels=found.get("head_dim", int, max(hidden // max(heads, 1), 1)),
-        seq_length=positions,
+        seq_length=found.training_length(positions),
         max_position_embeddings=positions,
         position_embedding_type="rope",
         rotary_base=rope,

@@ -45,8 +45,9 @@ class SampleCounts:
 
 @dataclass(frozen=True)
 class Splits:
-    """Datasets of at least the samples asked for; take the first ones. None where a split was
-    not asked for, or its share or path was not given."""
+    """Datasets of at least the samples asked for; take the first ones. A held-out split that
+    has fewer is one epoch of what there is. None where a split was not asked for, or its
+    share or path was not given."""
 
     train: SampleDataset | None
     valid: SampleDataset | None
@@ -188,14 +189,14 @@ class SplitBuilder:
         )
 
     def _single(self, part: _Part, split: SplitName, needed: int) -> GPTDataset:
-        dataset = self._gpt(part, needed)
         one_epoch = (part.tokens - 1) // self._length
-        if split != "train" and one_epoch < needed:
-            self._notify(
-                f"{part.name}: the {split} split has {one_epoch} samples and {needed} are "
-                f"evaluated, so that each counts about {needed / one_epoch:.1f} times"
-            )
-        return dataset
+        if split == "train" or one_epoch >= needed:
+            return self._gpt(part, needed)
+        self._notify(
+            f"{part.name}: the {split} split has {one_epoch} samples, fewer than the {needed} "
+            f"asked for; each of them is evaluated once"
+        )
+        return self._gpt(part, None)
 
     def _blended(self, parts: Sequence[_Part], blend: Blend, needed: int) -> BlendedDataset:
         cache = parts[0].cache

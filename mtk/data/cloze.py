@@ -13,12 +13,13 @@ FEWEST_WORDS = 20
 MOST_WORDS = 90
 MOST_PASSAGES = 400
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_LAST_WORD = re.compile(r"([A-Za-z]{3,})[.!?]?$")
+_LAST_WORD = re.compile(r"(?<=\s)([A-Za-z]{3,})[.!?]?$")
 _CODE = re.compile(r">>>|[{}<>|\\]| = ")
 _COMMON = (
     "that this with from have will them they then than when were been also only each such "
-    "the and for not are its can has may any all one two but was you you see set get self none "
-    "true false used uses into must some other which about there their these those would could should"
+    "the and for not are its can has may any all one two but was you see set get self none "
+    "true false used uses into must some other which about there their these those would could "
+    "should"
 )
 
 

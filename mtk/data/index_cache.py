@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtk.artifacts.hashing import sha256_file, sha256_json
+from mtk.artifacts.staging import remove_leftovers, staging_prefix, sync_folder
 from mtk.data.token_source import Notify, ignore
 
 Arrays = dict[str, npt.NDArray[np.integer]]
@@ -118,9 +118,8 @@ def _read(entry: Path, content: Mapping[str, Any]) -> Arrays:
 
 def _store(entry: Path, content: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(entry)
-    unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder = entry.parent / f".{entry.name}.partial-{unique}"
+    remove_leftovers(entry.parent, entry.name)
+    folder = entry.parent / f"{staging_prefix(entry.name)}{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     try:
         files = {}
@@ -140,9 +139,9 @@ def _store(entry: Path, content: Mapping[str, Any], arrays: Mapping[str, Any]) -
             json.dump({"content": content, "files": files}, text, indent=1)
             text.flush()
             os.fsync(text.fileno())
-        _sync_folder(folder)
+        sync_folder(folder)
         _publish(folder, entry, content)
-        _sync_folder(entry.parent)
+        sync_folder(entry.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -188,30 +187,3 @@ def _one_builder(path: Path) -> Iterator[None]:
                 stream = stack.enter_context(path.open("w"))
                 fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(entry: Path) -> None:
-    """Delete what builders of this machine left when they were killed."""
-    prefix = f".{entry.name}.partial-{socket.gethostname()}-"
-    for folder in entry.parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -137,18 +137,18 @@ def _chunk(path: Path, unit: str, records: list[Record], plain: bool, done: int)
 def _opened(path: Path, packed: str) -> Iterator[tuple[io.BufferedReader, Any]]:
     """The uncompressed stream, and a function that tells the position on disk."""
     try:
-        raw = path.open("rb", buffering=1 << 20)
+        raw = path.open("rb", buffering=0)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     with raw:
-        stream: Any = None
+        stream: io.RawIOBase = raw
         if packed == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
+            stream = _Available(gzip.GzipFile(fileobj=raw))
         elif packed == ".zst":
             # Several frames in one file are one stream, as the zstd tool reads them.
-            stream = _zstandard().ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        buffered = raw if stream is None else io.BufferedReader(_Available(stream), 1 << 20)
-        yield buffered, lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
+            frames = _zstandard().ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            stream = _Available(frames)
+        yield io.BufferedReader(stream, 1 << 20), lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
 
 
 class _Available(io.RawIOBase):

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtk import __version__
 from mtk.errors import ConversionError
 from mtk.quantization.int8 import QuantizedTensor
 
-PRODUCER = {"name": "mtk", "version": "0.1.0"}
+PRODUCER: Mapping[str, str] = {"name": "mtk", "version": __version__}
 # The version of the compressed-tensors format that is followed.
 COMPRESSED_TENSORS = "0.20.0"
 
@@ -31,7 +32,7 @@ class Dialect:
 
     encode(q) and decode(parts): tensors by suffix. config(ignore): the
     ``quantization_config`` of ``config.json``; quant_file(ignore): the content of
-    ``hf_quant_config.json`` or None. matches(config): None if ``config`` is exactly
+    ``hf_quant_config.json`` or None. mismatch(config): None if ``config`` is exactly
     this dialect, else what it is instead.
     """
 
@@ -57,13 +58,13 @@ def _modelopt_config(ignore: Sequence[str]) -> dict[str, Any]:
         "quant_method": "modelopt",
         "quant_algo": "W8A16",
         "ignore": list(ignore),
-        "producer": PRODUCER,
+        "producer": dict(PRODUCER),
     }
 
 
 def _modelopt_file(ignore: Sequence[str]) -> dict[str, Any]:
     return {
-        "producer": PRODUCER,
+        "producer": dict(PRODUCER),
         "quantization": {
             "quant_algo": "W8A16",
             "kv_cache_quant_algo": None,

@@ -14,7 +14,7 @@ from mtk.config.quantize import QuantizeConfig
 from mtk.data.dataset_artifact import open_dataset
 from mtk.errors import DataError, GateError
 from mtk.evaluation.documents import read_documents
-from mtk.evaluation.perplexity import Settings, check_ids, token_windows
+from mtk.evaluation.perplexity import Advance, Settings, check_ids, token_windows
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 
@@ -64,10 +64,16 @@ def gate_sequences(
     return sequences
 
 
-def measure(model: GPT, sequences: Sequence[Sequence[int]]) -> tuple[float, int]:
+def measure(
+    model: GPT, sequences: Sequence[Sequence[int]], advance: Advance = lambda count: None
+) -> tuple[float, int]:
     """Mean loss in nats, and the number of scored tokens."""
-    settings = Settings(model.config.positions)
-    entries = [e for tokens in sequences for e in token_windows(model, tokens, settings, pad=0)]
+    settings = Settings(model.config.seq_length)
+    entries = [
+        entry
+        for tokens in sequences
+        for entry in token_windows(model, tokens, settings, pad=0, advance=advance)
+    ]
     scored = sum(entry["scored"] for entry in entries)
     return math.fsum(entry["nll"] for entry in entries) / scored, scored
 

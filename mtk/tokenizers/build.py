@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtk.artifacts import InputRecord, find_marker, input_file, open_artifact
+from mtk.artifacts import InputRecord, input_file, open_artifact
+from mtk.artifacts.manifest import MARKER
 from mtk.config.tokenizer import TokenizerConfig
 from mtk.errors import ConfigError, DataError, Problem
 from mtk.tokenizers.base import DESCRIPTION, Tokenizer, read_description, read_file
@@ -70,7 +71,7 @@ def tokenizer_inputs(config: TokenizerConfig) -> list[InputRecord]:
         path = Path(value)
         if not path.is_dir():
             records.append(input_file(path, name))
-        elif find_marker(path) is not None:
+        elif (path / MARKER).is_file():
             records.append(open_artifact(path, "tokenizer").as_input("tokenizer"))
         else:
             usual = (DESCRIPTION, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,17 +160,26 @@ def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: R
     train, micro = splits.train, config.batch.micro_batch_size
     return RunData(
         train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro),
-        valid=_fixed(splits.valid, fixed, schedule.full, micro),
-        test=_fixed(splits.test, fixed, schedule.full, micro),
+        valid=_fixed(splits.valid, fixed, micro),
+        test=_fixed(splits.test, fixed, micro),
         train_samples=samples,
         token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
     )
 
 
-def _fixed(dataset: SampleDataset | None, samples: int, full: int, micro: int) -> Batches | None:
+def _fixed(dataset: SampleDataset | None, samples: int, micro: int) -> Batches | None:
+    """The first ``samples`` of a held-out split, or all it has; a last part may be smaller."""
     if dataset is None:
         return None
-    return lambda: _batches(dataset, 0, samples, lambda consumed: full, micro)
+    count = min(samples, len(dataset))
+    positions = [np.arange(k, min(k + micro, count)) for k in range(0, count, micro)]
+
+    def batches() -> Iterator[GlobalBatch]:
+        with closing(BatchLoader(dataset, positions)) as loader:
+            for batch in loader:
+                yield GlobalBatch([batch], samples=len(batch.indices_B))
+
+    return batches
 
 
 def _batches(

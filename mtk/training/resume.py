@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from mtk.artifacts import Artifact, open_artifact, remove_leftovers
 from mtk.checkpoint.steps import checkpoint_folder, latest_step, step_folder
 from mtk.config import config_digest, leaves, to_dict
-from mtk.config.pretrain import PretrainConfig, SaveConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.training.state import read_training
 
@@ -78,15 +80,27 @@ def start_over(save: Path) -> None:
     (save / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def save_directory(checkpoint: SaveConfig) -> Path:
-    """The folder of checkpoints. Raises CheckpointError when it cannot be made."""
-    path = Path(checkpoint.save)
+@contextmanager
+def exclusive(save: Path) -> Iterator[None]:
+    """Make the folder of checkpoints and hold it for one run while the block runs.
+
+    The lock ends with the process, however that ends. Raises CheckpointError when the
+    folder cannot be made or another run holds it.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        save.mkdir(parents=True, exist_ok=True)
+        stream = (save / ".lock").open("a")
     except OSError as error:
-        raise CheckpointError(f"--save {path} cannot be made: {error.strerror}.") from error
-    remove_leftovers(path, "step_*")
-    return path
+        raise CheckpointError(f"--save {save} cannot be written: {error.strerror}.") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another run is training into {save}. Wait for it, or use another --save."
+            ) from error
+        remove_leftovers(save, "step_*")
+        yield
 
 
 def _value(nested: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -20,6 +20,7 @@ from mtk.artifacts import (
     verify,
     verify_lineage,
 )
+from mtk.artifacts.staging import staging_prefix
 from mtk.config import make
 from mtk.config.optimization import OptimizerConfig
 from mtk.errors import ArtifactError, DataError
@@ -109,8 +110,9 @@ def test_a_users_folder_is_never_replaced_unasked(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    dead = tmp_path / ".out.partial-999999999-abc"
-    alive = tmp_path / f".out.partial-{os.getppid()}-abc"
+    own = staging_prefix("out")
+    dead = tmp_path / own.replace(f"-{os.getpid()}-", "-999999999-abc")
+    alive = tmp_path / own.replace(f"-{os.getpid()}-", f"-{os.getppid()}-abc")
     for folder in (dead, alive):
         folder.mkdir()
     directory(tmp_path / "out")

@@ -108,6 +108,15 @@ def test_a_second_run_is_skipped_and_another_configuration_refused(tmp_path: Pat
         run(convert_config(native, tmp_path / "hf", dtype="bf16"), quiet())
 
 
+def test_the_training_length_survives(tmp_path: Path) -> None:
+    config = llama(seq_length=12, max_position_embeddings=40)
+    native = save_native(tmp_path / "native", config, tokenizer=False)
+    artifact = run(convert_config(native, tmp_path / "hf"), quiet())
+    assert artifact.metrics["top1_agreement"] == 1.0
+    found = open_model(artifact.path).config
+    assert (found.seq_length, found.positions) == (12, 40)
+
+
 def test_shards_with_an_index(tmp_path: Path) -> None:
     native = save_native(tmp_path / "native", llama())
     artifact = run(convert_config(native, tmp_path / "hf", max_shard_size=20_000), quiet())

@@ -41,6 +41,7 @@ CONFIGS = {
     ),
     "llama-mha-wide-heads": llama(num_query_groups=4, kv_channels=24, rotary_base=500000.0),
     "llama-odd-vocabulary": llama(vocab_size=385),
+    "llama-trained-shorter": llama(max_position_embeddings=48),
     "gpt2": gpt2_config(),
     "gpt2-exact-gelu-untied": gpt2_config(
         activation="gelu", untie_embeddings_and_output_weights=True, ffn_hidden_size=72

@@ -129,6 +129,7 @@ def test_a_text_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.M
         ("c.jsonl.zst", LINES, "the stream is broken"),
         ("c.txt.gz", LINES, "the stream is broken"),
     ],
+    ids=["cut", "begun", "plain", "checksum", "trailing", "zst", "text"],
 )
 def test_broken_streams_are_never_skipped(
     file: str, data: bytes, words: str, tmp_path: Path
@@ -161,7 +162,7 @@ def test_broken_arrays(
     monkeypatch.setattr(json_array, "BLOCK", block)
     path = tmp_path / "c.json"
     path.write_bytes(content.encode())
-    with pytest.raises(DataError, match="c.json, byte") as caught:
+    with pytest.raises(DataError, match=r"c\.json, byte") as caught:
         list(read_texts([path], ["text"], "file", skip_bad=True))
     assert words in str(caught.value)
 

@@ -78,6 +78,7 @@ class Evaluate:
     load: str = option(help="Model.")
     task: str = option(help="Task.")
     valid_data: tuple[str, ...] = option(help="Data.")
+    detokenizer: str = option("auto", help="Rules.")
     output: str = option(help="Output.")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flows import serve_check
-from flows.serve_check import access_headers, curl_line, put, require_free_port
+from flows.serve_check import access_headers, curl_line, put, usable_port
 from mtk.config import make
 from mtk.config.flow import ServeCheckConfig
 from mtk.config.serve import ServeConfig
@@ -84,12 +84,24 @@ def test_nobody_there(client: str) -> None:
         put("http://127.0.0.1:9/api", REQUEST, JSON)
 
 
-def test_port_in_use_is_a_configuration_error() -> None:
+def test_a_port_in_use_is_passed_over() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ConfigError, match=r"serve\.listen\.port"):
-            require_free_port("127.0.0.1", other.getsockname()[1])
+        taken = other.getsockname()[1]
+        assert usable_port("127.0.0.1", taken) not in (0, taken)
+
+
+def test_a_free_port_is_kept() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        free = other.getsockname()[1]
+    assert usable_port("127.0.0.1", free) == free
+
+
+def test_an_address_of_another_machine_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"serve\.listen\.host"):
+        usable_port("192.0.2.1", 5000)
 
 
 def test_curl_line_is_the_readmes() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtk.artifacts import open_artifact, verify, verify_lineage
+from mtk.artifacts.staging import staging_prefix
 from mtk.cli.main import main
 from mtk.config.preprocess import PreprocessConfig
 from mtk.data.dataset_artifact import open_dataset
@@ -175,7 +176,8 @@ def test_a_killed_publication_is_continued(tmp_path: Path) -> None:
     corpus(tmp_path)
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    (tmp_path / "out" / f".P.partial-{done.pid}-x").mkdir(parents=True)
+    dead = staging_prefix("P").replace(f"-{os.getpid()}-", f"-{done.pid}-x")
+    (tmp_path / "out" / dead).mkdir(parents=True)
     (tmp_path / "out/P_text_document.bin").write_bytes(b"half")
     run(tmp_path)
     assert IndexedDataset(tmp_path / "out/P_text_document").num_documents == len(TEXTS)
@@ -230,6 +232,18 @@ def test_the_manifest_repeats_the_run(tmp_path: Path) -> None:
     again = ["preprocess", "--config", marker, "--output-prefix", str(tmp_path / "again/P")]
     assert main(again) == 0
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_the_tokenizer_of_a_dataset_serves_again(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    first = run(tmp_path, append_eod=True)
+    again = run(
+        tmp_path,
+        append_eod=True,
+        tokenizer_model=f"{first}.tokenizer",
+        output_prefix=str(tmp_path / "again/P"),
+    )
+    assert contents(again.parent) == contents(first.parent)
 
 
 def test_json_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_edges() -> None:
         quantize(torch.tensor([[1.0, float("nan")]]), "blocks.q")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=str)
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 @pytest.mark.parametrize("inputs", [4, 10, 11, 12, 13])
 def test_dialects_are_lossless(dialect: Dialect, inputs: int) -> None:
     q = quantize(weight(5, inputs), "w")

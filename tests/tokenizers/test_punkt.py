@@ -58,7 +58,7 @@ def test_learning_is_deterministic_and_bounded(
     write_parameters(learn_parameters(CORPUS * 3, "english"), tmp_path / "a")
     write_parameters(learn_parameters(iter(CORPUS * 3), "english"), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    monkeypatch.setattr(punkt, "TRAINING_BYTES", 100)
+    monkeypatch.setattr(punkt, "TRAINING_BYTES", 150)
     taken = []
 
     def texts() -> object:
@@ -73,9 +73,7 @@ def test_learning_is_deterministic_and_bounded(
 def test_installed_data_is_used() -> None:
     """NLTK's own model and our copy of its parameters split alike."""
     folder = asset("nltk_data")
-    text = " ".join(
-        [EXAMPLE, "Dr. Strabismus (whom God preserve) of Utrecht. He works at 5 p.m. daily."]
-    )
+    text = f"{EXAMPLE} Dr. Strabismus (whom God preserve) of Utrecht. He works at 5 p.m. daily."
     program = f"""
 import json, sys, tempfile, pathlib
 from nltk.tokenize import sent_tokenize

@@ -27,6 +27,7 @@ from mtk.errors import CheckpointError, ConfigError, DataError, GateError, Layou
 from mtk.log import Reporter
 from mtk.session import Session
 from mtk.training.metrics import read_metrics
+from mtk.training.resume import exclusive
 from stages.pretrain import run
 
 BASE: dict[str, Any] = {
@@ -101,6 +102,23 @@ def test_learns_and_leaves_what_it_should(straight: Path) -> None:
         r["loss"] for r in records if r["event"] == "test"
     )
     assert load_model(straight).config.vocab_size == 50
+
+
+def test_held_out_samples_are_each_counted_once(straight: Path) -> None:
+    """The test split has fewer samples than were asked for: all of them, none twice."""
+    tests = [r for r in read_metrics(straight / "metrics.jsonl") if r["event"] == "test"]
+    asked = BASE["eval_iters"] * BASE["global_batch_size"] * BASE["seq_length"]
+    assert tests[0]["tokens"] == asked
+    small = held_out_samples(straight, eval_iters=500)
+    assert 16 * 8 < small < 16 * 100 and small % 16 == 0
+
+
+def held_out_samples(folder: Path, **changes: Any) -> float:
+    """Tokens of the test split's evaluation in a fresh run of one step."""
+    target = folder.parent / f"{folder.name}-heldout"
+    run(config(target, train_iters=4, **changes), QUIET)
+    records = read_metrics(target / "metrics.jsonl")
+    return float(next(r["tokens"] for r in records if r["event"] == "test"))
 
 
 def test_finished_run_is_skipped(straight: Path) -> None:
@@ -250,18 +268,37 @@ def test_finetune_takes_weights_only(straight: Path, tmp_path: Path) -> None:
         ({"data_path": ["/nonexistent/d"]}, DataError, "nonexistent"),
         ({"seq_length": 16000}, DataError, "fewer than one sample"),
         ({"split": "1,0.001,0"}, DataError, "valid"),
-        ({"vocab_size": 40}, DataError, "40"),
         ({"vocab_size": None}, ConfigError, "vocab_size"),
         ({"lr_warmup_iters": 40}, ConfigError, "warm-up"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_refusals_leave_no_checkpoint(
+def test_refusals_leave_nothing(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], part: str
 ) -> None:
     with pytest.raises(error, match=part):
-        run(config(tmp_path, **changes), QUIET)
+        run(config(tmp_path / "run", **changes), QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_beyond_the_vocabulary_are_named_when_they_are_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="40"):
+        run(config(tmp_path, vocab_size=40), QUIET)
     assert complete_steps(tmp_path) == []
+
+
+def test_force_with_bad_data_loses_nothing(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    force = Session(Reporter(quiet=True), force=True)
+    with pytest.raises(DataError):
+        run(config(tmp_path / "run", seq_length=16000), force)
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(CheckpointError, match="another run"):
+        run(config(tmp_path), QUIET)
+    run(config(tmp_path, train_iters=4), QUIET)
 
 
 def test_divergence_is_refused_and_the_good_checkpoint_stays(tmp_path: Path) -> None:
