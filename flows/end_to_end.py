@@ -48,14 +48,16 @@ def end_to_end(
     folder: relative paths of the file start here (a scheduled run starts elsewhere).
     overrides: values by ``section.option``. Raises what a stage raises.
     """
+    parent = None
     if folder is not None:
-        die_with_parent(os.getppid())  # the process of the schedule
+        parent = os.getppid()  # the process of the schedule
+        die_with_parent(parent)
         os.chdir(folder)
     tag_this_run()
     settle_killed_runs()
     session = Session(Reporter(json_lines=json_lines), force=force)
     layer = Layer("--set", overrides) if overrides else None
-    return run_tasks(plan_pipeline(config, registered_stages(), overrides=layer), session)
+    return run_tasks(plan_pipeline(config, registered_stages(), overrides=layer), session, parent)
 
 
 def run_in_prefect(
@@ -85,12 +87,15 @@ def raise_for_state(state: State[Any]) -> None:
     state.result(raise_on_failure=True)
 
 
-def run_tasks(pipeline: Pipeline, session: Session) -> State[Any]:
-    """Inside a flow run: every step as a task; returns the flow's final state."""
+def run_tasks(pipeline: Pipeline, session: Session, parent: int | None = None) -> State[Any]:
+    """Inside a flow run: every step as a task; returns the flow's final state.
+
+    parent: the process that this one must not outlive, if there is one.
+    """
     ledger = Ledger(pipeline)
     with interruptible():
         try:
-            run_all(ledger, lambda step: _run_task(step, pipeline, session), session)
+            run_all(ledger, lambda step: _run_task(step, pipeline, session, parent), session)
         except Interrupted as error:
             _publish("report", ledger.report(error), "Interrupted")
             return Cancelled(message=str(error))
@@ -103,7 +108,9 @@ def run_tasks(pipeline: Pipeline, session: Session) -> State[Any]:
     return Completed(message=message, data=None)
 
 
-def _run_task(step: PlannedStep, pipeline: Pipeline, session: Session) -> Outcome:
+def _run_task(
+    step: PlannedStep, pipeline: Pipeline, session: Session, parent: int | None
+) -> Outcome:
     """One task run. Interrupted ends it as Cancelled, which no retry follows."""
     finished: list[Outcome | Interrupted] = []
 
@@ -111,6 +118,11 @@ def _run_task(step: PlannedStep, pipeline: Pipeline, session: Session) -> Outcom
         try:
             outcome = run_step(step, pipeline, session)
         except Interrupted as error:
+            if parent is not None and os.getppid() != parent:
+                # Work is saved, and the server went with the schedule: Prefect would try
+                # for minutes to reach it.
+                session.reporter.info(f"{error}; the schedule is gone")
+                os._exit(error.exit_code)
             finished.append(error)
             return Cancelled(message=str(error))
         finished.append(outcome)
