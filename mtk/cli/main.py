@@ -81,9 +81,11 @@ def _report(error: MtkError, json_lines: bool, hint: str = "") -> None:
 
 def run() -> None:
     """Entry point of the ``mtk`` script."""
-    # Threads of torch that wait spin by default, which starves each other wherever cores
-    # are shared (measured on two busy cores: a quarter of the speed). Read at its import.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's threads spin for long while they wait, which starves every process where cores
+    # are shared: two trainings on two cores ran at 6 % of their speed. A short spin costs
+    # nothing measurable alone (docs/benchmarks/threads.md). libgomp reads it at its import.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(main())
 
 

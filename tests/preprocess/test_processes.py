@@ -92,6 +92,8 @@ def start(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs this in the background ignores Ctrl-C; children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 60
     while time.monotonic() < limit and not list((folder / "out").glob(".P.partial-*/*.bin")):
