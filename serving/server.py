@@ -160,6 +160,16 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+def check_ready_file(path: str | None) -> None:
+    """Raises ConfigError for a path that :func:`ready_file` could not write."""
+    if path is None:
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        rule = "cannot be written: it must be a file in a folder that exists and is yours"
+        raise ConfigError([Problem("listen.ready_file", path, rule)])
+
+
 @contextmanager
 def ready_file(path: str | None, url: str) -> Iterator[None]:
     """``path`` holds the URL while the block runs."""
@@ -183,14 +193,23 @@ def quiet_waitress() -> None:
 
 
 def read_keys(path: str | None) -> frozenset[str]:
-    """Keys from a file, one a line. Raises ConfigError if it cannot be read or holds none."""
+    """Keys from a file, one a line.
+
+    Raises ConfigError if it cannot be read, holds none, or has a line of several words:
+    were each a key, the words of a comment would let anybody in.
+    """
     if path is None:
         return frozenset()
     try:
-        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({error})"
         raise ConfigError([Problem("listen.api_key_file", path, rule)]) from error
+    for number, line in enumerate(lines, start=1):
+        if len(line.split()) > 1:
+            rule = f"has several words in line {number}: write one key a line, no comments"
+            raise ConfigError([Problem("listen.api_key_file", path, rule)])
+    keys = frozenset(line.strip() for line in lines if line.strip())
     if not keys:
         rule = "holds no key: write one a line"
         raise ConfigError([Problem("listen.api_key_file", path, rule)])
