@@ -215,6 +215,7 @@ def test_what_is_quantised_already_is_refused(home: Path, tmp_path: Path) -> Non
         ({"valid_data": ()}, ConfigError, "exactly one of"),
         ({"calibration_data": "x"}, ConfigError, "exactly one of"),
         ({"max_perplexity_increase": -1.0}, ConfigError, "at least 0"),
+        ({"max_perplexity_increase": float("inf")}, ConfigError, "finite"),
         ({"format": "int4"}, ConfigError, "int8_wo"),
         ({"valid_data": "missing.txt"}, DataError, "does not exist"),
         ({"valid_data": (), "calibration_data": "missing"}, DataError, "does not exist"),
