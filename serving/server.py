@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,18 +97,18 @@ class HttpServer:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{port}"
-        self._stop = threading.Event()
-        self._abort = threading.Event()
+        # Plain flags: an Event has a lock, which a signal inside a signal handler's own
+        # call would wait for without end.
+        self._stop = self._abort = False
 
     def stop(self) -> None:
         """Drain and end; called a second time, end at once. Safe in a signal handler."""
-        if self._stop.is_set():
-            self._abort.set()
-        self._stop.set()
+        self._abort = self._stop
+        self._stop = True
 
     def run(self) -> None:
         """Answer requests until :meth:`stop`; then let running ones end, and close."""
-        while not self._stop.is_set():
+        while not self._stop:
             self._poll()
         self._drain()
         self._server.task_dispatcher.shutdown(timeout=1)
@@ -119,7 +118,7 @@ class HttpServer:
         """New generation requests get 503 while those in flight may end."""
         self._service.drain()
         deadline = time.monotonic() + self._drain_timeout
-        while self._busy() and time.monotonic() < deadline and not self._abort.is_set():
+        while self._busy() and time.monotonic() < deadline and not self._abort:
             self._poll()
         # What still runs now ends with an error that is still delivered.
         self._service.engine.close(timeout=5.0)
