@@ -28,6 +28,7 @@ COMPRESSED = (".gz", ".zst")
 CHUNK_BYTES = 512 << 10
 CHUNK_RECORDS = 1000
 LARGEST_TEXT = 256 << 20
+ZSTD_BLOCK = 16 << 10  # compressed bytes at a time: what they unpack to is held in memory
 BOM = codecs.BOM_UTF8
 
 
@@ -145,9 +146,7 @@ def _opened(path: Path, packed: str) -> Iterator[tuple[io.BufferedReader, Any]]:
         if packed == ".gz":
             stream = _Available(gzip.GzipFile(fileobj=raw))
         elif packed == ".zst":
-            # Several frames in one file are one stream, as the zstd tool reads them.
-            frames = _zstandard().ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            stream = _Available(frames)
+            stream = _Frames(raw)
         yield io.BufferedReader(stream, 1 << 20), lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
 
 
@@ -164,6 +163,41 @@ class _Available(io.RawIOBase):
         data: bytes = self._stream.read1(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Frames(io.RawIOBase):
+    """The zstd frames of a file as one stream, as the zstd tool reads them.
+
+    Raises EOFError for a file that ends inside a frame, which the library's own reader
+    takes for the end of the data.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw, self._new = raw, _zstandard().ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._inside = False  # a frame has begun and not ended
+        self._packed = self._data = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._data and self._more():
+            self._data = self._frame.decompress(self._packed)
+            self._inside = not self._frame.eof
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        size = min(len(buffer), len(self._data))
+        buffer[:size], self._data = self._data[:size], self._data[size:]
+        return size
+
+    def _more(self) -> bool:
+        """Whether there is something to decompress, by a frame that has not ended."""
+        self._packed = self._packed or self._raw.read(ZSTD_BLOCK) or b""
+        if not self._packed and self._inside:
+            raise EOFError("the file ends inside a zstd frame")
+        if self._frame.eof:
+            self._frame = self._new()
+        return bool(self._packed)
 
 
 def _zstandard() -> Any:
@@ -202,10 +236,8 @@ def _zstd_error() -> type[Exception]:
 def _lines(stream: io.BufferedReader) -> Iterator[Record]:
     start = 0
     for number, line in enumerate(stream, start=1):
-        content = line
-        if number == 1 and line.startswith(BOM):
-            content = line[len(BOM) :]
-        yield number, start, content
+        mark = len(BOM) if number == 1 and line.startswith(BOM) else 0
+        yield number, start + mark, line[mark:]
         start += len(line)
 
 
@@ -227,7 +259,8 @@ def _whole(stream: io.BufferedReader, path: Path) -> Iterator[Record]:
             f"{path} is larger than {LARGEST_TEXT >> 20} MiB, too much for one document. Say "
             f"where documents end with --text-documents blank-line or line."
         )
-    yield 1, 0, text.removeprefix(BOM)
+    mark = len(BOM) if text.startswith(BOM) else 0
+    yield 1, mark, text[mark:]
 
 
 def _filled_lines(lines: Iterator[Record]) -> Iterator[Record]:

@@ -192,3 +192,34 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_formats(name: str) -> None:
     with pytest.raises(DataError, match="is not known"):
         file_format(Path(name))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("missing", [1, 3, 40])
+def test_a_cut_zst_file_is_refused(frames: int, missing: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    path.write_bytes((zst(LINES) * frames)[:-missing])
+    with pytest.raises(DataError, match="ends inside a zstd frame"):
+        list(read_texts([path], ["text"], "file", skip_bad=True))
+
+
+def test_zst_frames_without_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    path.write_bytes(skippable + zst(LINES) + zst(b"") + zst(LINES) + skippable)
+    assert list(read_texts([path], ["text"], "file")) == TEXTS * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("c.jsonl", b'{"text": }\n'), ("c.txt", b"abcdefgh\xff"), ("c.json", b'{"text": }')],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "mark"])
+def test_bytes_are_counted_with_the_byte_order_mark(
+    file: str, content: bytes, mark: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(mark + content)
+    place = len(mark) + content.index(b"\xff" if file == "c.txt" else b"}")
+    with pytest.raises(DataError, match=f"byte {place}"):
+        list(read_texts([path], ["text"], "file"))
