@@ -34,7 +34,7 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
     """
     session = session or Session()
     with terminate_cleanly():
-        files = expand_inputs(config.input)
+        files = expand_inputs(config.input, config.output_prefix)
         _check_text_keys(config, files)
         inputs = corpus_inputs(files) + tokenizer_inputs(config.tokenizer)
         done = completed(config.output_prefix, stage=STAGE, config=config, inputs=inputs)

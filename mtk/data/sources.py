@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mtk.artifacts.manifest import MARKER
 from mtk.data.json_array import array_items, looks_like_array
 from mtk.errors import ConfigError, DataError
 
 TextDocuments = Literal["file", "blank-line", "line"]
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSED = (".gz", ".zst")
+REPORTS = (".bad_lines.jsonl", ".punkt.json")  # of preprocess, beside its datasets
 CHUNK_BYTES = 512 << 10
 CHUNK_RECORDS = 1000
 LARGEST_TEXT = 256 << 20
@@ -54,10 +56,11 @@ class Chunk:
 Record = tuple[int, int, bytes]  # number, start, content
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
+def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> list[Path]:
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
-    Raises DataError for a pattern without a match, a folder, or an unknown suffix.
+    A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
+    the same command has the same input again. Raises DataError for a pattern without a match, a folder, or an unknown suffix.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -66,7 +69,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
         if not path.exists():
             # Unlike Path.glob it takes absolute patterns too.
             names = glob.glob(pattern, recursive=True)  # noqa: PTH207
-            found = [Path(name) for name in sorted(names)]
+            found = [Path(name) for name in sorted(names) if not _is_output(name, output_prefix)]
         if path.is_dir():
             raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
         found = [file for file in found if not file.is_dir()]
@@ -76,6 +79,13 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     for file in files:
         file_format(file)
     return list(files)
+
+
+def _is_output(name: str, output_prefix: str | None) -> bool:
+    if name.endswith(MARKER):
+        return True
+    reports = [f"{output_prefix}{end}" for end in REPORTS] if output_prefix else []
+    return Path(name).resolve() in [Path(report).resolve() for report in reports]
 
 
 def file_format(path: Path) -> tuple[str, str]:
@@ -283,6 +293,12 @@ def _paragraphs(lines: Iterator[Record]) -> Iterator[Record]:
         yield (*first, b"".join(parts).rstrip(b"\r\n"))
 
 
+def _plain(value: object) -> str:
+    """JSON for what it does not know. Columns of text are often stored as plain bytes; what
+    is not UTF-8 becomes lone surrogates, which are refused with the record."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+
+
 def _rows(path: Path, keys: Sequence[str]) -> Iterator[Record]:
     """Rows of a parquet file as JSON objects with the wanted columns."""
     import json
@@ -304,6 +320,6 @@ def _rows(path: Path, keys: Sequence[str]) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, -1, json.dumps(row, default=str).encode()
+                    yield number, -1, json.dumps(row, default=_plain).encode()
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}.") from error

@@ -223,3 +223,26 @@ def test_bytes_are_counted_with_the_byte_order_mark(
     place = len(mark) + content.index(b"\xff" if file == "c.txt" else b"}")
     with pytest.raises(DataError, match=f"byte {place}"):
         list(read_texts([path], ["text"], "file"))
+
+
+def test_parquet_text_stored_as_bytes(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = ["h\u00e9".encode(), b"plain", b"not \xff text"]
+    table = pyarrow.table({"text": pyarrow.array(values, pyarrow.binary())})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    read = read_texts([tmp_path / "c.parquet"], ["text"], "file", skip_bad=True)
+    assert list(read) == ["h\u00e9", "plain"]
+    with pytest.raises(DataError, match="row 3"):
+        list(read_texts([tmp_path / "c.parquet"], ["text"], "file"))
+
+
+def test_a_glob_does_not_match_the_outputs(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "P.bad_lines.jsonl", "P.punkt.json", "P.artifact.json", "Q.json"):
+        (tmp_path / name).write_text("{}")
+    found = expand_inputs([f"{tmp_path}/*.json*"], f"{tmp_path}/x/../P")
+    assert [path.name for path in found] == ["Q.json", "a.jsonl"]
+    # Named in full, a report is an input like any other.
+    named = f"{tmp_path}/P.bad_lines.jsonl"
+    assert [str(path) for path in expand_inputs([named], f"{tmp_path}/P")] == [named]
