@@ -60,7 +60,8 @@ def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> 
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
     A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
-    the same command has the same input again. Raises DataError for a pattern without a match, a folder, or an unknown suffix.
+    the same command has the same input again. Raises DataError for a pattern without a
+    match, a folder, or an unknown suffix.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -69,7 +70,8 @@ def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> 
         if not path.exists():
             # Unlike Path.glob it takes absolute patterns too.
             names = glob.glob(pattern, recursive=True)  # noqa: PTH207
-            found = [Path(name) for name in sorted(names) if not _is_output(name, output_prefix)]
+            inputs = [name for name in sorted(names) if not _is_output(name, output_prefix)]
+            found = [Path(name) for name in inputs]
         if path.is_dir():
             raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
         found = [file for file in found if not file.is_dir()]
