@@ -9,7 +9,7 @@ from mtk.artifacts import Artifact, InputRecord, completed, input_file, publish_
 from mtk.artifacts.publish import Publication
 from mtk.config.preprocess import PreprocessConfig
 from mtk.data.corpus_encoding import CorpusCounts, bad_metrics, check_counts, encode_corpus
-from mtk.data.dataset_artifact import refuse_foreign, tokenizer_folder
+from mtk.data.dataset_artifact import pair, refuse_foreign, tokenizer_folder
 from mtk.data.encoding import EncodingPlan, choose_workers
 from mtk.data.records import read_texts
 from mtk.data.sources import expand_inputs, file_format, read_chunks
@@ -42,7 +42,8 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
             session.reporter.info(f"preprocess: {config.output_prefix} is complete, skipped")
             return done
         tokenizer = build_tokenizer(config.tokenizer)
-        refuse_foreign(_prefixes(config).values(), config.output_prefix, force=session.force)
+        outputs = [path for prefix in _prefixes(config).values() for path in pair(prefix)]
+        refuse_foreign(outputs, config.output_prefix, force=session.force)
         return _publish(config, session, files, inputs, tokenizer)
 
 
