@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtk.artifacts.hashing import sha256_file
-from mtk.artifacts.manifest import Artifact, InputRecord, find_marker, read_manifest, verify
+from mtk.artifacts.manifest import Artifact, InputRecord, find_markers, read_manifest, verify
 from mtk.errors import ArtifactError
 
 Checked = dict[tuple[str, str], str]
@@ -40,12 +40,12 @@ def _state(record: InputRecord) -> str:
             return "gone"
         found = sha256_file(path)
     else:
-        marker = find_marker(path)
-        if marker is None:
+        artifacts = [read_manifest(marker) for marker in find_markers(path)]
+        if not artifacts:
             return "gone"
-        artifact = read_manifest(marker)
-        found = artifact.digest
-        if found == record.digest:
+        same = [artifact for artifact in artifacts if artifact.digest == record.digest]
+        found = (same or artifacts)[0].digest
+        for artifact in same:
             verify(artifact)
     if found != record.digest:
         raise ArtifactError(

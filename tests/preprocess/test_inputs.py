@@ -12,7 +12,8 @@ from mtk.artifacts import publish_directory
 from mtk.cli.main import main
 from mtk.config import make
 from mtk.config.corpus import DemoCorpusConfig
-from mtk.errors import ArtifactError
+from mtk.config.tokenizer import TrainTokenizerConfig
+from mtk.errors import ArtifactError, ConfigError
 from mtk.tokenizers.base import DESCRIPTION
 from stages import preprocess
 from tests.preprocess.corpora import QUIET, config, corpus
@@ -92,3 +93,33 @@ def test_a_glob_beside_the_outputs_is_skipped_again(
     capfd.readouterr()
     assert main(line) == 0
     assert "skipped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "..", "out/.", "out/..", "out/", ""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["preprocess", "--input", "c.jsonl", "--tokenizer-model", "tok", "--output-prefix"],
+        ["merge", "--input", ".", "--output-prefix"],
+    ],
+    ids=["preprocess", "merge"],
+)
+def test_an_output_without_a_name(
+    line: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main([*line, place]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+@pytest.mark.parametrize("output", [".jsonl", "..jsonl", "out/.jsonl", "out/..jsonl"])
+def test_a_corpus_without_a_name(output: str) -> None:
+    with pytest.raises(ConfigError, match="file name"):
+        make(DemoCorpusConfig, output=output)
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "out/.."])
+def test_a_tokenizer_without_a_name(output: str) -> None:
+    with pytest.raises(ConfigError, match="name of a folder"):
+        make(TrainTokenizerConfig, input=("c.jsonl",), output=output)
