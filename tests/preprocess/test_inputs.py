@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from mtk.artifacts import publish_directory
+from mtk.artifacts import InputRecord, publish_directory
 from mtk.cli.main import main
 from mtk.config import make
 from mtk.config.corpus import DemoCorpusConfig
 from mtk.config.tokenizer import TrainTokenizerConfig
-from mtk.errors import ArtifactError, ConfigError
+from mtk.errors import ArtifactError, ConfigError, DataError
 from mtk.tokenizers.base import DESCRIPTION
-from stages import preprocess
+from stages import preprocess, tokenizer
+from stages.preprocess import corpus_inputs
 from tests.preprocess.corpora import QUIET, config, corpus
 from tests.tokenizers.samples import gpt2_files, trained
 
@@ -123,3 +125,26 @@ def test_a_corpus_without_a_name(output: str) -> None:
 def test_a_tokenizer_without_a_name(output: str) -> None:
     with pytest.raises(ConfigError, match="name of a folder"):
         make(TrainTokenizerConfig, input=("c.jsonl",), output=output)
+
+
+@pytest.mark.parametrize("stage", [preprocess, tokenizer], ids=["preprocess", "tokenizer"])
+def test_a_corpus_that_changes_after_it_was_hashed(
+    stage: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = corpus(tmp_path)
+
+    def hashed_then_changed(files: Sequence[Path]) -> list[InputRecord]:
+        records = corpus_inputs(files)
+        path.write_text('{"text": "another text"}\n')
+        return records
+
+    monkeypatch.setattr(stage, "corpus_inputs", hashed_then_changed)
+    output = str(tmp_path / "out" / "P")
+    chosen = (
+        config(tmp_path)
+        if stage is preprocess
+        else make(TrainTokenizerConfig, input=(str(path),), output=output, vocab_size=300)
+    )
+    with pytest.raises(DataError, match="changed while it was read"):
+        stage.run(chosen, QUIET)
+    assert not any((tmp_path / "out").iterdir())
