@@ -269,3 +269,27 @@ def test_old_files_go_before_new_ones_come(tmp_path: Path, monkeypatch: pytest.M
                 (publication.folder / name).write_text(name)
             monkeypatch.setattr(Path, "replace", watched)
     assert seen == [set(), {"x.bin"}, {"x.bin", "x.idx"}] * 2
+
+
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_lineage_after_a_move_and_from_elsewhere(
+    absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    (work / "data" / "c.jsonl").write_text("corpus")
+    monkeypatch.chdir(work)
+    start = work if absolute else Path()
+    corpus = input_file(start / "data/c.jsonl", "corpus")
+    first = directory(start / "runs/first", "first", inputs=[corpus])
+    directory(start / "runs/second", "second", inputs=[first.as_input("model")])
+    work.rename(tmp_path / "moved")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "data" / "c.jsonl").write_text("another")
+    monkeypatch.chdir(elsewhere)
+    second = open_artifact(tmp_path / "moved/runs/second")
+    assert list(verify_lineage(second).values()) == ["verified"] * 3
+    (tmp_path / "moved/runs/first/weights").write_text("FIRST")
+    with pytest.raises(ArtifactError, match="changed after it was published"):
+        verify_lineage(second)
