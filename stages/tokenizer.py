@@ -12,7 +12,7 @@ from mtk.data.stop import terminate_cleanly
 from mtk.errors import DataError
 from mtk.session import Session
 from mtk.tokenizers.training import train_tokenizer
-from stages.preprocess import corpus_inputs
+from stages.preprocess import corpus_inputs, refuse_changed, stamps
 
 STAGE = "tokenizer train"
 
@@ -25,6 +25,7 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
     """
     session = session or Session()
     files = expand_inputs(config.input)
+    before = stamps(files)
     inputs = corpus_inputs(files)
     done = completed(config.output, stage=STAGE, config=config, inputs=inputs)
     if done is not None and not session.force:
@@ -51,6 +52,7 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
 
         session.reporter.info(f"tokenizer train: {config.type} of {config.vocab_size:,} tokens")
         tokenizer = train_tokenizer(config, texts)
+        refuse_changed(before)
         if not counts["text_bytes"]:
             raise DataError("the input holds no text to train on. Correct --input or --json-keys.")
         tokenizer.save(publication.folder)

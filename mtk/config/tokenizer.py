@@ -178,6 +178,8 @@ class TrainTokenizerConfig:
             yield Problem("min_frequency", self.min_frequency, "must be at least 1")
         if not self.input:
             yield Problem("input", self.input, "names no file")
+        if self.output.rstrip("/").rpartition("/")[2] in ("", ".", ".."):
+            yield Problem("output", self.output, "must end in the name of a folder")
         if not self.json_keys:
             yield Problem("json_keys", self.json_keys, "names no field")
         if not self.eod_token:
