@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from mtk.artifacts import Artifact, InputRecord, open_artifact
+from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.checkpoint.save import save_checkpoint
 from mtk.checkpoint.steps import prune_steps, step_folder
 from mtk.config.pretrain import PretrainConfig
+from mtk.errors import CheckpointError
 from mtk.models.attention import flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
 from mtk.models.init import initialize
@@ -28,7 +29,7 @@ from mtk.training.data import (
     with_vocabulary,
 )
 from mtk.training.loop import Loop, RunData
-from mtk.training.metrics import MetricsLog
+from mtk.training.metrics import MetricsLog, check_tensorboard
 from mtk.training.optimizer import Optimizer
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
@@ -52,11 +53,12 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     samples = target_samples(config)
     stepper = make_stepper(config, samples)
     save = Path(config.checkpoint.save)
-    start = Start() if session.force else find_start(config, save, samples)
+    start = Start() if session.force else find_start(config, save, samples, data)
     if start.finished is not None:
         session.reporter.info(f"{start.folder} is already complete; nothing to train.")
         return start.finished
     # Everything that can be wrong with the data is found before anything is written.
+    check_tensorboard(config.logging.tensorboard_dir)
     batches = run_data(config, data, samples, session.reporter)
     identity = Identity(
         data_identity(config, data, samples),
@@ -67,6 +69,11 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     with exclusive(save):
         if session.force:
             start_over(save)
+        elif find_start(config, save, samples, data) != start:
+            raise CheckpointError(
+                f"another run wrote checkpoints into {save} while this one was prepared. Repeat "
+                f"the command to continue them, or use another --save."
+            )
         progress = begin(start, stepper, identity, config, session)
         prepared = Run(config, session, stepper, data, batches, identity, save, start)
         return train(prepared, progress)
@@ -115,8 +122,10 @@ def begin(
     torch.manual_seed(config.runtime.seed)
     if start.folder is None:
         return RunProgress()
-    for change in start.changed:
-        session.reporter.warn(f"continuing with a changed option: {change}")
+    for warning in start.warnings:
+        session.reporter.warn(warning)
+    # Training on from weights that changed on disk would go unnoticed.
+    verify(open_artifact(start.folder, "checkpoint"))
     if start.weights_only:
         restore_weights(stepper, start.folder)
         session.reporter.info(f"weights from {start.folder}; step 0, fresh optimizer")

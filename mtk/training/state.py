@@ -86,7 +86,9 @@ def restore(stepper: Stepper, folder: Path, identity: Identity) -> RunProgress:
             f"Use another --save, or --finetune --load {folder} to take over its weights only."
         )
     restore_weights(stepper, folder)
-    stepper.optimizer.restore(read_tensors(folder, "optimizer"))
+    # There is no state while fp16 has skipped every step.
+    if (folder / "optimizer.index.json").is_file():
+        stepper.optimizer.restore(read_tensors(folder, "optimizer"))
     restore_random_state(read_tensors(folder, "random"), stepper.device)
     stepper.loss_scale = stepper.loss_scale.restored(training["loss_scale"])
     return RunProgress.from_dict(training["progress"])
