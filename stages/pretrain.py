@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.checkpoint.save import save_checkpoint
 from mtk.checkpoint.steps import prune_steps, step_folder
 from mtk.config.pretrain import PretrainConfig
-from mtk.errors import CheckpointError
-from mtk.models.attention import flash_kernel, sdpa_kernel
+from mtk.errors import CheckpointError, LayoutError, Problem
+from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
 from mtk.models.init import initialize
 from mtk.parallel.apply import apply, training_device
@@ -98,10 +99,12 @@ def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
     runtime = config.runtime
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
+    if runtime.deterministic_mode:
+        # cuBLAS reads it when it starts; without it torch refuses every matrix product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic_mode)
     device = training_device(runtime)
-    kernel = flash_kernel if runtime.attention_backend == "flash" else sdpa_kernel
-    model = build_model(config.model, kernel)
+    model = build_model(config.model, attention_kernel(config, device))
     initialize(model, config.model, runtime.seed)
     main = MainWeights(model.to(device), COMPUTE_DTYPES[config.precision.precision])
     apply(model, config.parallel, runtime)
@@ -113,6 +116,21 @@ def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
         LossScale.start(config.precision),
         device,
     )
+
+
+def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
+    """The kernel asked for. Raises LayoutError where flash attention has none for this run."""
+    if config.runtime.attention_backend != "flash":
+        return sdpa_kernel
+    rule = ""
+    if device.type == "cpu" and config.model.attention_dropout:
+        rule = "flash attention has no dropout on the CPU"
+    if device.type == "cuda" and config.precision.precision == "fp32":
+        rule = "flash attention needs bf16 or fp16 on CUDA"
+    if rule:
+        fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
+        raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
+    return flash_kernel
 
 
 def begin(
