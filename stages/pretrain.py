@@ -36,7 +36,7 @@ from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_over
 from mtk.training.schedule import Schedule
-from mtk.training.state import Identity, check_tokenizer, gather, restore, restore_weights
+from mtk.training.state import Identity, gather, restore, restore_weights
 from mtk.training.step import Stepper
 from mtk.training.stop import stop_on_signals
 
@@ -145,7 +145,6 @@ def begin(
     # Training on from weights that changed on disk would go unnoticed.
     verify(open_artifact(start.folder, "checkpoint"))
     if start.weights_only:
-        check_tokenizer(start.folder, identity.tokenizer)
         restore_weights(stepper, start.folder)
         session.reporter.info(f"weights from {start.folder}; step 0, fresh optimizer")
         return RunProgress()

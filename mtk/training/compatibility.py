@@ -50,10 +50,10 @@ def check_tokenizer(folder: Path, data_tokenizer: Path | None) -> None:
     if known.fingerprint == given.fingerprint or _same_bytes(known, given):
         return
     raise CheckpointError(
-        f"{folder} was trained with the tokenizer {known.fingerprint[:12]}... ({known.kind}, "
-        f"{known.vocab_size} ids), the data were made with {given.fingerprint[:12]}... "
-        f"({given.kind}, {given.vocab_size} ids). Preprocess the data with "
-        f"--tokenizer-model {own}."
+        f"{folder} was trained with another tokenizer ({known.kind}, {known.vocab_size} ids, "
+        f"fingerprint {known.fingerprint[:12]}...) than the data ({given.kind}, "
+        f"{given.vocab_size} ids, {given.fingerprint[:12]}...), so its ids mean other "
+        f"texts. Preprocess the data with --tokenizer-model {own}."
     )
 
 

@@ -13,7 +13,6 @@ from mtk.checkpoint.save import CheckpointContent
 from mtk.checkpoint.tensors import iterate_tensors, read_index, read_tensors
 from mtk.config.model import ModelConfig
 from mtk.errors import CheckpointError
-from mtk.tokenizers import load_tokenizer
 from mtk.training.progress import RunProgress
 from mtk.training.random_state import random_state, restore_random_state
 from mtk.training.step import Stepper
@@ -59,24 +58,6 @@ def gather(
         },
         tokenizer_folder=tokenizer_folder,
     )
-
-
-def check_tokenizer(folder: Path, fingerprint: str | None) -> None:
-    """Refuse weights that were trained on other token ids than the data's.
-
-    fingerprint: of the data's tokenizer; None (foreign data) cannot be checked. Raises
-    CheckpointError.
-    """
-    own = folder / "tokenizer"
-    if fingerprint is None or not own.is_dir():
-        return
-    trained = load_tokenizer(own).fingerprint
-    if trained != fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained with another tokenizer (fingerprint {trained[:12]}...) than "
-            f"the data ({fingerprint[:12]}...), so its ids mean other texts. Preprocess the data "
-            f"with --tokenizer-model {own}."
-        )
 
 
 def restore_weights(stepper: Stepper, folder: Path) -> None:
