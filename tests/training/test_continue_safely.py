@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from mtk.log import Reporter
 from mtk.session import Session
 from mtk.tokenizers import build_tokenizer
 from mtk.training.compatibility import check_tokenizer
+from mtk.training.loop import Loop
 from mtk.training.metrics import MetricsLog, read_metrics
 from mtk.training.plots import write_plots
 from mtk.training.step import Stepper, StepResult
 from stages.pretrain import run
-from tests.training.test_pretrain import QUIET, StopAfter, config, untimed, weights
+from tests.training.test_pretrain import QUIET, StopAfter, config, dataset, untimed, weights
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +227,69 @@ def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path: Path) -> N
     check_tokenizer(checkpoint, None)
     with pytest.raises(CheckpointError, match="Preprocess"):
         check_tokenizer(checkpoint, folders["b"])
+
+
+RAMPUP = {
+    "train_iters": None,
+    "train_samples": 80,
+    "rampup_batch_size": [2, 2, 24],
+    "global_batch_size": 8,
+    "lr_warmup_iters": None,
+    "lr_warmup_samples": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "killed_at"),
+    [
+        ({"precision": "bf16"}, 9),
+        (RAMPUP, 5),
+        ({**RAMPUP, "precision": "bf16", "data_order": "megatron"}, 11),
+        ({"data_order": "megatron", "micro_batch_size": 16, "global_batch_size": 32}, 27),
+        ({"weight_decay_incr_style": "cosine", "start_weight_decay": 0, "end_weight_decay": 1}, 6),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 8, "compile": False}, 26),
+        ({"data_path": "blend"}, 9),
+    ],
+    ids=["bf16", "rampup", "rampup-bf16-megatron", "megatron-epochs", "decay", "wsd", "blend"],
+)
+def test_every_kind_of_run_continues_bit_for_bit_with_other_intervals(
+    tmp_path: Path, changes: dict[str, Any], killed_at: int
+) -> None:
+    """The second part logs, evaluates and saves at other steps: nothing of that may count."""
+    if "data_path" in changes:
+        write_walk(tmp_path / "b", 3)
+        changes = {"data_path": ["0.3", str(dataset()), "0.7", str(tmp_path / "b")]}
+    run(config(tmp_path / "straight", **changes), QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path / "run", **changes), Session(StopAfter(killed_at)))
+    other = {"log_interval": 3, "eval_interval": 7, "save_interval": 5, "eval_iters": 1}
+    run(config(tmp_path / "run", **changes, **other), QUIET)
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+def test_kill_between_publishing_and_pruning(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.pretrain, "prune_steps", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(tmp_path, train_iters=8), QUIET)
+    run(config(tmp_path, train_iters=8), QUIET)
+    assert weights(tmp_path) == weights(short)
+
+
+def test_a_stop_during_the_last_evaluation_still_ends_the_run(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Loop._finish
+
+    def signalled(self: Loop) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(self)
+
+    monkeypatch.setattr(Loop, "_finish", signalled)
+    artifact = run(config(tmp_path, train_iters=8), QUIET)
+    assert artifact.metrics["step"] == 8 and weights(tmp_path) == weights(short)
