@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtk.artifacts import Artifact, InputRecord, open_artifact
+from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.checkpoint.save import save_checkpoint
 from mtk.checkpoint.steps import prune_steps, step_folder
 from mtk.config.pretrain import PretrainConfig
-from mtk.models.attention import flash_kernel, sdpa_kernel
+from mtk.errors import CheckpointError, LayoutError, Problem
+from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
 from mtk.models.init import initialize
 from mtk.parallel.apply import apply, training_device
@@ -28,13 +30,13 @@ from mtk.training.data import (
     with_vocabulary,
 )
 from mtk.training.loop import Loop, RunData
-from mtk.training.metrics import MetricsLog
+from mtk.training.metrics import MetricsLog, check_tensorboard
 from mtk.training.optimizer import Optimizer
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_over
 from mtk.training.schedule import Schedule
-from mtk.training.state import Identity, check_tokenizer, gather, restore, restore_weights
+from mtk.training.state import Identity, gather, restore, restore_weights
 from mtk.training.step import Stepper
 from mtk.training.stop import stop_on_signals
 
@@ -52,11 +54,12 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     samples = target_samples(config)
     stepper = make_stepper(config, samples)
     save = Path(config.checkpoint.save)
-    start = Start() if session.force else find_start(config, save, samples)
+    start = Start() if session.force else find_start(config, save, samples, data)
     if start.finished is not None:
         session.reporter.info(f"{start.folder} is already complete; nothing to train.")
         return start.finished
     # Everything that can be wrong with the data is found before anything is written.
+    check_tensorboard(config.logging.tensorboard_dir)
     batches = run_data(config, data, samples, session.reporter)
     identity = Identity(
         data_identity(config, data, samples),
@@ -67,6 +70,11 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     with exclusive(save):
         if session.force:
             start_over(save)
+        elif find_start(config, save, samples, data) != start:
+            raise CheckpointError(
+                f"another run wrote checkpoints into {save} while this one was prepared. Repeat "
+                f"the command to continue them, or use another --save."
+            )
         progress = begin(start, stepper, identity, config, session)
         prepared = Run(config, session, stepper, data, batches, identity, save, start)
         return train(prepared, progress)
@@ -91,10 +99,12 @@ def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
     runtime = config.runtime
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
+    if runtime.deterministic_mode:
+        # cuBLAS reads it when it starts; without it torch refuses every matrix product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic_mode)
     device = training_device(runtime)
-    kernel = flash_kernel if runtime.attention_backend == "flash" else sdpa_kernel
-    model = build_model(config.model, kernel)
+    model = build_model(config.model, attention_kernel(config, device))
     initialize(model, config.model, runtime.seed)
     main = MainWeights(model.to(device), COMPUTE_DTYPES[config.precision.precision])
     apply(model, config.parallel, runtime)
@@ -108,6 +118,21 @@ def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
     )
 
 
+def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
+    """The kernel asked for. Raises LayoutError where flash attention has none for this run."""
+    if config.runtime.attention_backend != "flash":
+        return sdpa_kernel
+    rule = ""
+    if device.type == "cpu" and config.model.attention_dropout:
+        rule = "flash attention has no dropout on the CPU"
+    if device.type == "cuda" and config.precision.precision == "fp32":
+        rule = "flash attention needs bf16 or fp16 on CUDA"
+    if rule:
+        fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
+        raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
+    return flash_kernel
+
+
 def begin(
     start: Start, stepper: Stepper, identity: Identity, config: PretrainConfig, session: Session
 ) -> RunProgress:
@@ -115,10 +140,11 @@ def begin(
     torch.manual_seed(config.runtime.seed)
     if start.folder is None:
         return RunProgress()
-    for change in start.changed:
-        session.reporter.warn(f"continuing with a changed option: {change}")
+    for warning in start.warnings:
+        session.reporter.warn(warning)
+    # Training on from weights that changed on disk would go unnoticed.
+    verify(open_artifact(start.folder, "checkpoint"))
     if start.weights_only:
-        check_tokenizer(start.folder, identity.tokenizer)
         restore_weights(stepper, start.folder)
         session.reporter.info(f"weights from {start.folder}; step 0, fresh optimizer")
         return RunProgress()

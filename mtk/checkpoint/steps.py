@@ -18,15 +18,28 @@ def step_folder(directory: str | Path, step: int) -> Path:
 
 def complete_steps(directory: str | Path) -> list[int]:
     """Steps whose folder has its marker and all files in their recorded sizes, ascending."""
+    return [step for step, damage in _marked_steps(directory) if not damage]
+
+
+def damaged_steps(directory: str | Path) -> list[tuple[int, str]]:
+    """Steps that were published but cannot be opened now, ascending, with the reason.
+
+    A killed run leaves no such folder: the marker comes last and goes first.
+    """
+    return [(step, damage) for step, damage in _marked_steps(directory) if damage]
+
+
+def _marked_steps(directory: str | Path) -> list[tuple[int, str]]:
     found = []
     for folder in Path(directory).glob("step_*"):
         match = _NAME.fullmatch(folder.name)
         if match and (folder / MARKER).is_file():
+            damage = ""
             try:
                 open_artifact(folder, "checkpoint")
-            except ArtifactError:
-                continue
-            found.append(int(match[1]))
+            except ArtifactError as error:
+                damage = str(error)
+            found.append((int(match[1]), damage))
     return sorted(found)
 
 

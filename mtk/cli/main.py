@@ -13,7 +13,12 @@ import typer
 
 from mtk import __version__
 from mtk.cli.help_page import ProgramGroup
-from mtk.errors import EXIT_CODES, ConfigError, MtkError
+from mtk.errors import EXIT_CODES, ArtifactError, ConfigError, MtkError
+
+OUT_OF_MEMORY = (
+    "there is not enough memory for these sizes. Lower --micro-batch-size, --seq-length, the "
+    "model or the training length; mtk plan tells beforehand what a run needs."
+)
 
 # Typer's usage errors, whether it brings its own copy of click (>= 0.26) or not.
 _UsageProblem: type[Exception] = next(
@@ -60,9 +65,28 @@ def main(arguments: list[str] | None = None) -> int:
     except MtkError as error:
         _report(error, json_lines)
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has enough; nothing more may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _report(ArtifactError(f"{where}{error.strerror or error}."), json_lines)
+        return ArtifactError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _report(ConfigError(OUT_OF_MEMORY), json_lines)
+        return ConfigError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Also torch's, which has a class of its own for the GPU and only a text for the CPU."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
 
 
 def _usage_hint(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperOption
 
 from mtk.config import Layer, Leaf, leaves
 from mtk.config.coerce import is_bool, is_tuple, type_name
+from mtk.errors import ConfigError, Problem
 
 CommandBody = Callable[[dict[str, Any], "CommonOptions"], None]
 
@@ -100,12 +101,18 @@ def add_command(
 
 def _given(found: list[Leaf], values: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
+    problems: list[Problem] = []
     for leaf in found:
-        for flag, value in leaf.spec.shortcuts:
-            if values[_shortcut_name(flag)]:
-                given[leaf.key] = value
+        said = {f: v for f, v in leaf.spec.shortcuts if values[_shortcut_name(f)]}
         if values[_parameter_name(leaf)] not in (None, [], ()):
-            given[leaf.key] = values[_parameter_name(leaf)]
+            said[flag_names(leaf)[0]] = values[_parameter_name(leaf)]
+        if len({str(value) for value in said.values()}) > 1:
+            rule = f"{' and '.join(said)} contradict each other"
+            problems.append(Problem(leaf.key, tuple(said.values()), rule, "Give one of them."))
+        if said:
+            given[leaf.key] = list(said.values())[-1]
+    if problems:
+        raise ConfigError(problems)
     return given
 
 

@@ -121,6 +121,9 @@ def _bool(value: Any) -> bool:
 def _str(value: Any) -> str:
     if isinstance(value, (dict, list, tuple)) or value is None:
         raise CoercionError("must be text")
+    if isinstance(value, bool):
+        # YAML reads yes, no, on and off as truth values.
+        raise CoercionError("must be text; put it in quotes")
     return str(value)
 
 

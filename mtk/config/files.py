@@ -18,12 +18,14 @@ def read_layer(path: str | Path) -> Layer:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem("config", str(path), f"is not UTF-8 text: {error}")]) from error
     except OSError as error:
         problem = Problem("config", str(path), f"cannot be read ({error.strerror})")
         raise ConfigError([problem]) from error
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        content = json.loads(text) if path.suffix == ".json" else _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise ConfigError([Problem("config", str(path), f"does not parse: {where}")]) from error
     if content is None:
@@ -34,6 +36,25 @@ def read_layer(path: str | Path) -> Layer:
     if "config_digest" in content and isinstance(content.get("config"), dict):
         content = content["config"]
     return Layer(str(path), content)
+
+
+def _parse_yaml(text: str) -> Any:
+    """As yaml.safe_load, but a key that is written twice is an error, not the last one wins."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            # Taken before the parent resolves "<<", whose keys may be overridden.
+            names = [key.value for key, _ in node.value]
+            mapping = super().construct_mapping(node, deep)
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{twice!r} is given twice", node.start_mark
+                )
+            return mapping
+
+    return yaml.load(text, Loader)
 
 
 def set_layer(assignments: Sequence[str]) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -106,7 +107,7 @@ class ModelConfig:
             fix = f"Nearest: {nearest_multiple(self.hidden_size, self.num_attention_heads)}."
             yield Problem("hidden_size", self.hidden_size, rule, fix)
         groups = self.query_groups
-        if groups < 1 or self.num_attention_heads % groups:
+        if groups >= 1 and self.num_attention_heads % groups:
             rule = f"must divide num_attention_heads = {self.num_attention_heads}"
             fix = f"Nearest: {nearest_divisor(groups, self.num_attention_heads)}."
             yield Problem("num_query_groups", groups, rule, fix)
@@ -115,12 +116,23 @@ class ModelConfig:
             yield Problem("seq_length", self.seq_length, rule, "Raise the one or lower the other.")
         if self.position_embedding_type == "rope":
             yield from self._rope()
+        else:
+            for name, unset in (("rotary_base", 10000.0), ("rotary_percent", 1.0)):
+                if getattr(self, name) != unset:
+                    rule = "only means something with position_embedding_type = rope"
+                    yield Problem(name, getattr(self, name), rule, "Leave it out.")
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
-        for name in ("ffn_hidden_size", "kv_channels", "max_position_embeddings", "vocab_size"):
+        for name in (
+            "num_query_groups",
+            "ffn_hidden_size",
+            "kv_channels",
+            "max_position_embeddings",
+            "vocab_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Problem(name, value, "must be at least 1")
@@ -130,8 +142,16 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be in [0, 1)")
+        for name in ("init_method_std", "norm_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield Problem(name, getattr(self, name), "must be 0 or more and finite")
 
     def _rope(self) -> Iterator[Problem]:
+        if not 0 < self.rotary_base < math.inf:
+            yield Problem("rotary_base", self.rotary_base, "must be greater than 0 and finite")
+        if not 0 < self.rotary_percent <= 1:
+            yield Problem("rotary_percent", self.rotary_percent, "must be in (0, 1]")
+            return
         rotated = int(self.head_size * self.rotary_percent)
         if rotated < 2 or rotated % 2:
             rule = f"rotates {rotated} of {self.head_size} channels; the number must be even, >= 2"

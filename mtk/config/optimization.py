@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -30,15 +31,16 @@ class OptimizerConfig:
     clip_grad: float = option(1.0, help="Largest global L2 norm of the gradient; 0 is off.")
 
     def problems(self) -> Iterator[Problem]:
-        if not self.lr > 0:
-            yield Problem("lr", self.lr, "must be greater than 0")
+        if not 0 < self.lr < math.inf:
+            yield Problem("lr", self.lr, "must be greater than 0 and finite")
         if not 0 <= self.min_lr <= self.lr:
             yield Problem("min_lr", self.min_lr, f"must be in [0, lr = {self.lr}]")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be in [0, 1)")
-        if self.clip_grad < 0:
-            yield Problem("clip_grad", self.clip_grad, "must not be negative")
+        for name in ("weight_decay", "adam_eps", "clip_grad"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield Problem(name, getattr(self, name), "must be 0 or more and finite")
         given = self.start_weight_decay is not None or self.end_weight_decay is not None
         if self.weight_decay_incr_style == "constant":
             if given:
@@ -47,7 +49,7 @@ class OptimizerConfig:
         elif self.start_weight_decay is None or self.end_weight_decay is None:
             rule = "needs --start-weight-decay and --end-weight-decay"
             yield Problem("weight_decay_incr_style", self.weight_decay_incr_style, rule)
-        elif not 0 <= self.start_weight_decay <= self.end_weight_decay:
+        elif not 0 <= self.start_weight_decay <= self.end_weight_decay < math.inf:
             rule = f"must be in [0, end_weight_decay = {self.end_weight_decay}]"
             yield Problem("start_weight_decay", self.start_weight_decay, rule)
 
@@ -78,13 +80,28 @@ class ScheduleConfig:
             yield Problem("lr_warmup_fraction", warmups, rule)
         if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
             yield Problem("lr_warmup_fraction", self.lr_warmup_fraction, "must be in [0, 1)")
-        if self.lr_warmup_init < 0:
+        if not 0 <= self.lr_warmup_init < math.inf:
             yield Problem("lr_warmup_init", self.lr_warmup_init, "must not be negative")
-        if self.lr_decay_style == "WSD" and not (
-            self.lr_wsd_decay_iters or self.lr_wsd_decay_samples
-        ):
+        yield from self._lengths()
+        if self.lr_decay_style != "WSD":
+            yield from self._without_wsd()
+        elif self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
             rule = "needs --lr-wsd-decay-iters or --lr-wsd-decay-samples"
             yield Problem("lr_decay_style", "WSD", rule)
+
+    def _lengths(self) -> Iterator[Problem]:
+        for stem, least in (("lr_decay", 1), ("lr_warmup", 0), ("lr_wsd_decay", 1)):
+            for name in (f"{stem}_iters", f"{stem}_samples"):
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    yield Problem(name, value, f"must be at least {least}", f"Nearest: {least}.")
+
+    def _without_wsd(self) -> Iterator[Problem]:
+        unset = ScheduleConfig()
+        for name in ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+            if getattr(self, name) != getattr(unset, name):
+                rule = "only means something with lr_decay_style = WSD"
+                yield Problem(name, getattr(self, name), rule, "Leave it out.")
 
     def problems_with(self, counts_iterations: bool) -> Iterator[Problem]:
         """Rules that depend on how the length of the training is given."""
@@ -113,8 +130,20 @@ class PrecisionConfig:
     def problems(self) -> Iterator[Problem]:
         for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                yield Problem(name, value, "must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                yield Problem(name, value, "must be greater than 0 and finite")
+        if self.min_loss_scale > self.initial_loss_scale:
+            rule = f"must not exceed initial_loss_scale = {self.initial_loss_scale:g}"
+            yield Problem("min_loss_scale", self.min_loss_scale, rule)
         for name in ("loss_scale_window", "hysteresis"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
+        if self.precision != "fp16" or self.loss_scale is not None:
+            yield from self._without_dynamic_scale()
+
+    def _without_dynamic_scale(self) -> Iterator[Problem]:
+        unset = PrecisionConfig()
+        for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            if getattr(self, name) != getattr(unset, name):
+                rule = "only means something with fp16 and without --loss-scale"
+                yield Problem(name, getattr(self, name), rule, "Leave it out.")

@@ -12,6 +12,8 @@ from mtk.config.parallel import ParallelConfig
 from mtk.config.schema import group, option
 from mtk.errors import Problem
 
+DEFAULT_SPLIT = "969,30,1"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -23,7 +25,7 @@ class DataConfig:
     train_data_path: tuple[str, ...] = option((), help="As --data-path, for training only.")
     valid_data_path: tuple[str, ...] = option((), help="As --data-path, for validation only.")
     test_data_path: tuple[str, ...] = option((), help="As --data-path, for the test only.")
-    split: str = option("969,30,1", help="Shares of training, validation and test sequences.")
+    split: str = option(DEFAULT_SPLIT, help="Shares of training, validation and test sequences.")
     data_order: Literal["epochs", "megatron"] = option(
         "epochs",
         help="Shuffle each epoch on its own, so that the order does not depend on the training "
@@ -45,6 +47,9 @@ class DataConfig:
             rule = "no data given"
             fix = "Give --data-path PREFIX (what mtk preprocess wrote)."
             yield Problem("data_path", self.data_path, rule, fix)
+        if not self.data_path and any(given) and self.split != DEFAULT_SPLIT:
+            rule = "only divides the datasets of --data-path"
+            yield Problem("split", self.split, rule, "Leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +72,8 @@ class BatchConfig:
     def problems(self) -> Iterator[Problem]:
         if self.micro_batch_size < 1:
             yield Problem("micro_batch_size", self.micro_batch_size, "must be at least 1")
-        if self.full < 1:
-            yield Problem("global_batch_size", self.full, "must be at least 1")
+        if self.global_batch_size is not None and self.global_batch_size < 1:
+            yield Problem("global_batch_size", self.global_batch_size, "must be at least 1")
         if self.rampup_batch_size is None or self.micro_batch_size < 1 or self.full < 1:
             return
         start, increment, samples = self.rampup_batch_size
@@ -94,13 +99,14 @@ class LengthConfig:
     train_tokens: int | None = option(None, help="Tokens (rounded up to whole samples).")
 
     def problems(self) -> Iterator[Problem]:
-        given = [n for n in (self.train_iters, self.train_samples, self.train_tokens) if n]
+        given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            found = (self.train_iters, self.train_samples, self.train_tokens)
+            found = tuple(vars(self).values())
             rule = "give exactly one of --train-iters, --train-samples, --train-tokens"
             yield Problem("train_iters", found, rule)
-        elif given[0] < 1:
-            yield Problem("train_iters", given[0], "must be at least 1")
+        for name, value in given.items():
+            if value < 1:
+                yield Problem(name, value, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,8 @@ class SaveConfig:
         if self.keep_checkpoints == 1 or self.keep_checkpoints < 0:
             rule = "must be 0 (all) or at least 2: the last good one stays while one is written"
             yield Problem("keep_checkpoints", self.keep_checkpoints, rule, "Nearest: 2.")
+        if self.max_shard_size < 1:
+            yield Problem("max_shard_size", self.max_shard_size, "must be at least 1")
         if self.finetune and not self.load:
             yield Problem("finetune", True, "needs --load CHECKPOINT")
 
@@ -167,6 +175,13 @@ class RuntimeConfig:
     )
     deterministic_mode: bool = option(False, help="Only deterministic kernels.")
 
+    def problems(self) -> Iterator[Problem]:
+        if not 0 <= self.seed < 2**32:
+            nearest = min(max(self.seed, 0), 2**32 - 1)
+            yield Problem("seed", self.seed, "must lie in 0..2^32 - 1", f"Nearest: {nearest}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            yield Problem("num_threads", self.num_threads, "must be at least 1", "Nearest: 1.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -193,6 +208,9 @@ class PretrainConfig:
             yield Problem("batch.global_batch_size", batch.full, rule, fix)
         if self.data.mock_data and self.model.vocab_size is None:
             yield Problem("model.vocab_size", None, "must be given with --mock-data")
+        if self.schedule.lr_warmup_init > self.optimizer.lr:
+            rule = f"must not exceed optimizer.lr = {self.optimizer.lr}"
+            yield Problem("schedule.lr_warmup_init", self.schedule.lr_warmup_init, rule)
         yield from self.schedule.problems_with(self.length.train_iters is not None)
         if self.length.train_iters is not None and batch.rampup_batch_size is not None:
             rule = "ramp-up needs a length in samples or tokens"

@@ -167,8 +167,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def recipe_layer(name: str) -> Layer:
+def recipe_layer(name: Any) -> Layer:
     """The lowest layer of a configuration. Raises ConfigError for an unknown name."""
+    if not isinstance(name, str):
+        raise ConfigError([Problem("recipe", name, "must be text: one name")])
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(RECIPES)}."

@@ -74,14 +74,20 @@ def _merge(
     origins: dict[str, str] = {}
     problems: list[Problem] = []
     for layer in layers:
+        spellings: dict[str, str] = {}
         for key, value in _flatten(layer.values, {leaf.path[:-1] for leaf in known}):
             leaf = by_key.get(key) or by_name.get(key)
             if leaf is None:
                 problems.append(_unknown(key, value, layer.origin, [*by_key, *by_name]))
                 continue
             try:
-                values[leaf.key] = coerce(value, leaf.annotation)
-                origins[leaf.key] = layer.origin
+                typed = coerce(value, leaf.annotation)
+                if leaf.key in spellings and typed != values[leaf.key]:
+                    rule = f"was {values[leaf.key]!r} as {spellings[leaf.key]} before"
+                    fix = f"Give it once (from {layer.origin})."
+                    problems.append(Problem(key, value, rule, fix))
+                values[leaf.key], origins[leaf.key] = typed, layer.origin
+                spellings[leaf.key] = key
             except CoercionError as error:
                 problems.append(Problem(leaf.key, value, f"{error} (from {layer.origin})"))
     return values, origins, problems

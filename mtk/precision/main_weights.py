@@ -51,6 +51,11 @@ class MainWeights:
             parameter.grad = None
 
     @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether every main weight is a number; waits for the device."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.weights.values())
+
+    @torch.no_grad()
     def publish(self) -> None:
         """Round the main weights into the parameters; call after each optimizer step."""
         if self._copies:

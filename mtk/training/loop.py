@@ -23,6 +23,9 @@ from mtk.training.stop import StopRequest
 
 Batches = Callable[[], Iterator[GlobalBatch]]
 
+# Skipped steps at the least loss scale after which fp16 is given up: none of them trains.
+STUCK_STEPS = 20
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -55,6 +58,7 @@ class Loop:
         self.progress, self.log, self.reporter, self.save = progress, log, reporter, save
         self.metrics: dict[str, Any] = {}
         self._saved_step = progress.step
+        self._stuck_steps = 0
         self._interval_start = time.perf_counter()
         self._interval_tokens = 0
         self._interval_loss = torch.tensor(progress.interval_loss, dtype=torch.float64)
@@ -105,8 +109,20 @@ class Loop:
         self._interval_loss = self._interval_loss.to(result.loss.device) + result.loss.double()
         if result.applied:
             progress.scheduled_samples += batch.samples
+            self._stuck_steps = 0
         else:
             progress.skipped_steps += 1
+            self._check_stuck()
+
+    def _check_stuck(self) -> None:
+        scale = self.stepper.loss_scale
+        self._stuck_steps = self._stuck_steps + 1 if scale.scale <= scale.minimum else 0
+        if self._stuck_steps >= STUCK_STEPS:
+            raise GateError(
+                f"{STUCK_STEPS} steps in a row overflowed at the least loss scale, "
+                f"{scale.minimum:g}, up to step {self.progress.step}. The newest checkpoint is "
+                f"step {self._saved_step}; lower --lr or --min-loss-scale, or train in bf16."
+            )
 
     def _log(self, lr: float, result: StepResult) -> None:
         progress = self.progress
@@ -165,6 +181,12 @@ class Loop:
         self.progress.interval_loss = self._interval_loss.item()
         if self.progress.interval_steps:
             self._check_finite(self.progress.interval_loss)
+        # A loss is taken before its step's update and cannot vouch for the weights.
+        if not self.stepper.main.finite():
+            raise GateError(
+                f"the weights are no longer finite after step {self.progress.step}. The newest "
+                f"checkpoint is step {self._saved_step}; lower --lr or check the data."
+            )
         self.save(dict(self.metrics))
         self._saved_step = self.progress.step
         self._interval_start += time.perf_counter() - started

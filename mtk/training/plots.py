@@ -12,8 +12,8 @@ from mtk.training.metrics import read_metrics
 def write_plots(metrics: Path, folder: Path) -> list[Path]:
     """Write ``loss.png`` and ``throughput.png``; nothing when there is nothing to show."""
     records = read_metrics(metrics)
-    train = [r for r in records if r["event"] == "train"]
-    evaluations = [r for r in records if r["event"] == "eval"]
+    train = [r for r in records if r.get("event") == "train"]
+    evaluations = [r for r in records if r.get("event") == "eval"]
     if not train:
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,9 @@ def _draw(path: Path, lines: Sequence[Line], label: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, records, key, style in lines:
-        points = [(r["step"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, style, label=name, markersize=4, linewidth=1.2)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)

@@ -13,7 +13,6 @@ from mtk.checkpoint.save import CheckpointContent
 from mtk.checkpoint.tensors import iterate_tensors, read_index, read_tensors
 from mtk.config.model import ModelConfig
 from mtk.errors import CheckpointError
-from mtk.tokenizers import load_tokenizer
 from mtk.training.progress import RunProgress
 from mtk.training.random_state import random_state, restore_random_state
 from mtk.training.step import Stepper
@@ -61,24 +60,6 @@ def gather(
     )
 
 
-def check_tokenizer(folder: Path, fingerprint: str | None) -> None:
-    """Refuse weights that were trained on other token ids than the data's.
-
-    fingerprint: of the data's tokenizer; None (foreign data) cannot be checked. Raises
-    CheckpointError.
-    """
-    own = folder / "tokenizer"
-    if fingerprint is None or not own.is_dir():
-        return
-    trained = load_tokenizer(own).fingerprint
-    if trained != fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained with another tokenizer (fingerprint {trained[:12]}...) than "
-            f"the data ({fingerprint[:12]}...), so its ids mean other texts. Preprocess the data "
-            f"with --tokenizer-model {own}."
-        )
-
-
 def restore_weights(stepper: Stepper, folder: Path) -> None:
     """Weights only, strictly by name and shape. Raises CheckpointError."""
     weights = stepper.main.weights
@@ -105,7 +86,9 @@ def restore(stepper: Stepper, folder: Path, identity: Identity) -> RunProgress:
             f"Use another --save, or --finetune --load {folder} to take over its weights only."
         )
     restore_weights(stepper, folder)
-    stepper.optimizer.restore(read_tensors(folder, "optimizer"))
+    # There is no state while fp16 has skipped every step.
+    if (folder / "optimizer.index.json").is_file():
+        stepper.optimizer.restore(read_tensors(folder, "optimizer"))
     restore_random_state(read_tensors(folder, "random"), stepper.device)
     stepper.loss_scale = stepper.loss_scale.restored(training["loss_scale"])
     return RunProgress.from_dict(training["progress"])

@@ -1,0 +1,64 @@
+"""What a checkpoint and a run must share beyond shapes, which agree by chance too often."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtk.checkpoint.load import read_model_config
+from mtk.config.model import ModelConfig
+from mtk.errors import CheckpointError
+from mtk.tokenizers import Tokenizer, load_tokenizer
+
+# Options that change the function but no shape of any weight.
+FUNCTION = (
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "activation",
+    "normalization",
+    "norm_epsilon",
+    "position_embedding_type",
+    "rotary_percent",
+)
+
+
+def check_model(folder: Path, model: ModelConfig) -> None:
+    """The weights in ``folder`` are those of a model of this kind. Raises CheckpointError."""
+    saved = read_model_config(folder)
+    differences = [
+        f"{name} was {getattr(saved, name)!r}, now {getattr(model, name)!r}"
+        for name in FUNCTION
+        if getattr(saved, name) != getattr(model, name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{folder} holds another model: {'; '.join(differences)}. Give the kinds and sizes "
+            f"it was trained with."
+        )
+
+
+def check_tokenizer(folder: Path, data_tokenizer: Path | None) -> None:
+    """The ids of the data mean the same text as those the weights were trained on.
+
+    Tokenizers of different kinds pass if every id stands for the same bytes. Raises
+    CheckpointError.
+    """
+    own = folder / "tokenizer"
+    if data_tokenizer is None or not own.is_dir():
+        return
+    known, given = load_tokenizer(own), load_tokenizer(data_tokenizer)
+    if known.fingerprint == given.fingerprint or _same_bytes(known, given):
+        return
+    raise CheckpointError(
+        f"{folder} was trained with another tokenizer ({known.kind}, {known.vocab_size} ids, "
+        f"fingerprint {known.fingerprint[:12]}...) than the data ({given.kind}, "
+        f"{given.vocab_size} ids, {given.fingerprint[:12]}...), so its ids mean other "
+        f"texts. Preprocess the data with --tokenizer-model {own}."
+    )
+
+
+def _same_bytes(first: Tokenizer, second: Tokenizer) -> bool:
+    if first.vocab_size != second.vocab_size:
+        return False
+    pairs = [(first.token_bytes(i), second.token_bytes(i)) for i in range(first.vocab_size)]
+    return all(one is not None and one == other for one, other in pairs)
