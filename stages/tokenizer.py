@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from mtk.artifacts import Artifact, completed, publish_directory
@@ -21,7 +22,7 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
     """Train on every text of the input. The folder works as ``--tokenizer-model`` and loads
     in transformers. The same corpus gives the same bytes.
 
-    Raises DataError for a bad record or an empty corpus.
+    Raises DataError for a bad record (unless they are skipped) or an empty corpus.
     """
     session = session or Session()
     files = expand_inputs(config.input)
@@ -42,10 +43,16 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
     )
     with terminate_cleanly(), publishing as publication:
         counts = {"documents": 0, "text_bytes": 0}
+        bad: Counter[str] = Counter()
+        skip = config.on_bad_line == "skip"
 
         def texts() -> Iterator[str]:
             counts.update(documents=0, text_bytes=0)
-            for text in read_texts(files, config.json_keys, config.text_documents):
+            bad.clear()
+            found = read_texts(
+                files, config.json_keys, config.text_documents, skip_bad=skip, bad=bad
+            )
+            for text in found:
                 counts["documents"] += 1
                 counts["text_bytes"] += len(text.encode())
                 yield text
@@ -58,11 +65,15 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
         tokenizer.save(publication.folder)
         publication.metrics |= {
             **counts,
+            "bad_by_reason": dict(bad),
             "tokenizer_kind": tokenizer.kind,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
         }
+    if bad:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(bad.items()))
+        session.reporter.warn(f"{bad.total():,} records were left out: {reasons}")
     if tokenizer.vocab_size < config.vocab_size:
         session.reporter.warn(
             f"the corpus is too small for {config.vocab_size:,} tokens: the vocabulary has "

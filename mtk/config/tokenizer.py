@@ -163,6 +163,9 @@ class TrainTokenizerConfig:
     text_documents: Literal["file", "blank-line", "line"] = option(
         "file", help="What is one document in a .txt file."
     )
+    on_bad_line: Literal["fail", "skip"] = option(
+        "fail", help="Stop at a record that cannot be used, or leave it out and count it."
+    )
 
     def problems(self) -> Iterator[Problem]:
         least = {"bpe": 257, "wordpiece": 100, "unigram": 258}[self.type]
