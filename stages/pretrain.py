@@ -13,6 +13,7 @@ from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.checkpoint.save import save_checkpoint
 from mtk.checkpoint.steps import prune_steps, step_folder
 from mtk.config.pretrain import PretrainConfig
+from mtk.data.stop import terminate_cleanly
 from mtk.errors import CheckpointError, LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
@@ -41,6 +42,7 @@ from mtk.training.step import Stepper
 from mtk.training.stop import stop_on_signals
 
 
+@terminate_cleanly()
 def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     """Train until the length is reached; returns the last checkpoint.
 
@@ -181,13 +183,13 @@ def train(run: Run, progress: RunProgress) -> Artifact:
 
     log = MetricsLog(save / "metrics.jsonl", progress.step, config.logging.tensorboard_dir)
     loop = Loop(config, run.stepper, run.batches, progress, log, session.reporter, write_checkpoint)
-    try:
-        with stop_on_signals() as stop:
+    with stop_on_signals() as stop:
+        try:
             loop.run(stop)
-    finally:
-        log.close()
-        if config.logging.plots:
-            write_plots(save / "metrics.jsonl", save / "plots")
+        finally:
+            log.close()
+            if config.logging.plots:
+                write_plots(save / "metrics.jsonl", save / "plots")
     return saved[-1]
 
 

@@ -18,7 +18,7 @@ from mtk.checkpoint import complete_steps, read_tensors
 from mtk.config import make
 from mtk.config.tokenizer import TokenizerConfig
 from mtk.data.indexed_dataset import IndexedDatasetWriter
-from mtk.errors import ArtifactError, CheckpointError, ConfigError, GateError
+from mtk.errors import ArtifactError, CheckpointError, ConfigError, GateError, Interrupted
 from mtk.log import Reporter
 from mtk.session import Session
 from mtk.tokenizers import build_tokenizer
@@ -281,7 +281,27 @@ def test_kill_between_publishing_and_pruning(
     assert weights(tmp_path) == weights(short)
 
 
-def test_a_stop_during_the_last_evaluation_still_ends_the_run(
+def test_a_stop_while_the_run_is_prepared_is_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building the index of a large dataset takes minutes."""
+    plain = stages.pretrain.run_data
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(stages.pretrain, "run_data", signalled)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(Interrupted):
+            run(config(tmp_path / "run"), QUIET)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_during_the_last_evaluation_or_plots_still_ends_the_run(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Loop._finish
@@ -291,5 +311,8 @@ def test_a_stop_during_the_last_evaluation_still_ends_the_run(
         plain(self)
 
     monkeypatch.setattr(Loop, "_finish", signalled)
-    artifact = run(config(tmp_path, train_iters=8), QUIET)
+    monkeypatch.setattr(
+        stages.pretrain, "write_plots", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    artifact = run(config(tmp_path, train_iters=8, plots=True), QUIET)
     assert artifact.metrics["step"] == 8 and weights(tmp_path) == weights(short)
