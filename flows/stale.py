@@ -18,6 +18,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
+from mtk.artifacts.staging import process_exists
+
 PREFIX = "process:"
 
 
@@ -57,17 +59,7 @@ def _is_gone(tag: str) -> bool:
     pid = tag.split(":")[2]
     if not pid.isdigit():
         return False
-    return not _exists(int(pid)) or process_tag(int(pid)) != tag
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return not process_exists(int(pid)) or process_tag(int(pid)) != tag
 
 
 def _started(pid: int) -> str:

@@ -24,7 +24,7 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
     """
     for folder in parent.glob(f".{name}.partial-{_host()}-*"):
         pid = folder.name.rpartition(f".partial-{_host()}-")[2].split("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if pid.isdigit() and int(pid) != os.getpid() and not process_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -41,7 +41,8 @@ def _host() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())
 
 
-def _alive(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether this machine runs a process with this id, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

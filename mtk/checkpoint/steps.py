@@ -65,7 +65,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     if torn:
         listed = ", ".join(torn)
         raise CheckpointError(f"{path} holds no complete checkpoint ({listed} incomplete).")
-    raise CheckpointError(f"{path} is not a checkpoint and holds none. Check the path of --load.")
+    raise CheckpointError(f"{path} is not a checkpoint and holds none. Check the path.")
 
 
 def prune_steps(directory: str | Path, keep: int) -> None:

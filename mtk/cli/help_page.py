@@ -62,3 +62,4 @@ def print_help(path: str, summary: str, options: Sequence[TyperOption]) -> None:
         lines.append(Padding(Text(option.help or ""), (0, 0, 0, 4)))
     for name, lines in panels.items():
         console.print(Panel(Group(*lines), title=name, title_align="left", border_style="dim"))
+    console.print("mtk --help lists the commands; --help after a command shows this page.\n")

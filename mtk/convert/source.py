@@ -49,7 +49,7 @@ def find_source(path: str | Path) -> Source:
     """Detect what ``path`` holds. Raises ArtifactError (or a kind of it) with what was found."""
     path = Path(path)
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist. Check the path of --load.")
+        raise ArtifactError(f"{path} does not exist. Check the path.")
     for name in DIALECT_FOLDERS:
         if (path / MARKER).is_file() and (path / name / CONFIG).is_file():
             artifact = open_artifact(path, "quantized_model")

@@ -98,6 +98,7 @@ def test_comment_about_layouts_is_true(
     monkeypatch.setattr(stages.pretrain, "build_model", lambda *_: pytest.fail("built a model"))
     script = next(path for path in SCRIPTS if "175b" in path.name)
     _, *options = commands(script.read_text())[0]
+    del options[options.index("--split") : options.index("--split") + 2]
     options += ["--mock-data", "--vocab-size", "50257", "--set", "data.data_path=[]"]
     assert main(["pretrain", *options]) == 2
     assert "one process" in capsys.readouterr().err
