@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.guard import start_guarded, stop
-from flows.server import answers
+from flows.server import DIRECT, answers
 from mtk.artifacts import find_marker, open_artifact
 from mtk.config.flow import ServeCheckConfig
 from mtk.errors import ConfigError, MtkError, Problem, ServingError, WorkerError
@@ -120,8 +120,8 @@ def put(
     body = json.dumps(request)
     if curl := shutil.which("curl"):
         # Headers go through standard input: arguments are seen by every user.
-        command = [curl, "-sS", "--max-time", str(timeout), "-w", "\n%{http_code}", "-X", "PUT"]
-        command += [url, "-H", "@-", "-d", body]
+        command = [curl, "-sS", "--noproxy", "*", "--max-time", str(timeout)]
+        command += ["-w", "\n%{http_code}", "-X", "PUT", url, "-H", "@-", "-d", body]
         lines = "".join(f"{name}: {value}\n" for name, value in headers.items())
         done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -142,7 +142,7 @@ def _put_without_curl(
 ) -> tuple[str, str]:
     call = urllib.request.Request(url, body.encode(), dict(headers), method="PUT")
     try:
-        with urllib.request.urlopen(call, timeout=timeout) as response:
+        with DIRECT.open(call, timeout=timeout) as response:
             return response.read().decode(), str(response.status)
     except urllib.error.HTTPError as error:
         return error.read().decode(errors="replace"), str(error.code)

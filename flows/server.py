@@ -20,6 +20,9 @@ from flows.settings import is_fresh, prefect_environment
 from mtk.errors import WorkerError
 from mtk.log import Reporter
 
+# Servers of this machine are asked directly: a proxy of the environment cannot reach them.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 @contextmanager
 def prefect_server(reporter: Reporter, home: str | None = None) -> Iterator[str]:
@@ -76,7 +79,7 @@ def answers(url: str, timeout: float = 5.0, headers: Mapping[str, str] | None = 
     """Whether a GET is answered with 200."""
     request = urllib.request.Request(url, headers=dict(headers or {}))
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with DIRECT.open(request, timeout=timeout) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

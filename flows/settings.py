@@ -33,6 +33,7 @@ def prefect_environment(
     environment = os.environ if environment is None else environment
     for name, value in DEFAULTS.items():
         environment.setdefault(name, value)
+    keep_loopback_direct(environment)
     if home is not None:
         environment["PREFECT_HOME"] = str(Path(home).expanduser().resolve())
     elif not environment.get("PREFECT_HOME"):
@@ -40,6 +41,18 @@ def prefect_environment(
     folder = Path(environment["PREFECT_HOME"]).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def keep_loopback_direct(environment: MutableMapping[str, str]) -> None:
+    """Where a proxy is set, except this machine from it: no proxy reaches a server here."""
+    if not any(name.lower().endswith("_proxy") for name in environment):
+        return
+    # Readers differ in which spelling they look at first.
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in ("127.0.0.1", "localhost", "::1") if host not in hosts]
+    environment["no_proxy"] = environment["NO_PROXY"] = ",".join(hosts)
 
 
 def is_fresh(home: Path) -> bool:

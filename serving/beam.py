@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.generation import Decoder, Vocabulary
+from serving.generation import Decoder, Vocabulary, not_finite
 from serving.requests import FinishReason, GenerationRequest, SequenceOutput
 from serving.text import TextStream
 
@@ -55,6 +55,8 @@ def search(
 ) -> Generator[None, None, list[Hypothesis]]:
     """Best first; yields after every forward pass so that other work can go between.
 
+    Raises ServingError (500) if the model computes NaN or infinity.
+
     ``decoder`` is this search's own. The request has one prompt and at least one new token.
     """
     beam, prompt = request.beam, request.prompts[0]
@@ -69,6 +71,8 @@ def search(
     last_char = vocabulary.tokenizer.decode(prompt[-4:])[-1:]
     for length in range(1, request.max_tokens + 1):
         yield
+        if not torch.isfinite(logits_WV).all():
+            raise not_finite()
         if not request.newline_after_colon:
             logits_WV = _without_newline(logits_WV, beams, last_char, vocabulary)
         candidates = _candidates(logits_WV[:, : vocabulary.size], totals, 2 * beam.width)

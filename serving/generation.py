@@ -9,6 +9,7 @@ Shape suffixes: B rows, S new tokens, T all tokens, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -92,6 +93,10 @@ def logprobs_of(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[Toke
     return [TokenLogprob(t, c, tuple(zip(ids, v, strict=True))) for t, c, ids, v in rows]
 
 
+def not_finite() -> ServingError:
+    return ServingError("the model computed NaN or infinite logits", status=500)
+
+
 class Vocabulary:
     """What generation needs to know about tokens' texts. size: ids that may be drawn."""
 
@@ -138,8 +143,18 @@ class RunningSequence:
         """What :meth:`Decoder.prefill` is to score of the prompt."""
         return (self.request.sampling.logprobs or 0) if self.request.prompt_logprobs else None
 
-    def scored_only(self) -> Delta:
-        """A request of no new tokens ends after its prompt was scored."""
+    def begin(self, logits_V: Tensor, scored: list[TokenLogprob]) -> Delta:
+        """The step after the prompt was read; a request of no new tokens ends with it.
+
+        scored: log-probabilities of the prompt's tokens, if they were asked for.
+        """
+        self.prompt_logprobs = scored
+        if not all(math.isfinite(item.logprob) for item in scored):
+            return self._broken()
+        if self.request.max_tokens > 0:
+            return self.advance(logits_V)
+        if not torch.isfinite(logits_V).all():
+            return self._broken()
         self.finish = "length"
         return Delta(self.index, (), "", (), self.finish)
 
@@ -150,8 +165,7 @@ class RunningSequence:
         are broken, and nothing drawn from them would mean anything.
         """
         if not torch.isfinite(logits_V).all():
-            self.error = ServingError("the model computed NaN or infinite logits", status=500)
-            return Delta(self.index, (), "")
+            return self._broken()
         token = self._sampler.choose(self._allowed(logits_V))
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.sampling.logprobs is not None:
@@ -162,6 +176,10 @@ class RunningSequence:
         self._steps.append(text)
         self._logprobs += logprobs
         return Delta(self.index, (token,), text, logprobs, self.finish)
+
+    def _broken(self) -> Delta:
+        self.error = not_finite()
+        return Delta(self.index, (), "")
 
     def _accept(self, token: int) -> str:
         if token in self.request.stop.token_ids:
@@ -219,11 +237,7 @@ class Batch:
         row = self.decoder.cache.add_row()
         self.running.append(sequence)
         logits_V, scored = self.decoder.prefill(row, sequence.prompt, score_top=sequence.score_top)
-        sequence.prompt_logprobs = scored
-        if sequence.request.max_tokens == 0:
-            delta = sequence.scored_only()
-        else:
-            delta = sequence.advance(logits_V)
+        delta = sequence.begin(logits_V, scored)
         self.remove(_ended)
         return replace(delta, prompt_logprobs=tuple(scored))
 

@@ -41,8 +41,9 @@ class _LayerStore:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         if self.keys_RGTD is not None and self.values_RGTD is not None:
-            self.keys_RGTD[target, :, :length] = self.keys_RGTD[source, :, :length]
-            self.values_RGTD[target, :, :length] = self.values_RGTD[source, :, :length]
+            for store_RGTD in (self.keys_RGTD, self.values_RGTD):
+                store_RGTD[target, :, :length] = store_RGTD[source, :, :length]
+                _clear_from(store_RGTD, target, length)
 
 
 def _grown(store_RGTD: Tensor, rows: int, length: int) -> Tensor:
@@ -52,6 +53,12 @@ def _grown(store_RGTD: Tensor, rows: int, length: int) -> Tensor:
     grown = store_RGTD.new_zeros(max(rows, old_rows), heads, max(length, old_length), width)
     grown[:old_rows, :, :old_length] = store_RGTD
     return grown
+
+
+def _clear_from(store_RGTD: Tensor, row: int, length: int) -> None:
+    """Zeros behind a row's tokens. A mask does not hide NaN that an earlier sequence left
+    there: attention multiplies it by zero, which is NaN again."""
+    store_RGTD[row, :, length:] = 0
 
 
 class _PrefillView:
@@ -65,6 +72,8 @@ class _PrefillView:
         keys, values = self._store.reserve(k_BGSD, _doubled(self._row + 1), _stepped(end))
         keys[self._row, :, self._start : end] = k_BGSD[0]
         values[self._row, :, self._start : end] = v_BGSD[0]
+        _clear_from(keys, self._row, end)
+        _clear_from(values, self._row, end)
         row = slice(self._row, self._row + 1)
         return keys[row, :, :end], values[row, :, :end]
 

@@ -22,6 +22,8 @@ from serving.settings import ServerSettings
 from serving.text import pieces
 
 MAX_PROMPTS, MAX_NEW_TOKENS = 128, 2**31 - 1
+# length^20 and length^-20 are finite and not zero for any context there is.
+MAX_PENALTY = 20.0
 OLD_NAMES = {"max_len": "tokens_to_generate", "sentences": "prompts"}
 FIELDS = (
     "prompts",
@@ -164,7 +166,7 @@ def _beam(
     if width is not None and prompts > 1:
         raise ServingError("beam search takes one prompt", param="beam_width")
     stop = fields.integer("stop_token", engine.tokenizer.eod, low=0, high=engine.vocab_size - 1)
-    penalty = fields.number("length_penalty", 1.0, low=-100.0, high=100.0)
+    penalty = fields.number("length_penalty", 1.0, low=-MAX_PENALTY, high=MAX_PENALTY)
     if width is None:
         return None
     if new_tokens == 0:

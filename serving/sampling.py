@@ -87,7 +87,9 @@ class Sampler:
         """The next token from raw logits (any dtype or device)."""
         if self.params.greedy:
             return int(logits_V.argmax())
-        scores_V = logits_V.float() / self.params.temperature
+        # From the highest down and in double: no temperature turns a score into infinity,
+        # of which the softmax would be NaN.
+        scores_V = (logits_V.double() - logits_V.max()) / self.params.temperature
         if self.params.top_k:
             scores_V = keep_top_k(scores_V, self.params.top_k)
         if self.params.top_p > 0 and self._top_p < 1:

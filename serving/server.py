@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,18 +97,18 @@ class HttpServer:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{port}"
-        self._stop = threading.Event()
-        self._abort = threading.Event()
+        # Plain flags: an Event has a lock, which a signal inside a signal handler's own
+        # call would wait for without end.
+        self._stop = self._abort = False
 
     def stop(self) -> None:
         """Drain and end; called a second time, end at once. Safe in a signal handler."""
-        if self._stop.is_set():
-            self._abort.set()
-        self._stop.set()
+        self._abort = self._stop
+        self._stop = True
 
     def run(self) -> None:
         """Answer requests until :meth:`stop`; then let running ones end, and close."""
-        while not self._stop.is_set():
+        while not self._stop:
             self._poll()
         self._drain()
         self._server.task_dispatcher.shutdown(timeout=1)
@@ -119,7 +118,7 @@ class HttpServer:
         """New generation requests get 503 while those in flight may end."""
         self._service.drain()
         deadline = time.monotonic() + self._drain_timeout
-        while self._busy() and time.monotonic() < deadline and not self._abort.is_set():
+        while self._busy() and time.monotonic() < deadline and not self._abort:
             self._poll()
         # What still runs now ends with an error that is still delivered.
         self._service.engine.close(timeout=5.0)
@@ -160,6 +159,16 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+def check_ready_file(path: str | None) -> None:
+    """Raises ConfigError for a path that :func:`ready_file` could not write."""
+    if path is None:
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        rule = "cannot be written: it must be a file in a folder that exists and is yours"
+        raise ConfigError([Problem("listen.ready_file", path, rule)])
+
+
 @contextmanager
 def ready_file(path: str | None, url: str) -> Iterator[None]:
     """``path`` holds the URL while the block runs."""
@@ -183,14 +192,23 @@ def quiet_waitress() -> None:
 
 
 def read_keys(path: str | None) -> frozenset[str]:
-    """Keys from a file, one a line. Raises ConfigError if it cannot be read or holds none."""
+    """Keys from a file, one a line.
+
+    Raises ConfigError if it cannot be read, holds none, or has a line of several words:
+    were each a key, the words of a comment would let anybody in.
+    """
     if path is None:
         return frozenset()
     try:
-        keys = frozenset(Path(path).read_text(encoding="utf-8").split())
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({error})"
         raise ConfigError([Problem("listen.api_key_file", path, rule)]) from error
+    for number, line in enumerate(lines, start=1):
+        if len(line.split()) > 1:
+            rule = f"has several words in line {number}: write one key a line, no comments"
+            raise ConfigError([Problem("listen.api_key_file", path, rule)])
+    keys = frozenset(line.strip() for line in lines if line.strip())
     if not keys:
         rule = "holds no key: write one a line"
         raise ConfigError([Problem("listen.api_key_file", path, rule)])

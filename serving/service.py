@@ -80,8 +80,7 @@ class Service:
     def _deltas(self, ticket: Ticket, gone: Callable[[], bool]) -> Iterator[Delta | None]:
         deadline = ticket.submitted + self.settings.request_timeout
         for delta in ticket.deltas(LOOK_EVERY):
-            if delta is None:
-                _look(gone, deadline)
+            _look(gone, deadline)
             yield delta
 
     @contextmanager

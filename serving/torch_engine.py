@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 from serving import beam
@@ -265,6 +266,10 @@ class TorchEngine:
         try:
             next(search.steps)
             self._last_decode = time.monotonic()
+        except ServingError as error:
+            self._beam = None
+            search.job.ticket.fail(error)
+            self._finished("error")
         except StopIteration as end:
             ticket = search.job.ticket
             found = beam.outputs(ticket.request, self._vocabulary, end.value)

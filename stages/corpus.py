@@ -7,14 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mtk.artifacts import Artifact, completed, input_file, publish_prefix
-from mtk.config.corpus import DemoCorpusConfig
+from mtk.config.corpus import SUFFIX, DemoCorpusConfig
 from mtk.data.cloze import cloze_passages
+from mtk.data.dataset_artifact import refuse_foreign
 from mtk.data.demo_corpus import demo_documents, topics_file
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import DataError
 from mtk.session import Session
 
 STAGE = "corpus demo"
+HELDOUT = ".heldout.txt"
+CLOZE = ".cloze.jsonl"
 
 
 def run(config: DemoCorpusConfig, session: Session | None = None) -> Artifact:
@@ -28,6 +31,9 @@ def run(config: DemoCorpusConfig, session: Session | None = None) -> Artifact:
     if done is not None and not session.force:
         session.reporter.info(f"corpus demo: {config.output} is complete, skipped")
         return done
+    ends = (SUFFIX, *((HELDOUT,) if config.heldout else ()), *((CLOZE,) if config.cloze else ()))
+    outputs = [Path(f"{config.prefix}{end}") for end in ends]
+    refuse_foreign(outputs, config.prefix, force=session.force)
     publishing = publish_prefix(
         config.prefix,
         kind="corpus",
@@ -52,14 +58,14 @@ def _write(config: DemoCorpusConfig, prefix: Path) -> dict[str, int]:
     kept = [d for d in documents if not (config.heldout and d.is_heldout)]
     lines = ({"text": d.text, "source": d.source} for d in kept)
     metrics = {"documents": len(kept), "text_bytes": sum(len(d.text.encode()) for d in kept)}
-    _write_lines(Path(f"{prefix}.jsonl"), lines)
+    _write_lines(Path(f"{prefix}{SUFFIX}"), lines)
     if config.heldout:
         text = "\n\n".join(d.text for d in heldout) + "\n"
-        Path(f"{prefix}.heldout.txt").write_text(text, encoding="utf-8")
+        Path(f"{prefix}{HELDOUT}").write_text(text, encoding="utf-8")
         metrics |= {"heldout_documents": len(heldout), "heldout_bytes": len(text.encode())}
     if config.cloze:
         passages = cloze_passages(d.text for d in heldout)
-        _write_lines(Path(f"{prefix}.cloze.jsonl"), ({"text": p} for p in passages))
+        _write_lines(Path(f"{prefix}{CLOZE}"), ({"text": p} for p in passages))
         metrics["cloze_passages"] = len(passages)
     return metrics
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtk.artifacts import Artifact, completed, input_file, publish_directory
 from mtk.config.evaluate import EvaluateConfig
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import ConfigError, DataError, GateError, Problem
 from mtk.session import Session
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ FORMAT = {"format": "mtk-evaluation", "version": 1}
 def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
     """Write ``results.json`` (figures with their definitions) and ``items.jsonl``.
 
-    Raises DataError for files that cannot be scored.
+    Raises DataError for files that cannot be scored, GateError for a loss that is not
+    finite.
     """
     from mtk.convert.source import find_source
 
@@ -65,6 +67,11 @@ def _evaluate(
     length = _context(config, opened)
     task = _perplexity if config.task == "WIKITEXT103" else _lambada
     figures, items, details = task(config, opened, documents, length, session)
+    if not math.isfinite(figures["loss"]):
+        raise GateError(
+            f"the loss is {figures['loss']}: the model's weights, or what it computes in "
+            f"{config.dtype}, are not finite. Nothing was published. Try --dtype fp32."
+        )
     results = {
         **FORMAT,
         "task": config.task,

@@ -11,6 +11,7 @@ from mtk.config.preprocess import MergeConfig
 from mtk.data.dataset_artifact import (
     DatasetInfo,
     open_dataset,
+    pair,
     refuse_foreign,
     tokenizer_folder,
 )
@@ -38,7 +39,7 @@ def run(config: MergeConfig, session: Session | None = None) -> Artifact:
         return done
     _check_alike(datasets, session)
     name = Path(config.output_prefix).name
-    refuse_foreign([Path(config.output_prefix)], config.output_prefix, force=session.force)
+    refuse_foreign(pair(config.output_prefix), config.output_prefix, force=session.force)
     publishing = publish_prefix(
         config.output_prefix,
         kind="dataset",
@@ -73,11 +74,17 @@ def _find(config: MergeConfig) -> list[DatasetInfo]:
             f"{folder / alone[0]}{there} has no other half ({len(alone)} such files). Remove or "
             f"complete it, or choose datasets with --match."
         )
-    names = sorted(halves[".bin"])
+    # However the two paths are written: the output must never become part of itself.
+    output = bin_path(config.output_prefix)
+    output = output.parent.resolve() / output.name
+    here = folder.resolve()
+    names = [name for name in sorted(halves[".bin"]) if bin_path(here / name) != output]
     if not names:
-        raise DataError(f"{folder} holds no dataset whose name fits --match {config.match!r}.")
-    output = bin_path(config.output_prefix).absolute()
-    return [open_dataset(folder / n) for n in names if bin_path(folder / n).absolute() != output]
+        raise DataError(
+            f"{folder} holds no dataset, other than the output, whose name fits --match "
+            f"{config.match!r}."
+        )
+    return [open_dataset(folder / name) for name in names]
 
 
 def _check_alike(datasets: list[DatasetInfo], session: Session) -> None:

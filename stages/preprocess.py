@@ -9,7 +9,7 @@ from mtk.artifacts import Artifact, InputRecord, completed, input_file, publish_
 from mtk.artifacts.publish import Publication
 from mtk.config.preprocess import PreprocessConfig
 from mtk.data.corpus_encoding import CorpusCounts, bad_metrics, check_counts, encode_corpus
-from mtk.data.dataset_artifact import refuse_foreign, tokenizer_folder
+from mtk.data.dataset_artifact import pair, refuse_foreign, tokenizer_folder
 from mtk.data.encoding import EncodingPlan, choose_workers
 from mtk.data.records import read_texts
 from mtk.data.sources import expand_inputs, file_format, read_chunks
@@ -25,6 +25,7 @@ from mtk.tokenizers.punkt import (
 )
 
 STAGE = "preprocess"
+Stamps = dict[Path, tuple[int, int]]  # bytes, time of the last change in ns
 
 
 def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
@@ -34,26 +35,27 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
     """
     session = session or Session()
     with terminate_cleanly():
-        files = expand_inputs(config.input)
+        files = expand_inputs(config.input, config.output_prefix)
         _check_text_keys(config, files)
+        before = stamps(files)
         inputs = corpus_inputs(files) + tokenizer_inputs(config.tokenizer)
         done = completed(config.output_prefix, stage=STAGE, config=config, inputs=inputs)
         if done is not None and not session.force:
             session.reporter.info(f"preprocess: {config.output_prefix} is complete, skipped")
             return done
         tokenizer = build_tokenizer(config.tokenizer)
-        refuse_foreign(_prefixes(config).values(), config.output_prefix, force=session.force)
-        return _publish(config, session, files, inputs, tokenizer)
+        outputs = [path for prefix in _prefixes(config).values() for path in pair(prefix)]
+        refuse_foreign(outputs, config.output_prefix, force=session.force)
+        return _publish(config, session, before, inputs, tokenizer)
 
 
 def _publish(
     config: PreprocessConfig,
     session: Session,
-    files: Sequence[Path],
+    before: Stamps,
     inputs: Sequence[InputRecord],
     tokenizer: Tokenizer,
 ) -> Artifact:
-    before = [path.stat() for path in files]
     publishing = publish_prefix(
         config.output_prefix,
         kind="dataset",
@@ -64,11 +66,8 @@ def _publish(
         force=session.force,
     )
     with publishing as publication:
-        counts = _encode(config, session, files, publication, tokenizer)
-        for path, old in zip(files, before, strict=True):
-            new = path.stat()
-            if (new.st_size, new.st_mtime_ns) != (old.st_size, old.st_mtime_ns):
-                raise DataError(f"{path} changed while it was read. Start again when it is final.")
+        counts = _encode(config, session, list(before), publication, tokenizer)
+        refuse_changed(before)
         publication.metrics |= {
             "keys": counts.by_key,
             **bad_metrics(counts),
@@ -133,6 +132,19 @@ def _splitter(
     write_parameters(parameters, path)
     publication.metrics["punkt"] = {key: parameters[key] for key in ("language", "origin")}
     return PunktSplitter(str(path), config.keep_newlines)
+
+
+def stamps(files: Sequence[Path]) -> Stamps:
+    """Size and time of every file; taken before hashing, so that the digest is of what is read."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def refuse_changed(before: Stamps) -> None:
+    """Raises DataError if a file is not as it was when :func:`stamps` looked."""
+    now = stamps(list(before))
+    for path, stamp in before.items():
+        if now[path] != stamp:
+            raise DataError(f"{path} changed while it was read. Start again when it is final.")
 
 
 def corpus_inputs(files: Sequence[Path]) -> list[InputRecord]:

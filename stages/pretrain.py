@@ -18,7 +18,7 @@ from mtk.errors import CheckpointError, LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
 from mtk.models.init import initialize
-from mtk.parallel.apply import apply, training_device
+from mtk.parallel.apply import apply, require_supported, training_device
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.session import Session
@@ -51,6 +51,7 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     GateError (loss not finite), Interrupted (signal; state saved).
     """
     session = session or Session()
+    require_supported(config.parallel)
     data = open_data(config.data)
     config = with_vocabulary(config, data)
     samples = target_samples(config)

@@ -21,14 +21,15 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def run(config: ServeConfig, session: Session | None = None) -> None:
     """Serve until a signal; running requests are let end (a second signal ends them).
 
-    Returns normally after a drain. Raises ConfigError (port, keys), ArtifactError (model),
-    WorkerError if the engine died meanwhile.
+    Returns normally after a drain. Raises ConfigError (port, keys, ready file),
+    ArtifactError (model), WorkerError if the engine died meanwhile.
     """
     from serving.app import create_app
     from serving.open_served import open_served
     from serving.server import (
         HttpServer,
         bind,
+        check_ready_file,
         quiet_waitress,
         read_keys,
         ready_file,
@@ -40,6 +41,7 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     reporter = (session or Session()).reporter
     limits = config.limits
     keys = read_keys(config.listen.api_key_file)
+    check_ready_file(config.listen.ready_file)
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
     try:

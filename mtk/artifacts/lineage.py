@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtk.artifacts.hashing import sha256_file
-from mtk.artifacts.manifest import Artifact, InputRecord, find_marker, read_manifest, verify
+from mtk.artifacts.manifest import Artifact, InputRecord, find_markers, read_manifest, verify
 from mtk.errors import ArtifactError
 
 Checked = dict[tuple[str, str], str]
@@ -21,38 +22,55 @@ def verify_lineage(artifact: Artifact) -> Checked:
     verify(artifact)
     checked: Checked = {(str(artifact.path), artifact.digest): "verified"}
     for record in artifact.inputs:
-        _verify_record(record, checked)
+        _verify_record(record, artifact.folder.resolve(), checked)
     return checked
 
 
-def _verify_record(record: InputRecord, checked: Checked) -> None:
+def _verify_record(record: InputRecord, home: Path, checked: Checked) -> None:
     key = (record.path, record.digest)
     if key not in checked:
-        checked[key] = _state(record)
+        checked[key] = _state(record, home)
         for nested in record.inputs:
-            _verify_record(nested, checked)
+            _verify_record(nested, home, checked)
 
 
-def _state(record: InputRecord) -> str:
+def _state(record: InputRecord, home: Path) -> str:
     path = Path(record.path)
+    found = _digest_at(path, record)
+    if found == record.digest:
+        return "verified"
+    # What stands under its absolute name is the input itself, changed or not.
+    places = _other_places(path, home) if found is None or not path.is_absolute() else ()
+    if any(_digest_at(place, record) == record.digest for place in places):
+        return "verified"
+    if found is None:
+        return "gone"
+    raise ArtifactError(
+        f"{path} ({record.role}) is not what was used: digest {found[:16]}..., the chain "
+        f"records {record.digest[:16]}.... It was replaced after the fact."
+    )
+
+
+def _digest_at(path: Path, record: InputRecord) -> str | None:
+    """Of what lies at ``path``; None if there is nothing. Verifies an artifact that fits."""
     if record.kind == "file":
-        if not path.is_file():
-            return "gone"
-        found = sha256_file(path)
+        return sha256_file(path) if path.is_file() else None
+    artifacts = [read_manifest(marker) for marker in find_markers(path)]
+    same = [artifact for artifact in artifacts if artifact.digest == record.digest]
+    for artifact in same:
+        verify(artifact)
+    return (same or artifacts)[0].digest if artifacts else None
+
+
+def _other_places(path: Path, home: Path) -> Iterator[Path]:
+    """Where else an input may lie: recorded from another working directory, or moved along
+    with the artifact (in ``home``). Only its digest can confirm it."""
+    folders = (home, *home.parents)
+    if not path.is_absolute():
+        yield from (folder / path for folder in folders)
     else:
-        marker = find_marker(path)
-        if marker is None:
-            return "gone"
-        artifact = read_manifest(marker)
-        found = artifact.digest
-        if found == record.digest:
-            verify(artifact)
-    if found != record.digest:
-        raise ArtifactError(
-            f"{path} ({record.role}) is not what was used: digest {found[:16]}..., the chain "
-            f"records {record.digest[:16]}.... It was replaced after the fact."
-        )
-    return "verified"
+        tails = [Path(*path.parts[start:]) for start in range(1, len(path.parts))]
+        yield from (folder / tail for folder in folders for tail in tails)
 
 
 def lineage_lines(artifact: Artifact, checked: Checked | None = None) -> list[str]:

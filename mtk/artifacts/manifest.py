@@ -134,13 +134,22 @@ class Artifact:
 
 def find_marker(path: str | Path) -> Path | None:
     """The marker for a directory, prefix, member file or marker path; None if absent."""
+    return next(iter(find_markers(path)), None)
+
+
+def find_markers(path: str | Path) -> list[Path]:
+    """All that :func:`find_marker` chooses from: a folder and a prefix may share a name."""
     path = Path(path)
-    candidates = [path / MARKER, path.with_name(f"{path.name}.{MARKER}")]
+    candidates = [path / MARKER]
+    if path.name not in ("", ".."):
+        candidates.append(path.with_name(f"{path.name}.{MARKER}"))
     if path.name.endswith(MARKER):
         candidates.insert(0, path)
-    if path.suffix:
-        candidates.append(path.with_name(f"{path.stem}.{MARKER}"))
-    return next((marker for marker in candidates if marker.is_file()), None)
+    found = [marker for marker in candidates if marker.is_file()]
+    if not found and path.is_file():
+        owner = owner_of(path)
+        found = [] if owner is None else [owner.marker]
+    return found
 
 
 def open_artifact(path: str | Path, *kinds: str) -> Artifact:
@@ -148,11 +157,11 @@ def open_artifact(path: str | Path, *kinds: str) -> Artifact:
 
     Raises ArtifactError. Contents are only hashed by :func:`verify`.
     """
-    marker = find_marker(path)
-    if marker is None:
+    found = [read_manifest(marker) for marker in find_markers(path)]
+    if not found:
         state = "has no artifact.json, so it is incomplete" if Path(path).exists() else "is absent"
         raise ArtifactError(f"{path} {state}. Run the stage that writes it, or correct the path.")
-    artifact = read_manifest(marker)
+    artifact = next((a for a in found if not kinds or a.kind in kinds), found[0])
     if kinds and artifact.kind not in kinds:
         wanted = " or ".join(kinds)
         raise ArtifactError(f"{path} is a {artifact.kind} artifact, but a {wanted} is needed here.")

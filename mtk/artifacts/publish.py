@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from mtk.artifacts.manifest import (
     FileEntry,
     InputRecord,
     check_sizes,
-    find_marker,
+    find_markers,
     read_manifest,
 )
 from mtk.artifacts.staging import remove_leftovers, staging_prefix, sync_folder
@@ -135,18 +135,24 @@ def publish_prefix(
         if stray:
             raise ValueError(f"files {stray} do not start with the prefix {prefix.name}")
         _sync_tree(folder)
-        _remove_replaced(marker, {entry.path for entry in files})
-        for entry in files:
-            target = prefix.parent / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (folder / entry.path).replace(target)
-        sync_folder(prefix.parent)
-        publication.finished = publication.build(marker, files)
-        write_json_atomically(marker, publication.finished.to_dict())
+        finished = publication.build(marker, files)
+        _remove_replaced(marker)
+        with ExitStack() as undo:
+            for entry in files:
+                target = prefix.parent / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                undo.callback(target.unlink, missing_ok=True)
+                (folder / entry.path).replace(target)
+            sync_folder(prefix.parent)
+            undo.callback(marker.unlink, missing_ok=True)
+            write_json_atomically(marker, finished.to_dict())
+            undo.pop_all()  # whatever stopped this before left nothing that looks like data
+        publication.finished = finished
 
 
-def _remove_replaced(marker: Path, new: set[str]) -> None:
-    """Unpublish what ``marker`` describes: it and those of its files that nothing replaces."""
+def _remove_replaced(marker: Path) -> None:
+    """Unpublish what ``marker`` describes: it, then its files, so that a reader never finds
+    an old index beside new data."""
     if not marker.is_file():
         return
     try:
@@ -155,8 +161,7 @@ def _remove_replaced(marker: Path, new: set[str]) -> None:
         old = []
     marker.unlink()
     for path in old:
-        if path not in new:
-            (marker.parent / path).unlink(missing_ok=True)
+        (marker.parent / path).unlink(missing_ok=True)
     for folder in {(marker.parent / path).parent for path in old} - {marker.parent}:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -167,9 +172,11 @@ def completed(
 ) -> Artifact | None:
     """The artifact at ``path`` if it is complete and was made from this config and these
     inputs: the stage can then be skipped. None otherwise."""
-    marker = find_marker(path)
-    if marker is None:
-        return None
+    found = (_same(marker, stage, config, inputs) for marker in find_markers(path))
+    return next((artifact for artifact in found if artifact is not None), None)
+
+
+def _same(marker: Path, stage: str, config: Any, inputs: Sequence[InputRecord]) -> Artifact | None:
     try:
         artifact = read_manifest(marker)
         check_sizes(artifact)

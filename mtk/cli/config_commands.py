@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from stages.registry import Stage
 
 
+_HELP = (
+    "Resolve the options of a stage as its command would, and print them as YAML; --origin "
+    "says where each comes from."
+)
+
+
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add ``show`` to the group ``config``."""
     del app
     # The options are those of the stage that is named, so they are read in a second step.
     parents["config"].command(
         "show",
-        help="Resolve the options of a stage as its command would, and print them as YAML; "
-        "--origin says where each comes from. Usage: mtk config show STAGE [OPTIONS].",
+        help=f"{_HELP} Usage: mtk config show STAGE [OPTIONS].",
         context_settings={
             "allow_extra_args": True,
             "ignore_unknown_options": True,
@@ -33,11 +38,25 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
 
 def _show(context: typer.Context) -> None:
     arguments = [word for word in context.args if word != "--origin"]
+    if arguments == ["--help"]:
+        _print_help()
+        return
     stage, arguments = _split(arguments)
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     body = _body(stage, with_origin="--origin" in context.args)
     add_command(inner, stage.name, stage.config_class, body, help=stage.help)
-    inner(args=arguments, prog_name="mtk config show", standalone_mode=False)
+    name = f"{stage.group or ''} {stage.name}".strip()
+    inner(args=arguments, prog_name=f"mtk config show {name}", standalone_mode=False)
+
+
+def _print_help() -> None:
+    from stages.registry import STAGES
+
+    names = ", ".join(f"{stage.group or ''} {stage.name}".strip() for stage in STAGES)
+    print(
+        f"Usage: mtk config show STAGE [OPTIONS] [--origin]\n\n{_HELP}\n\nSTAGE is one of "
+        f"{names}.\nmtk config show STAGE --help lists the options of that stage."
+    )
 
 
 def _split(arguments: list[str]) -> tuple[Stage, list[str]]:

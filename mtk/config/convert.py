@@ -32,8 +32,9 @@ class ConvertConfig:
     max_shard_size: int = option(5_000_000_000, help="Bytes after which a new weight file begins.")
 
     def problems(self) -> Iterator[Problem]:
-        if not self.tolerance > 0:
-            yield Problem("tolerance", self.tolerance, "must be greater than 0", "Nearest: 1e-4.")
+        if not 0 < self.tolerance < float("inf"):
+            rule = "must be greater than 0 and finite"
+            yield Problem("tolerance", self.tolerance, rule, "Nearest: 1e-4.")
         if self.max_shard_size < 1:
             yield Problem("max_shard_size", self.max_shard_size, "must be at least 1")
         if self.source == self.to:

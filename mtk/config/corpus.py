@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mtk.config.preprocess import ends_in_name
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -31,8 +32,8 @@ class DemoCorpusConfig:
         return self.output.removesuffix(SUFFIX)
 
     def problems(self) -> Iterator[Problem]:
-        if not self.output.endswith(SUFFIX) or self.output.endswith(f"/{SUFFIX}"):
-            nearest = f"Nearest: {self.prefix.rstrip('/')}{SUFFIX}."
+        if not self.output.endswith(SUFFIX) or not ends_in_name(self.prefix):
+            nearest = f"Nearest: {self.prefix.rstrip('/.') or 'corpus'}{SUFFIX}."
             yield Problem("output", self.output, f"must be a file name ending in {SUFFIX}", nearest)
 
     def derived(self) -> DemoCorpusConfig:

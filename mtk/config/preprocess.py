@@ -11,6 +11,11 @@ from mtk.config.tokenizer import TokenizerConfig
 from mtk.errors import Problem
 
 
+def ends_in_name(path: str) -> bool:
+    """Whether files can be named after the end of ``path``."""
+    return path.rpartition("/")[2] not in ("", ".", "..")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
     """Everything ``mtk preprocess`` needs."""
@@ -57,8 +62,9 @@ class PreprocessConfig:
         bad = [key for key in self.json_keys if not key or "/" in key or "\0" in key]
         if bad:
             yield Problem("json_keys", bad[0], "cannot be part of a file name")
-        if not self.output_prefix or self.output_prefix.endswith("/"):
-            fix = f"Nearest: {self.output_prefix or './'}corpus."
+        if not ends_in_name(self.output_prefix):
+            folder = f"{self.output_prefix.rstrip('/')}/" if self.output_prefix else "./"
+            fix = f"Nearest: {folder}corpus."
             yield Problem("output_prefix", self.output_prefix, "must end in a name", fix)
         if self.keep_newlines and not self.split_sentences:
             yield Problem("keep_newlines", True, "needs --split-sentences")
@@ -81,5 +87,5 @@ class MergeConfig:
     match: str = option("*", help="Only datasets whose name fits, e.g. '*_text_document'.")
 
     def problems(self) -> Iterator[Problem]:
-        if not self.output_prefix or self.output_prefix.endswith("/"):
+        if not ends_in_name(self.output_prefix):
             yield Problem("output_prefix", self.output_prefix, "must end in a name")

@@ -46,9 +46,9 @@ class QuantizeConfig:
         if (self.calibration_data is None) == (not self.valid_data):
             rule = "the gate needs data: give exactly one of --calibration-data and --valid-data"
             yield Problem("calibration_data", self.calibration_data, rule)
-        if not self.max_perplexity_increase >= 0:
-            found = self.max_perplexity_increase
-            yield Problem("max_perplexity_increase", found, "must be at least 0", "Nearest: 0.")
+        if not 0 <= self.max_perplexity_increase < float("inf"):
+            found, rule = self.max_perplexity_increase, "must be at least 0 and finite"
+            yield Problem("max_perplexity_increase", found, rule, "Nearest: 0.")
         if self.gate_tokens < 2:
             yield Problem("gate_tokens", self.gate_tokens, "must be at least 2", "Nearest: 2.")
         if self.max_shard_size < 1:

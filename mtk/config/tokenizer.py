@@ -163,6 +163,9 @@ class TrainTokenizerConfig:
     text_documents: Literal["file", "blank-line", "line"] = option(
         "file", help="What is one document in a .txt file."
     )
+    on_bad_line: Literal["fail", "skip"] = option(
+        "fail", help="Stop at a record that cannot be used, or leave it out and count it."
+    )
 
     def problems(self) -> Iterator[Problem]:
         least = {"bpe": 257, "wordpiece": 100, "unigram": 258}[self.type]
@@ -178,6 +181,8 @@ class TrainTokenizerConfig:
             yield Problem("min_frequency", self.min_frequency, "must be at least 1")
         if not self.input:
             yield Problem("input", self.input, "names no file")
+        if self.output.rstrip("/").rpartition("/")[2] in ("", ".", ".."):
+            yield Problem("output", self.output, "must end in the name of a folder")
         if not self.json_keys:
             yield Problem("json_keys", self.json_keys, "names no field")
         if not self.eod_token:

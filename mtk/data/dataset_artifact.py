@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from mtk.artifacts import Artifact, InputRecord, open_artifact
@@ -91,20 +92,24 @@ def _hint(prefix: Path) -> str:
     return f". Datasets in {prefix.parent}: {', '.join(nearby[:10])}."
 
 
-def refuse_foreign(prefixes: Iterable[Path], output: str, *, force: bool) -> None:
-    """Refuse to overwrite datasets that are not part of the artifact ``output``.
+def refuse_foreign(paths: Iterable[Path], output: str, *, force: bool) -> None:
+    """Refuse to overwrite files that are not part of the artifact with the prefix ``output``.
 
     Files without a manifest may be what a killed publication left (its staging folder is
-    then still there) or another program's: only the former may go. Raises ArtifactError.
+    then still there) or another's: only the former may go. Raises ArtifactError.
     """
     marker = Path(f"{output}.{MARKER}")
-    leftover = any(marker.parent.glob(f".{Path(output).name}.partial-*"))
+    leftover = any(marker.parent.glob(f".{escape(Path(output).name)}.partial-*"))
     if force or leftover or marker.is_file():
         return
-    for prefix in prefixes:
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if path.exists():
-                raise ArtifactError(
-                    f"{path} exists, and no {marker.name} says that mtk wrote it. Choose another "
-                    f"--output-prefix, or replace it with --force."
-                )
+    for path in paths:
+        if path.exists():
+            raise ArtifactError(
+                f"{path} exists, and no {marker.name} says that mtk wrote it. Choose another "
+                f"place for the output, or replace it with --force."
+            )
+
+
+def pair(prefix: str | Path) -> tuple[Path, Path]:
+    """The two files of a dataset."""
+    return bin_path(prefix), idx_path(prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,7 @@ def bad_record(chunk: Chunk, index: int, error: RecordError) -> BadRecord:
 
 def refusal(bad: BadRecord) -> DataError:
     """What ``--on-bad-line fail`` says."""
-    return DataError(
-        f"{bad}. Correct it, or leave such records out with --on-bad-line skip, which lists them."
-    )
+    return DataError(f"{bad}. Correct it, or leave such records out with --on-bad-line skip.")
 
 
 def parse_record(raw: bytes, keys: Sequence[str], *, plain: bool) -> Texts:
@@ -114,10 +113,12 @@ def read_texts(
     text_documents: TextDocuments,
     *,
     skip_bad: bool = False,
+    bad: Counter[str] | None = None,
 ) -> Iterator[str]:
     """Every text of every key in order; sentences of a list joined by spaces.
 
-    Raises DataError at the first bad record unless ``skip_bad``.
+    bad: counts by reason what ``skip_bad`` leaves out. Raises DataError at the first bad
+    record unless ``skip_bad``.
     """
     for chunk in read_chunks(files, keys, text_documents):
         for index, raw in enumerate(chunk.records):
@@ -126,6 +127,8 @@ def read_texts(
             except RecordError as error:
                 if not skip_bad:
                     raise refusal(bad_record(chunk, index, error)) from None
+                if bad is not None:
+                    bad[error.reason] += 1
                 continue
             for text in texts:
                 yield text if isinstance(text, str) else " ".join(text)

@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mtk.artifacts.manifest import MARKER
 from mtk.data.json_array import array_items, looks_like_array
 from mtk.errors import ConfigError, DataError
 
 TextDocuments = Literal["file", "blank-line", "line"]
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSED = (".gz", ".zst")
+REPORTS = (".bad_lines.jsonl", ".punkt.json")  # of preprocess, beside its datasets
 CHUNK_BYTES = 512 << 10
 CHUNK_RECORDS = 1000
 LARGEST_TEXT = 256 << 20
+ZSTD_BLOCK = 16 << 10  # compressed bytes at a time: what they unpack to is held in memory
 BOM = codecs.BOM_UTF8
 
 
@@ -53,10 +56,12 @@ class Chunk:
 Record = tuple[int, int, bytes]  # number, start, content
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
+def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> list[Path]:
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
-    Raises DataError for a pattern without a match, a folder, or an unknown suffix.
+    A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
+    the same command has the same input again. Raises DataError for a pattern without a
+    match, a folder, or an unknown suffix.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -65,7 +70,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
         if not path.exists():
             # Unlike Path.glob it takes absolute patterns too.
             names = glob.glob(pattern, recursive=True)  # noqa: PTH207
-            found = [Path(name) for name in sorted(names)]
+            inputs = [name for name in sorted(names) if not _is_output(name, output_prefix)]
+            found = [Path(name) for name in inputs]
         if path.is_dir():
             raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
         found = [file for file in found if not file.is_dir()]
@@ -75,6 +81,13 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     for file in files:
         file_format(file)
     return list(files)
+
+
+def _is_output(name: str, output_prefix: str | None) -> bool:
+    if name.endswith(MARKER):
+        return True
+    reports = [f"{output_prefix}{end}" for end in REPORTS] if output_prefix else []
+    return Path(name).resolve() in [Path(report).resolve() for report in reports]
 
 
 def file_format(path: Path) -> tuple[str, str]:
@@ -145,9 +158,7 @@ def _opened(path: Path, packed: str) -> Iterator[tuple[io.BufferedReader, Any]]:
         if packed == ".gz":
             stream = _Available(gzip.GzipFile(fileobj=raw))
         elif packed == ".zst":
-            # Several frames in one file are one stream, as the zstd tool reads them.
-            frames = _zstandard().ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            stream = _Available(frames)
+            stream = _Frames(raw)
         yield io.BufferedReader(stream, 1 << 20), lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
 
 
@@ -164,6 +175,41 @@ class _Available(io.RawIOBase):
         data: bytes = self._stream.read1(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Frames(io.RawIOBase):
+    """The zstd frames of a file as one stream, as the zstd tool reads them.
+
+    Raises EOFError for a file that ends inside a frame, which the library's own reader
+    takes for the end of the data.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw, self._new = raw, _zstandard().ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._inside = False  # a frame has begun and not ended
+        self._packed = self._data = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._data and self._more():
+            self._data = self._frame.decompress(self._packed)
+            self._inside = not self._frame.eof
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        size = min(len(buffer), len(self._data))
+        buffer[:size], self._data = self._data[:size], self._data[size:]
+        return size
+
+    def _more(self) -> bool:
+        """Whether there is something to decompress, by a frame that has not ended."""
+        self._packed = self._packed or self._raw.read(ZSTD_BLOCK) or b""
+        if not self._packed and self._inside:
+            raise EOFError("the file ends inside a zstd frame")
+        if self._frame.eof:
+            self._frame = self._new()
+        return bool(self._packed)
 
 
 def _zstandard() -> Any:
@@ -202,10 +248,8 @@ def _zstd_error() -> type[Exception]:
 def _lines(stream: io.BufferedReader) -> Iterator[Record]:
     start = 0
     for number, line in enumerate(stream, start=1):
-        content = line
-        if number == 1 and line.startswith(BOM):
-            content = line[len(BOM) :]
-        yield number, start, content
+        mark = len(BOM) if number == 1 and line.startswith(BOM) else 0
+        yield number, start + mark, line[mark:]
         start += len(line)
 
 
@@ -227,7 +271,8 @@ def _whole(stream: io.BufferedReader, path: Path) -> Iterator[Record]:
             f"{path} is larger than {LARGEST_TEXT >> 20} MiB, too much for one document. Say "
             f"where documents end with --text-documents blank-line or line."
         )
-    yield 1, 0, text.removeprefix(BOM)
+    mark = len(BOM) if text.startswith(BOM) else 0
+    yield 1, mark, text[mark:]
 
 
 def _filled_lines(lines: Iterator[Record]) -> Iterator[Record]:
@@ -248,6 +293,12 @@ def _paragraphs(lines: Iterator[Record]) -> Iterator[Record]:
             parts = []
     if parts:
         yield (*first, b"".join(parts).rstrip(b"\r\n"))
+
+
+def _plain(value: object) -> str:
+    """JSON for what it does not know. Columns of text are often stored as plain bytes; what
+    is not UTF-8 becomes lone surrogates, which are refused with the record."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _rows(path: Path, keys: Sequence[str]) -> Iterator[Record]:
@@ -271,6 +322,6 @@ def _rows(path: Path, keys: Sequence[str]) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, -1, json.dumps(row, default=str).encode()
+                    yield number, -1, json.dumps(row, default=_plain).encode()
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}.") from error

@@ -22,13 +22,18 @@ _SINGLE_PROCESS = ParallelConfig()
 
 def apply(model: GPT, parallel: ParallelConfig, runtime: RuntimeConfig) -> GPT:
     """Return ``model`` ready to train under this layout. Raises LayoutError."""
-    problems = list(unsupported(parallel))
-    if problems:
-        raise LayoutError(problems)
+    require_supported(parallel)
     if runtime.compile:
         for block in model.layers.values():
             block.compile(dynamic=False)
     return model
+
+
+def require_supported(parallel: ParallelConfig) -> None:
+    """Raises LayoutError; for callers that have not built a model yet, which may not fit."""
+    problems = list(unsupported(parallel))
+    if problems:
+        raise LayoutError(problems)
 
 
 def unsupported(parallel: ParallelConfig) -> Iterator[Problem]:

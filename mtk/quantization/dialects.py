@@ -135,10 +135,12 @@ def _packed_mismatch(config: Mapping[str, Any]) -> str | None:
         return f"format {config.get('format')!r}, not pack-quantized"
     wanted = _packed_config(())["config_groups"]["group_0"]["weights"]
     for group in groups.values():
-        weights = group.get("weights") or {}
+        group = group if isinstance(group, dict) else {}
+        weights, activations = group.get("weights"), group.get("input_activations")
+        weights = weights if isinstance(weights, dict) else {}
         other = {key: weights.get(key) for key in wanted if weights.get(key) != wanted[key]}
-        if other or group.get("input_activations"):
-            return f"weights {other or weights}, input_activations {group['input_activations']}"
+        if other or activations:
+            return f"weights {other or weights}, input_activations {activations}"
     return None
 
 

@@ -20,6 +20,14 @@ from mtk.errors import DataError
 
 DESCRIPTION = "mtk_tokenizer.json"
 FORMAT = 1
+# Files of a Hugging Face folder that say what is special in its tokenizer.json.
+CARRIED = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class Tokenizer(ABC):

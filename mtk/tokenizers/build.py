@@ -5,17 +5,18 @@ The libraries behind the tokenizers are imported only when one of theirs is made
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtk.artifacts import InputRecord, input_file, open_artifact
+from mtk.artifacts import InputRecord, input_file, open_artifact, verify
 from mtk.artifacts.manifest import MARKER
 from mtk.config.tokenizer import TokenizerConfig
 from mtk.errors import ConfigError, DataError, Problem
-from mtk.tokenizers.base import DESCRIPTION, Tokenizer, read_description, read_file
+from mtk.tokenizers.base import CARRIED, DESCRIPTION, Tokenizer, read_description, read_file
 
 _FILES = ("vocab_file", "merge_file", "tokenizer_model")
+_VOCABULARIES = (DESCRIPTION, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -69,17 +70,34 @@ def tokenizer_inputs(config: TokenizerConfig) -> list[InputRecord]:
         if value is None:
             continue
         path = Path(value)
-        if not path.is_dir():
-            records.append(input_file(path, name))
-        elif (path / MARKER).is_file():
-            records.append(open_artifact(path, "tokenizer").as_input("tokenizer"))
+        if path.is_dir() and (path / MARKER).is_file():
+            # Of whatever kind: a converted model brings its tokenizer along.
+            artifact = open_artifact(path)
+            if artifact.kind == "tokenizer":
+                verify(artifact)
+            records.append(artifact.as_input("tokenizer"))
+        elif path.is_dir():
+            records += _folder_inputs(path)
         else:
-            usual = (DESCRIPTION, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-            found = [path / file for file in usual if (path / file).is_file()]
-            if not found:
-                raise DataError(f"{path} holds no tokenizer: none of {', '.join(usual)}.")
-            records += [input_file(file, f"tokenizer {file.name}") for file in found]
+            records.append(input_file(path, name))
+            if name == "tokenizer_model" and path.name == "tokenizer.json":
+                records += [_member(path.with_name(file)) for file in _there(path.parent, CARRIED)]
     return records
+
+
+def _folder_inputs(folder: Path) -> list[InputRecord]:
+    if not _there(folder, _VOCABULARIES):
+        raise DataError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}.")
+    files = _there(folder, (*_VOCABULARIES, "merges.txt", *CARRIED))
+    return [_member(folder / file) for file in files]
+
+
+def _member(path: Path) -> InputRecord:
+    return input_file(path, f"tokenizer {path.name}")
+
+
+def _there(folder: Path, names: Iterable[str]) -> list[str]:
+    return [name for name in names if (folder / name).is_file()]
 
 
 def _refuse_shaping(config: TokenizerConfig) -> None:

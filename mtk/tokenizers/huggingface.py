@@ -12,16 +12,9 @@ from typing import Any, ClassVar
 from tokenizers import Tokenizer as Library
 
 from mtk.errors import DataError
-from mtk.tokenizers.base import parse_json, read_file
+from mtk.tokenizers.base import CARRIED, parse_json, read_file
 from mtk.tokenizers.library import ROLES, LibraryTokenizer, transformers_files
 
-CARRIED = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Looked for, in this order, in a folder that names no end-of-sequence token.
 USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 

@@ -203,3 +203,93 @@ def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         directory(tmp_path / "file" / "out")
+
+
+def named(path: Path, name: str = "") -> Artifact:
+    with publish_prefix(path, kind="dataset", stage="preprocess", config=CONFIG) as publication:
+        (publication.folder / f"{path.name}{name or '.bin'}").write_text("data")
+    return publication.artifact
+
+
+def test_a_dotted_prefix_is_not_its_beginning(tmp_path: Path) -> None:
+    named(tmp_path / "x")
+    with pytest.raises(ArtifactError, match="is absent"):
+        open_artifact(tmp_path / "x.v2")
+    assert open_artifact(tmp_path / "x.bin").path == tmp_path / "x"
+    assert named(tmp_path / "y", ".a.b.txt").path == tmp_path / "y"
+    assert open_artifact(tmp_path / "y.a.b.txt").path == tmp_path / "y"
+
+
+def test_a_folder_and_a_prefix_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "same"
+    first, second = directory(path), named(path)
+    for artifact in (first, second):
+        again = completed(path, stage=artifact.stage, config=CONFIG, inputs=())
+        assert again is not None
+        assert again.marker == artifact.marker
+        assert open_artifact(path, artifact.kind).marker == artifact.marker
+        user = directory(
+            tmp_path / artifact.kind, artifact.kind, inputs=[artifact.as_input("input")]
+        )
+        assert set(verify_lineage(user).values()) == {"verified"}
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["files", "marker"])
+def test_an_interrupted_publication_leaves_no_files(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def interrupted(path: Path) -> None:
+        synced.append(path)
+        if synced.count(tmp_path) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtk.artifacts.publish.sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        named(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_go_before_new_ones_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between two renames must not leave new data beside an old index."""
+    seen: list[set[str]] = []
+    replace = Path.replace
+
+    def watched(path: Path, target: Path) -> Path:
+        if target.parent == tmp_path and target.name.startswith("x."):
+            seen.append({entry.name for entry in tmp_path.glob("x.*")})
+        return replace(path, target)
+
+    for force in (False, True):
+        with publish_prefix(
+            tmp_path / "x", kind="dataset", stage="preprocess", config=CONFIG, force=force
+        ) as publication:
+            for name in ("x.bin", "x.idx"):
+                (publication.folder / name).write_text(name)
+            monkeypatch.setattr(Path, "replace", watched)
+    assert seen == [set(), {"x.bin"}, {"x.bin", "x.idx"}] * 2
+
+
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_lineage_after_a_move_and_from_elsewhere(
+    absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    (work / "data" / "c.jsonl").write_text("corpus")
+    monkeypatch.chdir(work)
+    start = work if absolute else Path()
+    corpus = input_file(start / "data/c.jsonl", "corpus")
+    first = directory(start / "runs/first", "first", inputs=[corpus])
+    directory(start / "runs/second", "second", inputs=[first.as_input("model")])
+    work.rename(tmp_path / "moved")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "data" / "c.jsonl").write_text("another")
+    monkeypatch.chdir(elsewhere)
+    second = open_artifact(tmp_path / "moved/runs/second")
+    assert list(verify_lineage(second).values()) == ["verified"] * 3
+    (tmp_path / "moved/runs/first/weights").write_text("FIRST")
+    with pytest.raises(ArtifactError, match="changed after it was published"):
+        verify_lineage(second)

@@ -43,6 +43,19 @@ def test_shown_configuration_reads_back_the_same(
 
 
 @pytest.mark.parametrize(
+    ("stage", "usage"),
+    [
+        ([], "Usage: mtk config show STAGE"),
+        (["pretrain"], "Usage: mtk config show pretrain"),
+        (["tokenizer", "train"], "Usage: mtk config show tokenizer train"),
+    ],
+)
+def test_show_has_help(stage: list[str], usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", *stage, "--help"]) == 0
+    assert usage in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["pretran"], "Did you mean pretrain?"),

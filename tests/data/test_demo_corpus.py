@@ -135,3 +135,13 @@ def test_cloze_rule() -> None:
     repeated = long + "At the end everything depends on what was first seen by the parser."
     unseen = long + "At the end everything depends on what was first seen by the compiler."
     assert cloze_passages([repeated, unseen, ">>> code\n\nshort."]) == [repeated[:-1]]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.heldout.txt", "c.cloze.jsonl"])
+def test_files_of_others_stay(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("mine")
+    line = ["corpus", "demo", "--output", str(tmp_path / "c.jsonl"), "--cloze"]
+    assert main(line) == 4
+    assert f"{name} exists" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"

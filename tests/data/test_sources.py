@@ -192,3 +192,57 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_formats(name: str) -> None:
     with pytest.raises(DataError, match="is not known"):
         file_format(Path(name))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("missing", [1, 3, 40])
+def test_a_cut_zst_file_is_refused(frames: int, missing: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    path.write_bytes((zst(LINES) * frames)[:-missing])
+    with pytest.raises(DataError, match="ends inside a zstd frame"):
+        list(read_texts([path], ["text"], "file", skip_bad=True))
+
+
+def test_zst_frames_without_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    path.write_bytes(skippable + zst(LINES) + zst(b"") + zst(LINES) + skippable)
+    assert list(read_texts([path], ["text"], "file")) == TEXTS * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("c.jsonl", b'{"text": }\n'), ("c.txt", b"abcdefgh\xff"), ("c.json", b'{"text": }')],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "mark"])
+def test_bytes_are_counted_with_the_byte_order_mark(
+    file: str, content: bytes, mark: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(mark + content)
+    place = len(mark) + content.index(b"\xff" if file == "c.txt" else b"}")
+    with pytest.raises(DataError, match=f"byte {place}"):
+        list(read_texts([path], ["text"], "file"))
+
+
+def test_parquet_text_stored_as_bytes(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = ["h\u00e9".encode(), b"plain", b"not \xff text"]
+    table = pyarrow.table({"text": pyarrow.array(values, pyarrow.binary())})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    read = read_texts([tmp_path / "c.parquet"], ["text"], "file", skip_bad=True)
+    assert list(read) == ["h\u00e9", "plain"]
+    with pytest.raises(DataError, match="row 3"):
+        list(read_texts([tmp_path / "c.parquet"], ["text"], "file"))
+
+
+def test_a_glob_does_not_match_the_outputs(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "P.bad_lines.jsonl", "P.punkt.json", "P.artifact.json", "Q.json"):
+        (tmp_path / name).write_text("{}")
+    found = expand_inputs([f"{tmp_path}/*.json*"], f"{tmp_path}/x/../P")
+    assert [path.name for path in found] == ["Q.json", "a.jsonl"]
+    # Named in full, a report is an input like any other.
+    named = f"{tmp_path}/P.bad_lines.jsonl"
+    assert [str(path) for path in expand_inputs([named], f"{tmp_path}/P")] == [named]

@@ -16,8 +16,9 @@ from mtk.cli.main import main
 from mtk.config import make
 from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import OpenedModel, open_model
-from mtk.errors import ArtifactError, ConfigError, DataError
+from mtk.errors import ArtifactError, ConfigError, DataError, GateError
 from mtk.evaluation.scoring import Request, batches
+from mtk.models.gpt import GPT
 from stages.evaluate import run
 from tests.convert.models import TEXT, VOCAB, llama, quiet, save_native
 
@@ -209,6 +210,20 @@ def test_bad_settings(changes: dict[str, Any], message: str, native: Path, tmp_p
     data.write_text(TEXT, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         evaluate(native, data, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("task", ["WIKITEXT103", "LAMBADA"])
+def test_a_loss_that_is_not_finite_is_refused(
+    task: str, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exp(min(20, NaN)) is a number; it must not look like a result."""
+    real = GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda model, states: real(model, states) * math.nan)
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"text": "one two three"}), encoding="utf-8")
+    with pytest.raises(GateError, match="not finite"):
+        evaluate(native, data, tmp_path, task=task)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_tokenizer_cannot_be_scored(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import yaml
 from flows.pipeline import plan_pipeline
 from flows.steps import registered_stages
 from mtk.cli.main import main
-from mtk.errors import LayoutError
 from tests.docs.shell_commands import ROOT, SCRIPTS, commands
 
 PARAMETERS = {
@@ -90,14 +89,18 @@ def test_comments_about_untrained_families_are_true(family: str) -> None:
     assert "does not train it" in script
 
 
-def test_comment_about_layouts_is_true() -> None:
-    from mtk.config.parallel import ParallelConfig
-    from mtk.config.pretrain import RuntimeConfig
-    from mtk.parallel.apply import apply
+def test_comment_about_layouts_is_true(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Slurm script is refused before a model is built that no memory holds."""
+    import stages.pretrain
 
-    parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
-    with pytest.raises(LayoutError, match="one process"):
-        apply(None, parallel, RuntimeConfig())  # type: ignore[arg-type]
+    monkeypatch.setattr(stages.pretrain, "build_model", lambda *_: pytest.fail("built a model"))
+    script = next(path for path in SCRIPTS if "175b" in path.name)
+    _, *options = commands(script.read_text())[0]
+    options += ["--mock-data", "--vocab-size", "50257", "--set", "data.data_path=[]"]
+    assert main(["pretrain", *options]) == 2
+    assert "one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["end_to_end.yaml", "end_to_end_own_corpus.yaml"])

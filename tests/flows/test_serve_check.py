@@ -15,6 +15,7 @@ import pytest
 
 from flows import serve_check
 from flows.serve_check import access_headers, curl_line, put, usable_port
+from flows.settings import keep_loopback_direct
 from mtk.config import make
 from mtk.config.flow import ServeCheckConfig
 from mtk.config.serve import ServeConfig
@@ -68,6 +69,38 @@ def test_both_clients_send_the_same_request(client: str) -> None:
     content, sent = seen[0]
     assert content == REQUEST
     assert sent["Content-Type"] == "application/json" and sent["Authorization"] == "Bearer key"
+
+
+@pytest.mark.parametrize("client", ["curl", "urllib"])
+def test_a_proxy_of_the_environment_is_passed_by(
+    client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    if client == "urllib":
+        monkeypatch.setattr(serve_check.shutil, "which", lambda _: None)
+    with answering(200, b'{"text": ["x"]}') as (url, _):
+        assert put(url, REQUEST, JSON) == {"text": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, None),
+        ({"http_proxy": "p"}, "127.0.0.1,localhost,::1"),
+        ({"HTTPS_PROXY": "p", "NO_PROXY": "corp, localhost"}, "corp,localhost,127.0.0.1,::1"),
+        ({"all_proxy": "p", "no_proxy": "*"}, "*"),
+    ],
+)
+def test_prefect_reaches_its_server_without_a_proxy(
+    given: dict[str, str], kept: str | None
+) -> None:
+    environment = dict(given)
+    keep_loopback_direct(environment)
+    assert environment.get("no_proxy") == kept
+    assert environment.get("NO_PROXY") == kept
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,20 @@ def test_into_the_same_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert main(["merge", "--input", str(tmp_path / "in"), *into]) == 0
     assert "skipped" in capfd.readouterr().err
     assert len(documents(tmp_path / "in/M")) == 4
+
+
+@pytest.mark.parametrize("way", ["in/../in/M", "link/M"])
+def test_into_the_same_folder_by_another_way(way: str, tmp_path: Path) -> None:
+    parts(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    line = ["merge", "--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / way)]
+    for force in ([], [], ["--force"]):
+        assert main([*line, *force]) == 0
+        assert len(documents(tmp_path / "in/M")) == 4
+
+
+def test_only_the_output_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    parts(tmp_path)
+    line = ["merge", "--input", str(tmp_path / "in"), "--match", "a_*"]
+    assert main([*line, "--output-prefix", str(tmp_path / "in/a_text_document")]) == 3
+    assert "no dataset" in capfd.readouterr().err

@@ -24,6 +24,10 @@ from mtk.models.gpt import GPT
 from mtk.quantization import directory, int8
 from mtk.quantization.dialects import DIALECTS
 from mtk.quantization.int8 import QuantizedTensor, quantize
+from serving.app import create_app
+from serving.open_served import open_served
+from serving.settings import ServerSettings
+from serving.torch_engine import TorchEngine
 from stages.convert import run as convert
 from stages.quantize import run
 from tests.convert.models import (
@@ -124,6 +128,30 @@ def test_both_dialects_are_one_model(source: str, home: Path, tmp_path: Path) ->
     assert opened.tokenizer.fingerprint == small_tokenizer().fingerprint
 
 
+@pytest.mark.parametrize("part", ["", *DIALECTS])
+def test_both_dialects_are_served(part: str, home: Path, tmp_path: Path) -> None:
+    """Over HTTP: the folder of both and each dialect answer alike, with the gate's lineage."""
+    artifact = quantized(home, tmp_path / "q", dialect="both")
+    served = open_served(str(artifact.path / part), dtype=torch.float32, device="cpu")
+    assert served.lineage is not None and served.lineage["digest"] == artifact.digest
+    engine = TorchEngine(served.model, served.tokenizer, context=24)
+    try:
+        client = create_app(engine, ServerSettings(model="q", lineage=served.lineage)).test_client()
+        body = {"prompts": ["one"], "tokens_to_generate": 4, "top_k": 1, "logprobs": True}
+        response = client.put("/api", json=body)
+    finally:
+        engine.close(10)
+    assert response.status_code == 200, response.json
+    ids = served.tokenizer.encode("one")
+    with torch.inference_mode():
+        for _ in range(4):
+            ids.append(int(served.model(torch.tensor([ids]))[0, -1].argmax()))
+        logs_SV = served.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    assert response.json["text"] == [served.tokenizer.decode(ids)]
+    expected = [float(logs_SV[i, token]) for i, token in enumerate(ids[1:])]
+    assert response.json["logprobs"][0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_gate_figures_and_lineage(home: Path, tmp_path: Path) -> None:
     artifact = quantized(home, tmp_path / "q")
     gate = json.loads((artifact.path / "gate.json").read_text())
@@ -215,6 +243,7 @@ def test_what_is_quantised_already_is_refused(home: Path, tmp_path: Path) -> Non
         ({"valid_data": ()}, ConfigError, "exactly one of"),
         ({"calibration_data": "x"}, ConfigError, "exactly one of"),
         ({"max_perplexity_increase": -1.0}, ConfigError, "at least 0"),
+        ({"max_perplexity_increase": float("inf")}, ConfigError, "finite"),
         ({"format": "int4"}, ConfigError, "int8_wo"),
         ({"valid_data": "missing.txt"}, DataError, "does not exist"),
         ({"valid_data": (), "calibration_data": "missing"}, DataError, "does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from mtk.models.gpt import GPT
 from mtk.tokenizers.null import NullTokenizer
 from serving import beam
 from serving.generation import Decoder, Vocabulary
+from serving.megatron_api import MAX_PENALTY
 from serving.requests import BeamParams, GenerationRequest
 from tests.serving.models import tiny_model
 
@@ -41,6 +43,12 @@ def search(model: GPT, width: int, length: int, penalty: float) -> list[beam.Hyp
             except StopIteration as end:
                 found: list[beam.Hypothesis] = end.value
                 return found
+
+
+@pytest.mark.parametrize("penalty", [-MAX_PENALTY, MAX_PENALTY])
+def test_no_length_takes_a_score_out_of_range(penalty: float) -> None:
+    score = beam._Finished(2, penalty).normalised(-1e7, 10_000_000)
+    assert math.isfinite(score) and score < 0
 
 
 @torch.inference_mode()

@@ -178,6 +178,53 @@ def test_probe_sees_broken_weights(make_engine: MakeEngine) -> None:
     assert not engine.died
 
 
+SCORING = {"max_tokens": 0, "prompt_logprobs": True}
+BEAM = {"beam": BeamParams(width=2, length_penalty=1.0, stop_token=0)}
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("weights", SCORING),
+        ("weights", BEAM),
+        ("one position", SCORING),
+        ("one position", {"prompt_logprobs": True}),
+    ],
+)
+def test_nan_is_an_error_and_nothing_else_suffers(
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    place: str,
+) -> None:
+    """Scores, beams and prompts too: NaN would not even be JSON."""
+    engine = make_engine()
+    weight = engine._model.final_norm.weight
+    sound = weight.detach().clone()
+    real = engine._model.logits
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        found = real(states).clone()
+        if found.ndim == 2:
+            found[0] = float("nan")
+        return found
+
+    if place == "weights":
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+    else:
+        monkeypatch.setattr(engine._model, "logits", logits)
+    ticket = engine.submit(request(**changes))
+    assert ticket.wait(10)
+    with pytest.raises(ServingError, match="NaN"):
+        ticket.outputs()
+    monkeypatch.undo()
+    with torch.no_grad():
+        weight.copy_(sound)
+    assert tokens(engine.submit(request())) == greedy_without_cache(tiny_model(), b"Hello", 10)
+    assert not engine.died
+
+
 def test_close_ends_waiting_readers(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,26 @@ def test_a_rows_logits_equal_the_row_alone(kind: str) -> None:
             texts.pop()
 
 
+@torch.inference_mode()
+def test_nan_of_an_ended_sequence_reaches_nobody_else() -> None:
+    """A sequence that overflowed leaves NaN in its row; a mask alone would not hide it."""
+    model = tiny_model()
+    decoder = Decoder(model)
+    for prompt in (PROMPTS[2], PROMPTS[2], PROMPTS[2], PROMPTS[0]):
+        decoder.prefill(decoder.cache.add_row(), prompt)
+    for layer in decoder.cache._layers:
+        for store in (layer.keys_RGTD, layer.values_RGTD):
+            assert store is not None
+            store[1:3] = float("nan")
+    decoder.cache.free_row(1)  # the short last row takes its place
+    decoder.cache.free_row(2)
+    decoder.prefill(decoder.cache.add_row(), PROMPTS[4])
+    logits_BV = decoder.decode([65, 66, 67])
+    for row, (prompt, token) in enumerate([(PROMPTS[2], 65), (PROMPTS[0], 66), (PROMPTS[4], 67)]):
+        alone_V = model(torch.tensor([[*prompt, token]]))[0, -1]
+        torch.testing.assert_close(logits_BV[row], alone_V, **TOLERANCE)
+
+
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 

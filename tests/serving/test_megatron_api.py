@@ -73,6 +73,7 @@ BAD = [
     ("stop_token", {"stop_token": "x"}),
     ("length_penalty", {"beam_width": 2, "length_penalty": "x"}),
     ("length_penalty", {"beam_width": 2, "length_penalty": 1e9}),
+    ("length_penalty", {"beam_width": 2, "length_penalty": 20.5}),
     ("temprature", {"temprature": 1.0}),
     ("tokens_to_generate", {"tokens_to_generate": 90}),
 ]

@@ -154,6 +154,7 @@ def test_a_taken_port_is_exit_2(checkpoint: Path, capsys: pytest.CaptureFixture[
         (["--max-batch-size", "0", "--max-queue", "-1"], 2, "2 problems"),
         (["--max-seq-length", "99999"], 2, "2048 positions"),
         (["--api-key-file", "/nowhere"], 2, "cannot be read"),
+        (["--ready-file", "/nowhere/ready"], 2, "cannot be written"),
         (["--host", "nowhere.invalid"], 2, "not an address"),
         (["--dtype", "fp64"], 2, "fp32"),
         (["--prot", "1"], 2, "--prot"),

@@ -45,6 +45,14 @@ def test_greedy_forms(params: dict[str, Any]) -> None:
     assert Sampler(SamplingParams(**params)).choose(logits) == int(logits.argmax())
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-300, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_k": 7}, {"top_p": 0.9}])
+def test_no_temperature_is_too_small(temperature: float, more: dict[str, Any]) -> None:
+    logits = 20 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1, **more))
+    assert {sampler.choose(logits) for _ in range(20)} == {int(logits.argmax())}
+
+
 def test_filtered_tokens_are_never_drawn() -> None:
     logits = torch.tensor([-math.inf, 1.0, 1.0, -math.inf])
     sampler = Sampler(SamplingParams(seed=0, temperature=50))

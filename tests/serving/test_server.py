@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from flask import Flask
 from mtk.errors import ConfigError
 from serving.app import create_app, service_of
 from serving.generation import Decoder
-from serving.server import HttpServer, bind
+from serving.server import HttpServer, bind, read_keys
 from serving.torch_engine import TorchEngine
 from tests.serving.conftest import settings
 from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
@@ -196,6 +197,10 @@ def test_requests_that_take_too_long(make_engine: MakeEngine, serve: Serve, slow
     body = {**GREEDY, "max_tokens": 80}
     assert call(url, "POST", "/v1/completions", body)[0] == 504
     assert eventually(lambda: engine.stats().running == 0)
+    # A stream that never pauses long enough to look around ends as well.
+    events = list(Stream(url, body))
+    assert events[-1]["error"]["code"] == 504 and len(events) < 40
+    assert eventually(lambda: engine.stats().running == 0)
 
 
 def test_draining_lets_requests_end(make_engine: MakeEngine, slow: None) -> None:
@@ -243,6 +248,17 @@ def test_a_taken_port_is_told() -> None:
         listener.close()
     with pytest.raises(ConfigError, match="not an address"):
         bind("no such host", 0)
+
+
+@pytest.mark.parametrize("text", ["# production key\none\n", "one two\n", " \n"])
+def test_key_files_hold_one_key_a_line(tmp_path: Path, text: str) -> None:
+    """The words of a comment are no keys."""
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"one( key)? a line"):
+        read_keys(str(path))
+    path.write_text("one\n\n  two \r\n")
+    assert read_keys(str(path)) == {"one", "two"}
 
 
 def test_keys(make_engine: MakeEngine, serve: Serve) -> None:

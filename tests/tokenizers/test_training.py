@@ -147,6 +147,22 @@ def test_exit_codes(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_lines_are_left_out_and_counted(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(corpus(tmp_path))
+    command = ["tokenizer", "train", "--type", kind, "--vocab-size", "300", "--input", str(path)]
+    assert main([*command, "--output", str(tmp_path / "clean")]) == 0
+    path.write_text("{broken\n" + path.read_text() + '{"other": 1}\n{broken too\n')
+    assert main([*command, "--output", str(tmp_path / "tok")]) == 3
+    assert "--on-bad-line skip" in capfd.readouterr().err  # the way out that the next line takes
+    assert main([*command, "--output", str(tmp_path / "tok"), "--on-bad-line", "skip"]) == 0
+    assert "3 records were left out: 2 invalid JSON, 1 missing key" in capfd.readouterr().err
+    clean, skipped = (load_tokenizer(tmp_path / name) for name in ("clean", "tok"))
+    assert clean.fingerprint == skipped.fingerprint
+
+
 def test_empty_corpus(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": ""}\n')
     command = ["tokenizer", "train", "--input", str(tmp_path / "c.jsonl")]
