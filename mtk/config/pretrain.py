@@ -113,7 +113,7 @@ class LengthConfig:
 class SaveConfig:
     """Where checkpoints go and come from."""
 
-    save: str = option(help="Folder of checkpoints; the same command continues them.")
+    save: str = option(help="Folder of checkpoints; the same command continues them.", runtime=True)
     load: str | None = option(
         None, help="Start from this checkpoint if --save holds none yet.", runtime=True
     )

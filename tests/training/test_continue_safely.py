@@ -316,3 +316,13 @@ def test_a_stop_during_the_last_evaluation_or_plots_still_ends_the_run(
     )
     artifact = run(config(tmp_path, train_iters=8, plots=True), QUIET)
     assert artifact.metrics["step"] == 8 and weights(tmp_path) == weights(short)
+
+
+def test_a_finished_run_may_be_moved(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where checkpoints lie, and how that place is written, does not change what is in them."""
+    shutil.copytree(short, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    artifact = run(config(Path("./moved"), train_iters=8), QUIET)
+    assert artifact.metrics["step"] == 8
