@@ -114,8 +114,11 @@ def _elements(bounds: Bounds, count: int) -> range:
 
 
 def _weights(text: str) -> list[float]:
+    # Megatron-core reads every run of digits and passes over the rest, so that a typo
+    # such as "nan" or a minus sign would change the shares silently; here it is refused.
+    known = re.fullmatch(r"[\s,/;()\[\].0-9]*", text)
     try:
-        weights = [float(number) for number in re.findall(r"[.0-9]+", text)]
+        weights = [float(number) for number in re.findall(r"[.0-9]+", text)] if known else []
     except ValueError:
         weights = []
     if not 1 <= len(weights) <= len(SPLITS) or not sum(weights) > 0:

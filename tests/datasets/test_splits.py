@@ -37,7 +37,9 @@ def test_shares_of_zero_are_no_split() -> None:
     assert parse_split("0,0,5") == (None, None, (0.0, 1.0))
 
 
-@pytest.mark.parametrize("text", ["", "a,b", "1,2,3,4", "0,0,0", "1.2.3,4", "."])
+@pytest.mark.parametrize(
+    "text", ["", "a,b", "1,2,3,4", "0,0,0", "1.2.3,4", ".", "nan,1,1", "-1,1,1", "1e2,1,1", "9;x,1"]
+)
 def test_bad_grammar(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.split"):
         parse_split(text)
