@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from mtk.artifacts import Artifact, completed, publish_directory
+from mtk.artifacts import Artifact, publish_directory
 from mtk.config.convert import ConvertConfig
 from mtk.errors import ConversionError
 from mtk.session import Session
+from stages.skip import up_to_date
 
 
 def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
@@ -21,9 +22,8 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     source = find_source(config.load)
     _check_kinds(config, source.kind)
     inputs = source.inputs()
-    done = completed(config.save, stage="convert", config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"{config.save} is complete and up to date; nothing to do.")
+    done = up_to_date(config.save, "convert", config, inputs, session)
+    if done is not None:
         return done
     demands = Demands(
         DTYPES[config.dtype] if config.dtype else None,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtk.artifacts import Artifact, completed, input_file, publish_prefix
+from mtk.artifacts import Artifact, input_file, publish_prefix
 from mtk.config.corpus import SUFFIX, DemoCorpusConfig
 from mtk.data.cloze import cloze_passages
 from mtk.data.dataset_artifact import refuse_foreign
@@ -14,6 +14,7 @@ from mtk.data.demo_corpus import demo_documents, topics_file
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import DataError
 from mtk.session import Session
+from stages.skip import up_to_date
 
 STAGE = "corpus demo"
 HELDOUT = ".heldout.txt"
@@ -27,9 +28,8 @@ def run(config: DemoCorpusConfig, session: Session | None = None) -> Artifact:
     """
     session = session or Session()
     inputs = [input_file(topics_file(), "python topics")]
-    done = completed(config.prefix, stage=STAGE, config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"corpus demo: {config.output} is complete, skipped")
+    done = up_to_date(config.prefix, STAGE, config, inputs, session)
+    if done is not None:
         return done
     ends = (SUFFIX, *((HELDOUT,) if config.heldout else ()), *((CLOZE,) if config.cloze else ()))
     outputs = [Path(f"{config.prefix}{end}") for end in ends]

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtk.artifacts import Artifact, completed, input_file, publish_directory
+from mtk.artifacts import Artifact, input_file, publish_directory
 from mtk.config.evaluate import EvaluateConfig
 from mtk.errors import ConfigError, DataError, GateError, Problem
 from mtk.session import Session
+from stages.skip import up_to_date
 
 if TYPE_CHECKING:
     from mtk.convert.open_model import OpenedModel
@@ -31,9 +32,8 @@ def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
     session = session or Session()
     source = find_source(config.load)
     inputs = [*source.inputs(), *(input_file(path, "data") for path in config.valid_data)]
-    done = completed(config.output, stage="evaluate", config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"{config.output} is complete and up to date; nothing to do.")
+    done = up_to_date(config.output, "evaluate", config, inputs, session)
+    if done is not None:
         return done
     with publish_directory(
         config.output,

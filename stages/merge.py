@@ -6,7 +6,7 @@ import fnmatch
 import shutil
 from pathlib import Path
 
-from mtk.artifacts import Artifact, completed, publish_prefix
+from mtk.artifacts import Artifact, publish_prefix
 from mtk.config.preprocess import MergeConfig
 from mtk.data.dataset_artifact import (
     DatasetInfo,
@@ -19,6 +19,7 @@ from mtk.data.indexed_dataset import IndexedDataset, bin_path, merge_datasets
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import DataError
 from mtk.session import Session
+from stages.skip import up_to_date
 
 STAGE = "merge"
 LEVELS = ("document", "sentence")
@@ -33,9 +34,8 @@ def run(config: MergeConfig, session: Session | None = None) -> Artifact:
     session = session or Session()
     datasets = _find(config)
     inputs = [info.input_record(f"dataset {info.prefix.name}") for info in datasets]
-    done = completed(config.output_prefix, stage=STAGE, config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"merge: {config.output_prefix} is complete, skipped")
+    done = up_to_date(config.output_prefix, STAGE, config, inputs, session)
+    if done is not None:
         return done
     _check_alike(datasets, session)
     name = Path(config.output_prefix).name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtk.artifacts import Artifact, InputRecord, completed, input_file, publish_prefix
+from mtk.artifacts import Artifact, InputRecord, input_file, publish_prefix
 from mtk.artifacts.publish import Publication
 from mtk.config.preprocess import PreprocessConfig
 from mtk.data.corpus_encoding import CorpusCounts, bad_metrics, check_counts, encode_corpus
@@ -23,6 +23,7 @@ from mtk.tokenizers.punkt import (
     learn_parameters,
     write_parameters,
 )
+from stages.skip import up_to_date
 
 STAGE = "preprocess"
 Stamps = dict[Path, tuple[int, int]]  # bytes, time of the last change in ns
@@ -39,9 +40,8 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
         _check_text_keys(config, files)
         before = stamps(files)
         inputs = corpus_inputs(files) + tokenizer_inputs(config.tokenizer)
-        done = completed(config.output_prefix, stage=STAGE, config=config, inputs=inputs)
-        if done is not None and not session.force:
-            session.reporter.info(f"preprocess: {config.output_prefix} is complete, skipped")
+        done = up_to_date(config.output_prefix, STAGE, config, inputs, session)
+        if done is not None:
             return done
         tokenizer = build_tokenizer(config.tokenizer)
         outputs = [path for prefix in _prefixes(config).values() for path in pair(prefix)]

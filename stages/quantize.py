@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtk.artifacts import Artifact, completed, publish_directory
+from mtk.artifacts import Artifact, publish_directory
 from mtk.config.quantize import QuantizeConfig
 from mtk.session import Session
+from stages.skip import up_to_date
 
 
 def run(config: QuantizeConfig, session: Session | None = None) -> Artifact:
@@ -22,9 +23,8 @@ def run(config: QuantizeConfig, session: Session | None = None) -> Artifact:
     session = session or Session()
     source = find_source(config.load)
     inputs = [*source.inputs(), *gate_inputs(config)]
-    done = completed(config.save, stage="quantize", config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"{config.save} is complete and up to date; nothing to do.")
+    done = up_to_date(config.save, "quantize", config, inputs, session)
+    if done is not None:
         return done
     with publish_directory(
         config.save,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from mtk.artifacts import Artifact, completed, publish_directory
+from mtk.artifacts import Artifact, publish_directory
 from mtk.config.tokenizer import TrainTokenizerConfig
 from mtk.data.records import read_texts
 from mtk.data.sources import expand_inputs
@@ -14,6 +14,7 @@ from mtk.errors import DataError
 from mtk.session import Session
 from mtk.tokenizers.training import train_tokenizer
 from stages.preprocess import corpus_inputs, refuse_changed, stamps
+from stages.skip import up_to_date
 
 STAGE = "tokenizer train"
 
@@ -28,9 +29,8 @@ def run(config: TrainTokenizerConfig, session: Session | None = None) -> Artifac
     files = expand_inputs(config.input)
     before = stamps(files)
     inputs = corpus_inputs(files)
-    done = completed(config.output, stage=STAGE, config=config, inputs=inputs)
-    if done is not None and not session.force:
-        session.reporter.info(f"tokenizer train: {config.output} is complete, skipped")
+    done = up_to_date(config.output, STAGE, config, inputs, session)
+    if done is not None:
         return done
     publishing = publish_directory(
         config.output,
