@@ -30,14 +30,30 @@ class ParallelConfig:
     expert_model_parallel_size: int = option(
         1, help="Ranks that share the experts.", aliases=("--ep",)
     )
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] | None = option(
+        None,
+        help="Order of forward and backward passes (default: 1f1b, or interleaved with virtual "
+        "stages).",
+    )
+    pipeline_split: tuple[int, ...] | None = option(
+        None,
+        help="Layers of each (virtual) stage, first to last (default: balanced by cost, the "
+        "output matrix counted).",
+    )
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = option(
+        "p2p", help="How context-parallel ranks share keys and values: ring, gather, or by head."
+    )
     sequence_parallel: bool = option(False, help="Shard norms and dropout over the TP ranks.")
     data_parallel_sharding: Literal["replicate", "optimizer", "full"] = option(
         "replicate",
         help="What data-parallel ranks shard: nothing, gradients and optimizer, or all.",
         shortcuts=(("--use-distributed-optimizer", "optimizer"),),
     )
-    overlap_grad_reduce: bool = option(False, help="Reduce gradients during backward.")
-    overlap_param_gather: bool = option(False, help="Gather parameters during forward.")
+    num_distributed_optimizer_instances: int = option(
+        1, help="Copies of the sharded state: shard inside each, replicate across (hybrid)."
+    )
+    overlap_grad_reduce: bool = option(True, help="Reduce gradients during backward.")
+    overlap_param_gather: bool = option(True, help="Gather parameters during forward.")
     recompute_granularity: Literal["selective", "full"] | None = option(
         None,
         help="Recompute attention only, or whole layers, in backward.",
@@ -48,6 +64,14 @@ class ParallelConfig:
     )
     recompute_num_layers: int | None = option(None, help="Layers per recomputed unit.")
     nproc: int = option(1, help="Local ranks to start.", runtime=True)
+    distributed_timeout_minutes: float = option(
+        10.0, help="How long a collective waits for a missing rank.", runtime=True
+    )
+    replica_check_interval: int = option(
+        0,
+        help="Steps between checks that copies on different ranks are equal; 0: never.",
+        runtime=True,
+    )
 
     @property
     def model_parallel_size(self) -> int:

@@ -22,7 +22,8 @@ class AttentionKernel(Protocol):
     """Computes softmax(q k^T / sqrt(D)) v.
 
     mask: bool, True where a query may look, broadcastable to [B, H, S, T]; None means
-    causal with S == T.
+    causal with S == T. documents: int64 [B, S], a number per packed document: a query then
+    looks back inside its own document only (not together with ``mask``).
     """
 
     def __call__(
@@ -33,6 +34,7 @@ class AttentionKernel(Protocol):
         *,
         mask: Tensor | None,
         dropout: float,
+        documents: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -43,9 +45,17 @@ class LayerCache(Protocol):
 
 
 def sdpa_kernel(
-    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+    q_BHSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    mask: Tensor | None,
+    dropout: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
+    if documents is not None:
+        mask = document_mask(documents)
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
@@ -58,26 +68,47 @@ def sdpa_kernel(
 
 
 def flash_kernel(
-    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+    q_BHSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    mask: Tensor | None,
+    dropout: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """As :func:`sdpa_kernel`, but flash attention or an error (no slower fallback)."""
     with sdpa_backend(SDPBackend.FLASH_ATTENTION):
-        return sdpa_kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout)
+        return sdpa_kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout, documents=documents)
 
 
 def reference_kernel(
-    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, mask: Tensor | None, dropout: float
+    q_BHSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    mask: Tensor | None,
+    dropout: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """The formula written out; what every faster kernel is checked against."""
     repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
     k_BHTD = k_BGTD.repeat_interleave(repeats, dim=1)
     v_BHTD = v_BGTD.repeat_interleave(repeats, dim=1)
     scores = q_BHSD @ k_BHTD.transpose(-1, -2) / q_BHSD.shape[-1] ** 0.5
-    if mask is None:
+    if documents is not None:
+        mask = document_mask(documents)
+    elif mask is None:
         size = scores.shape[-2:]
         mask = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return F.dropout(weights, dropout, training=dropout > 0) @ v_BHTD
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """Bool [B, 1, S, S]: True where a query may look at a key of its document, not later."""
+    length = documents_BS.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
+    return (causal & (documents_BS[:, :, None] == documents_BS[:, None, :]))[:, None]
 
 
 class Attention(nn.Module):
@@ -102,6 +133,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: LayerCache | None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         q_BHSD = self._heads(self.query(x_BSE))
         k_BGSD = self._heads(self.key(x_BSE))
@@ -111,7 +143,9 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSD, v_BGSD = cache.update(k_BGSD, v_BGSD)
         dropout = self.dropout if self.training else 0.0
-        out_BHSD = self.kernel(q_BHSD, k_BGSD, v_BGSD, mask=mask, dropout=dropout)
+        out_BHSD = self.kernel(
+            q_BHSD, k_BGSD, v_BGSD, mask=mask, dropout=dropout, documents=documents
+        )
         return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:

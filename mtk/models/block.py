@@ -32,7 +32,8 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache)
+        attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache, documents)
         x_BSE = x_BSE + self.dropout(attended)
         return x_BSE + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]

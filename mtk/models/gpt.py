@@ -34,6 +34,18 @@ class Embedding(nn.Module):
         return self.dropout(x_BSE)  # type: ignore[no-any-return]
 
 
+class OutputHead(nn.Module):
+    """States times the output matrix, without the columns of the padded vocabulary."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, x: Tensor, weight_VE: Tensor) -> Tensor:
+        logits = F.linear(x, weight_VE)
+        return logits if weight_VE.shape[0] == self.vocab_size else logits[..., : self.vocab_size]
+
+
 class GPT(nn.Module):
     """Embedding, blocks, final norm, output matrix.
 
@@ -52,6 +64,7 @@ class GPT(nn.Module):
             {str(i): Block(config, kernel) for i in range(config.num_layers)}
         )
         self.final_norm = make_norm(config)
+        self.head = OutputHead(config.vocab_size)
         untied = config.untie_embeddings_and_output_weights
         self.output = (
             nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False) if untied else None
@@ -73,14 +86,18 @@ class GPT(nn.Module):
         *,
         mask: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the token after each input token.
 
         positions: int64 [S] or [B, S], default 0..S-1. mask: bool, True where a query may
         look, broadcastable to [B, heads, S, T]; None is causal (only right without
-        caches, or for the first tokens into empty ones). caches: one per layer.
+        caches, or for the first tokens into empty ones). caches: one per layer. documents:
+        int64 [B, S], tokens look back inside their own document only.
         """
-        return self.logits(self.hidden(tokens_BS, positions, mask=mask, caches=caches))
+        return self.logits(
+            self.hidden(tokens_BS, positions, mask=mask, caches=caches, documents=documents)
+        )
 
     def hidden(
         self,
@@ -89,6 +106,7 @@ class GPT(nn.Module):
         *,
         mask: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """States [B, S, E] after the final norm; arguments as for :meth:`forward`."""
         if positions is None:
@@ -97,15 +115,12 @@ class GPT(nn.Module):
         x_BSE = self.embedding(tokens_BS, positions)
         for index, block in enumerate(self.layers.values()):
             cache = None if caches is None else caches[index]
-            x_BSE = block(x_BSE, rotary, mask, cache)
+            x_BSE = block(x_BSE, rotary, mask, cache, documents)
         return self.final_norm(x_BSE)  # type: ignore[no-any-return]
 
     def logits(self, x_BSE: Tensor) -> Tensor:
         """Project states [..., E] to logits [..., V]."""
-        logits = F.linear(x_BSE, self.output_weight)
-        if self.config.vocab_size == self.config.padded_vocab_size:
-            return logits
-        return logits[..., : self.config.vocab_size]
+        return self.head(x_BSE, self.output_weight)  # type: ignore[no-any-return]
 
     @property
     def output_weight(self) -> Tensor:

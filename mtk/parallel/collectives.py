@@ -1,0 +1,194 @@
+"""The collectives of the parallel core: every one has a named call site.
+
+Plain ones work on tensors without gradients; differentiable ones are built from them. A group
+of one rank costs nothing. The call sites' names appear when a rank is missing (see
+``groups.Trace``), and let tests remove or double each collective in turn.
+
+Built on torch's functional collectives, which ``torch.compile`` traces and which run on gloo
+and NCCL alike. Shapes: the first dimension is the one that is gathered or scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+from mtk.parallel.groups import Group
+
+# -- plain ------------------------------------------------------------------------------
+
+
+def all_reduce(x: Tensor, group: Group, site: str, op: str = "sum") -> Tensor:
+    """The sum (or ``"max"``, ``"min"``) over the group; ``x`` stays as it is."""
+    if group.size == 1:
+        return x
+    _enter(group, site)
+    return _finish(functional.all_reduce(x.contiguous(), op, group.handle), group)
+
+
+def all_gather(x: Tensor, group: Group, site: str) -> Tensor:
+    """[N, ...] of every rank -> [size x N, ...] in the group's order."""
+    if group.size == 1:
+        return x
+    _enter(group, site)
+    return _finish(functional.all_gather_tensor(x.contiguous(), 0, group.handle), group)
+
+
+def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
+    """[size x N, ...] -> the sum over ranks of this rank's [N, ...] part."""
+    if group.size == 1:
+        return x
+    _enter(group, site)
+    out = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group.handle)
+    return _finish(out, group)
+
+
+def exchange(
+    x: Tensor, receive: Sequence[int] | None, send: Sequence[int] | None, group: Group, site: str
+) -> Tensor:
+    """All-to-all: rows of ``x`` cut by ``send`` go to the ranks in order; ``receive`` says how
+    many rows come from each (None: equal parts). Zero rows are fine."""
+    if group.size == 1:
+        return x
+    _enter(group, site)
+    out = functional.all_to_all_single(
+        x.contiguous(),
+        None if receive is None else list(receive),
+        None if send is None else list(send),
+        group.handle,
+    )
+    return _finish(out, group)
+
+
+def _enter(group: Group, site: str) -> None:
+    if not torch.compiler.is_compiling():
+        group.trace.enter(site, group.name)
+
+
+def _finish(pending: Tensor, group: Group) -> Tensor:
+    out: Tensor = functional.wait_tensor(pending)  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling():
+        group.trace.leave()
+    return out
+
+
+# -- differentiable ---------------------------------------------------------------------
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, site: str) -> Tensor:
+        ctx.group, ctx.site = group, site
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(grad, ctx.group, ctx.site), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, site: str) -> Tensor:
+        return all_reduce(x, group, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, site: str, replicated: bool) -> Tensor:
+        ctx.group, ctx.site, ctx.replicated, ctx.rows = group, site, replicated, x.shape[0]
+        return all_gather(x, group, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.replicated:
+            start = ctx.group.rank * ctx.rows
+            return grad[start : start + ctx.rows], None, None, None
+        return reduce_scatter(grad, ctx.group, f"{ctx.site}.backward"), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, site: str) -> Tensor:
+        ctx.group, ctx.site = group, site
+        return reduce_scatter(x, group, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, ctx.group, f"{ctx.site}.backward"), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, site: str) -> Tensor:
+        ctx.group, ctx.site = group, site
+        rows = x.shape[0] // group.size
+        return x[group.rank * rows : (group.rank + 1) * rows].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, ctx.group, ctx.site), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        receive: Sequence[int] | None,
+        send: Sequence[int] | None,
+        group: Group,
+        site: str,
+    ) -> Tensor:
+        ctx.receive, ctx.send, ctx.group, ctx.site = receive, send, group, site
+        return exchange(x, receive, send, group, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back = exchange(grad, ctx.send, ctx.receive, ctx.group, f"{ctx.site}.backward")
+        return back, None, None, None, None
+
+
+def copy_to_parts(x: Tensor, group: Group, site: str) -> Tensor:
+    """Hand the same ``x`` to ranks that each compute a part: gradients are summed."""
+    return x if group.size == 1 else _apply(_Copy, x, group, site)
+
+
+def sum_of_parts(x: Tensor, group: Group, site: str) -> Tensor:
+    """The sum of partial results, on every rank; its gradient is the same on every rank."""
+    return x if group.size == 1 else _apply(_Reduce, x, group, site)
+
+
+def gather_rows(x: Tensor, group: Group, site: str, *, replicated: bool = False) -> Tensor:
+    """Join rows of all ranks. What follows differs on each rank, so gradients are summed and
+    scattered; ``replicated``: it is the same on every rank, each takes its part of the gradient."""
+    return x if group.size == 1 else _apply(_Gather, x, group, site, replicated)
+
+
+def scatter_sum_of_parts(x: Tensor, group: Group, site: str) -> Tensor:
+    """Sum partial results and keep this rank's rows."""
+    return x if group.size == 1 else _apply(_Scatter, x, group, site)
+
+
+def split_rows(x: Tensor, group: Group, site: str) -> Tensor:
+    """This rank's rows of an ``x`` that all ranks have."""
+    return x if group.size == 1 else _apply(_Split, x, group, site)
+
+
+def exchange_rows(
+    x: Tensor, receive: Sequence[int] | None, send: Sequence[int] | None, group: Group, site: str
+) -> Tensor:
+    """Differentiable :func:`exchange`."""
+    return x if group.size == 1 else _apply(_Exchange, x, receive, send, group, site)
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    out: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return out

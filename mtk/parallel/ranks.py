@@ -1,0 +1,156 @@
+"""This process among all ranks: its groups along every axis of the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mtk.parallel.dims import Dims
+from mtk.parallel.groups import Group, NoTrace, Trace
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Groups of one rank. With one process all of them have one member.
+
+    kv: tensor-parallel ranks that hold the same key/value heads (more ranks than groups).
+    shards: data x context; shards_mesh: the same as [replicas, shards] for FSDP2, None
+    where there is one. ends: first and last pipeline stage, of which only their ranks are
+    members (elsewhere a group of one).
+    """
+
+    dims: Dims = Dims()
+    rank: int = 0
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    world: Group = Group("world")
+    tp: Group = Group("tp")
+    cp: Group = Group("cp")
+    dp: Group = Group("dp")
+    pp: Group = Group("pp")
+    ep: Group = Group("ep")
+    shards: Group = Group("shards")
+    expert_shards: Group = Group("expert_shards")
+    ends: Group = Group("ends")
+    kv: Group = Group("kv")
+    shards_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
+    trace: Trace = field(default_factory=NoTrace)
+
+    @property
+    def distributed(self) -> bool:
+        return self.world.size > 1
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp.rank == self.pp.size - 1
+
+
+AXES = ("world", "tp", "cp", "dp", "pp", "ep", "shards", "expert_shards", "ends")
+
+
+def make_ranks(
+    dims: Dims,
+    *,
+    rank: int,
+    local_rank: int = 0,
+    device: torch.device,
+    kv_groups: int | None = None,
+    sharded: bool = True,
+    trace: Trace | None = None,
+) -> Ranks:
+    """Build all groups of a layout; every rank of the job must call it at the same time.
+
+    The default process group must exist when ``dims.world`` > 1 and have that size.
+    kv_groups: key/value heads of the model. sharded: FSDP shards over ``shards`` (else it
+    keeps whole copies on each of them).
+    """
+    trace = trace or NoTrace()
+    if dims.world == 1:
+        return Ranks(dims, rank, local_rank, device, trace=trace)
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
+    groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
+    meshes = [
+        _mesh(
+            dims.partition(axis),
+            dims.replicas if sharded else groups[axis].size,
+            rank,
+            device,
+            made,
+            groups[axis],
+        )
+        for axis in ("shards", "expert_shards")
+    ]
+    return Ranks(
+        dims,
+        rank,
+        local_rank,
+        device,
+        **groups,
+        shards_mesh=meshes[0],
+        expert_mesh=meshes[1],
+        trace=trace,
+    )
+
+
+def _kv_partition(dims: Dims, groups: int | None) -> list[tuple[int, ...]]:
+    """Neighbours in tp that share a key/value head: tp / groups of them where that is > 1."""
+    together = max(1, dims.tp // groups) if groups else 1
+    return [
+        ranks[k : k + together]
+        for ranks in dims.partition("tp")
+        for k in range(0, dims.tp, together)
+    ]
+
+
+def _group(
+    name: str,
+    partition: list[tuple[int, ...]],
+    rank: int,
+    made: dict[tuple[int, ...], dist.ProcessGroup],
+    trace: Trace,
+) -> Group:
+    """The member of ``partition`` that ``rank`` belongs to; equal groups are made once."""
+    mine = Group(name, (rank,), 0, None, trace)
+    for ranks in partition:
+        if len(set(ranks)) == 1:
+            continue
+        if ranks not in made:
+            made[ranks] = dist.new_group(list(ranks), group_desc=name)
+        if rank in ranks:
+            mine = Group(name, ranks, ranks.index(rank), made[ranks], trace)
+    return mine
+
+
+def _mesh(
+    partition: list[tuple[int, ...]],
+    replicas: int,
+    rank: int,
+    device: torch.device,
+    made: dict[tuple[int, ...], dist.ProcessGroup],
+    group: Group,
+) -> DeviceMesh | None:
+    """[replicas, shards] of the ranks of ``group``: neighbours shard, far ones are copies."""
+    size = len(partition[0])
+    if size == 1:
+        return None
+    shards = size // replicas
+    rows = [r[k * shards : (k + 1) * shards] for r in partition for k in range(replicas)]
+    columns = [r[k::shards] for r in partition for k in range(shards)]
+    handles = []
+    for kind, lists in (("replicas", columns), ("fsdp", rows)):
+        for ranks in lists:
+            # FSDP2 needs a real group for each axis, also one of a single rank.
+            if ranks not in made:
+                made[ranks] = dist.new_group(list(ranks), group_desc=kind)
+        handles.append(next(made[ranks] for ranks in lists if rank in ranks))
+    layout = torch.tensor(group.ranks).view(replicas, shards)
+    return DeviceMesh.from_group(handles, device.type, layout, mesh_dim_names=("replicas", "fsdp"))
