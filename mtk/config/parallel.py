@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mtk.config import pipeline
 from mtk.config.model import ModelConfig, nearest_divisor, nearest_multiple
 from mtk.config.schema import option
 from mtk.errors import Problem
@@ -114,14 +115,7 @@ class ParallelConfig:
             rule = f"must divide or be a multiple of model.num_query_groups = {groups}"
             fix = f"Nearest: {nearest_divisor(tp, groups)}."
             yield Problem("parallel.tensor_model_parallel_size", tp, rule, fix)
-        if model.num_layers % pp:
-            rule = f"must divide model.num_layers = {model.num_layers}"
-            fix = f"Nearest: {nearest_divisor(pp, model.num_layers)}."
-            yield Problem("parallel.pipeline_model_parallel_size", pp, rule, fix)
-        chunk = self.num_layers_per_virtual_pipeline_stage
-        if chunk is not None and (chunk < 1 or (model.num_layers // pp) % chunk):
-            rule = f"must divide the layers per stage, {model.num_layers // pp}"
-            yield Problem("parallel.num_layers_per_virtual_pipeline_stage", chunk, rule)
+        yield from pipeline.problems(self, model)
         if cp > 1 and model.seq_length % (2 * cp):
             rule = f"must be a multiple of 2 x context_parallel_size = {2 * cp}"
             fix = f"Nearest: {nearest_multiple(model.seq_length, 2 * cp)}."
