@@ -114,7 +114,7 @@ def defer_weight_gradients(model: nn.Module) -> Deferred:
                 setattr(module, name, _deferring(child))
     for module in model.modules():
         if hasattr(module, "product"):
-            module.product = deferred.product
+            setattr(module, "product", deferred.product)  # noqa: B010
     return deferred
 
 

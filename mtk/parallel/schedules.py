@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward", "weight"]
@@ -109,7 +109,7 @@ def _rounds(ranks: int, count: int) -> list[range]:
     ends = [0]
     for index in range(rounds):
         ends.append(ends[-1] + size + (index < rest))
-    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(ends)]
 
 
 def _passes(stages: Sequence[int], rounds: Sequence[range]) -> list[tuple[int, int]]:

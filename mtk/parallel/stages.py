@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -71,7 +72,7 @@ def placement(ranks: int, stages: int, *, v_shape: bool) -> tuple[int, ...]:
 def ranges(split: Sequence[int]) -> tuple[range, ...]:
     """Numbers of layers per stage -> the layers."""
     starts = [sum(split[:stage]) for stage in range(len(split) + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(range(a, b) for a, b in pairwise(starts))
 
 
 def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
