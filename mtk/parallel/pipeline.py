@@ -173,7 +173,8 @@ class _Step:
         self.total = torch.zeros((), device=pipeline.device)
 
     def play(self, program: Program) -> Tensor:
-        last = {step.stage: step for step in program if step.kind == "backward"}
+        work = (step for step in program if isinstance(step, Action))
+        last = {step.stage: step for step in work if step.kind == "backward"}
         for step in program:
             if isinstance(step, Message):
                 self._message(step)
