@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 
+from mtk.config.pipeline import SPLIT_BACKWARD
 from mtk.parallel.deferred import Deferred
 from mtk.parallel.groups import Group
 from mtk.parallel.messages import Expected, Mailbox, Spec
 from mtk.parallel.schedules import Action, Message, Program, programs
+from mtk.parallel.stages import TIED
 
 Tensors = tuple[Tensor, ...]
 # (logits, index of the micro-batch) -> its share of the loss, a scalar.
@@ -78,7 +80,8 @@ class Pipeline:
     modules: this rank's stages, in order (``stages.cut``), already wrapped in whatever else
     the layout has. placement: the rank of each stage (``Stages.ranks``). deferred: for
     zero-bubble schedules, what ``defer_weight_gradients`` returned for each module. reshard:
-    FSDP frees gathered weights after each pass and not only after a step's last.
+    FSDP frees gathered weights after each pass and not only after a step's last. tied:
+    parameters that two stages may hold under one name.
     """
 
     def __init__(
@@ -93,19 +96,22 @@ class Pipeline:
         deferred: Sequence[Deferred] = (),
         reshard: bool = False,
         call: Call = call_gpt,
+        tied: Sequence[str] = (TIED,),
     ) -> None:
         own = [stage for stage, rank in enumerate(placement) if rank == group.rank]
         if len(own) != len(modules):
             raise ValueError(f"{len(modules)} modules for the stages {own}")
-        if schedule in ("zero-bubble", "zbv") and len(deferred) != len(modules):
+        split = schedule in SPLIT_BACKWARD
+        if split and len(deferred) != len(modules):
             raise ValueError(f"{schedule} needs defer_weight_gradients on every stage")
         self.modules = dict(zip(own, modules, strict=True))
         self.placement, self.group, self.schedule = tuple(placement), group, schedule
         self.boundary, self.device, self.call, self.reshard = boundary, device, call, reshard
-        self.deferred = dict(zip(own, deferred, strict=False))
+        # With whole backward passes nothing is to be delayed, able to or not.
+        self.deferred = dict(zip(own, deferred, strict=True)) if split else {}
         self._programs: dict[tuple[int, bool], Program] = {}
         self._mailbox = Mailbox(group, device, most_outstanding=2 * len(placement))
-        self._copies = list(_local_copies(self.modules))
+        self._copies = list(_local_copies(self.modules, tied))
 
     @property
     def stages(self) -> int:
@@ -276,16 +282,17 @@ class _Step:
 
 
 def _local_copies(
-    modules: dict[int, nn.Module],
+    modules: dict[int, nn.Module], tied: Sequence[str]
 ) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(first, other) parameters of the same name in different stages of this rank."""
-    first: dict[str, nn.Parameter] = {}
-    for module in modules.values():
-        for name, parameter in module.named_parameters():
-            if name in first:
-                yield first[name], parameter
-            else:
-                first[name] = parameter
+    """(first, other) where several stages of this rank hold a tied parameter."""
+    for wanted in tied:
+        found = [
+            parameter
+            for module in modules.values()
+            for name, parameter in module.named_parameters()
+            if name == wanted
+        ]
+        yield from ((found[0], copy) for copy in found[1:])
 
 
 def _move_gradient(copy: nn.Parameter, leader: nn.Parameter) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
+from mtk.config.pipeline import SPLIT_BACKWARD
+
 Kind = Literal["forward", "backward", "weight"]
 Program = list["Action | Message"]
 
@@ -62,7 +64,7 @@ def programs(
     ValueError for a placement that the schedule cannot use.
     """
     ranks = max(placement) + 1
-    split = training and schedule in ("zero-bubble", "zbv")
+    split = training and schedule in SPLIT_BACKWARD
     orders, limit = _orders(schedule, placement, ranks, micro_batches, training)
     clock = _Clock(orders, placement, split=split, limit=limit)
     clock.play()

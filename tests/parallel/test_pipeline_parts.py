@@ -215,12 +215,14 @@ def _faulty(rank: int) -> dict[str, bool]:
 
 
 def _forget_weights(pipeline: Pipeline) -> None:
+    """Those of the first micro-batch."""
     for deferred in pipeline.deferred.values():
-        deferred.finish = lambda micro: None  # type: ignore[method-assign]
+        finish = deferred.finish
+        deferred.finish = lambda micro, do=finish: do(micro) if micro else None  # type: ignore
 
 
 def _reorder(pipeline: Pipeline) -> None:
-    """The second rank takes the states of micro-batch 1 for those of 0 and so on."""
+    """The second rank takes the states of micro-batch 1 for those of 0, and the reverse."""
     if not pipeline.has_loss:
         return
     program = pipeline._program(4, training=True)
@@ -228,10 +230,6 @@ def _reorder(pipeline: Pipeline) -> None:
     for index, step in enumerate(program):
         if step.kind == "forward" and hasattr(step, "peer"):
             program[index] = step._replace(micro=swap.get(step.micro, step.micro))
-    first = [
-        i for i, step in enumerate(program) if hasattr(step, "peer") and step.kind == "forward"
-    ]
-    program.insert(0, program.pop(first[1]))
 
 
 def _cross_gradients(pipeline: Pipeline) -> None:
