@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_partition_is_the_best_of_all(layers: int, last: float) -> None:
 
 def _sizes(cuts: tuple[int, ...], layers: int) -> tuple[int, ...]:
     ends = (0, *cuts, layers)
-    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 def test_balance_counts_the_head() -> None:
