@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
 from mtk.config.model import ModelConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.attention import AttentionKernel, sdpa_kernel
@@ -14,3 +19,19 @@ def build_model(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> G
         rule = "this version trains and serves family gpt; others can be planned only"
         raise ConfigError([Problem("model.family", config.family, rule, "Nearest: gpt.")])
     return GPT(config, kernel)
+
+
+def build_on_meta(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:
+    """As :func:`build_model` on the meta device, without torch's own initial weights: these
+    mean nothing there, cost most of the time and make torch load its compiler."""
+    with torch.device("meta"), _NoInitialWeights():
+        return build_model(config, kernel)
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
