@@ -12,16 +12,13 @@ import torch
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.checkpoint.save import save_checkpoint
 from mtk.checkpoint.steps import prune_steps, step_folder
-from mtk.config.pretrain import PretrainConfig
+from mtk.config.pretrain import PretrainConfig, RuntimeConfig
 from mtk.data.stop import terminate_cleanly
-from mtk.errors import CheckpointError, LayoutError, Problem
-from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
-from mtk.models.build import build_model
-from mtk.models.init import initialize
-from mtk.parallel.apply import apply, require_supported, training_device
-from mtk.precision.loss_scale import LossScale
-from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
+from mtk.errors import CheckpointError
+from mtk.parallel.apply import training_device
+from mtk.parallel.ranks import Ranks
 from mtk.session import Session
+from mtk.training.assemble import make_stepper
 from mtk.training.data import (
     OpenedData,
     data_identity,
@@ -32,11 +29,9 @@ from mtk.training.data import (
 )
 from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import MetricsLog, check_tensorboard
-from mtk.training.optimizer import Optimizer
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_over
-from mtk.training.schedule import Schedule
 from mtk.training.state import Identity, gather, restore, restore_weights
 from mtk.training.step import Stepper
 from mtk.training.stop import stop_on_signals
@@ -51,11 +46,12 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     GateError (loss not finite), Interrupted (signal; state saved).
     """
     session = session or Session()
-    require_supported(config.parallel)
     data = open_data(config.data)
     config = with_vocabulary(config, data)
     samples = target_samples(config)
-    stepper = make_stepper(config, samples)
+    prepare_torch(config.runtime)
+    ranks = Ranks(device=training_device(config.runtime))
+    stepper = make_stepper(config, samples, ranks)
     save = Path(config.checkpoint.save)
     start = Start() if session.force else find_start(config, save, samples, data)
     if start.finished is not None:
@@ -97,43 +93,14 @@ class Run:
     start: Start
 
 
-def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
-    """Model with initial weights, optimizer and schedule on the training device."""
-    runtime = config.runtime
+def prepare_torch(runtime: RuntimeConfig) -> None:
+    """Threads and determinism of this process."""
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.deterministic_mode:
         # cuBLAS reads it when it starts; without it torch refuses every matrix product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic_mode)
-    device = training_device(runtime)
-    model = build_model(config.model, attention_kernel(config, device))
-    initialize(model, config.model, runtime.seed)
-    main = MainWeights(model.to(device), COMPUTE_DTYPES[config.precision.precision])
-    apply(model, config.parallel, runtime)
-    return Stepper(
-        model,
-        main,
-        Optimizer(main.weights, config.optimizer),
-        Schedule.from_config(config, samples),
-        LossScale.start(config.precision),
-        device,
-    )
-
-
-def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
-    """The kernel asked for. Raises LayoutError where flash attention has none for this run."""
-    if config.runtime.attention_backend != "flash":
-        return sdpa_kernel
-    rule = ""
-    if device.type == "cpu" and config.model.attention_dropout:
-        rule = "flash attention has no dropout on the CPU"
-    if device.type == "cuda" and config.precision.precision == "fp32":
-        rule = "flash attention needs bf16 or fp16 on CUDA"
-    if rule:
-        fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
-        raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
-    return flash_kernel
 
 
 def begin(

@@ -22,18 +22,22 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """All micro-batches of one optimizer step; samples: how many sequences they hold."""
+    """This rank's micro-batches of one optimizer step.
+
+    samples: sequences of the step, those of all data-parallel ranks together.
+    """
 
     micro_batches: Sequence[MicroBatch]
     samples: int
 
     @property
     def tokens(self) -> int:
-        return sum(micro.tokens_BS.numel() for micro in self.micro_batches)
+        """Tokens of the step on all ranks."""
+        return self.samples * self.micro_batches[0].tokens_BS.shape[1]
 
     def valid_tokens(self) -> Tensor:
-        """fp32 scalar: tokens that count in the loss."""
+        """fp32 scalar: this rank's tokens that count in the loss."""
         total = self.micro_batches[0].loss_mask_BS.sum()
         for micro in self.micro_batches[1:]:
             total = total + micro.loss_mask_BS.sum()
-        return total.clamp(min=1.0)
+        return total

@@ -162,7 +162,7 @@ class Loop:
             return
         started = time.perf_counter()
         result = held_out_loss(
-            self.stepper.model, batches(), self.stepper.device, self.data.token_bytes_V
+            self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
         )
         self.metrics[name] = result
         self.log.write(name, self.progress.step, result)

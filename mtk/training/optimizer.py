@@ -45,11 +45,16 @@ class Optimizer:
             weight.grad = None
 
     @torch.no_grad()
-    def unscale_and_norm(self, scale: float) -> Tensor:
-        """Divide gradients by the loss scale; return their global L2 norm (inf if not finite)."""
+    def unscale(self, scale: float) -> None:
+        """Divide gradients by the loss scale."""
         gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-        if scale != 1.0:
+        if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, 1.0 / scale)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """L2 norm of all gradients on this rank (inf if not finite)."""
+        gradients = [w.grad for w in self._weights.values() if w.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
@@ -58,7 +63,8 @@ class Optimizer:
         if self._clip > 0:
             coefficient = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-            torch._foreach_mul_(gradients, coefficient)
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
 
     def step(self, lr: float, weight_decay: float) -> None:
         """One update with this learning rate and this decay (for what decays)."""
