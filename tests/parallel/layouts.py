@@ -32,7 +32,7 @@ DENSE: dict[str, Any] = {
     "batch.micro_batch_size": 1,
     "batch.global_batch_size": 8,
     "length.train_iters": 10,
-    "optimizer.lr": 1e-2,
+    "optimizer.lr": 1e-3,
     "checkpoint.save": "unused",
 }
 KINDS: dict[str, dict[str, Any]] = {
