@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
@@ -62,6 +63,28 @@ def exchange(
         group.handle,
     )
     return _finish(out, group)
+
+
+def share_object(value: Any, group: Group, site: str) -> Any:
+    """What the group's first rank has, on every rank (small Python values)."""
+    if group.size == 1:
+        return value
+    _enter(group, site)
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    group.trace.leave()
+    return box[0]
+
+
+def gather_objects(value: Any, group: Group, site: str) -> list[Any]:
+    """What every rank has, in the group's order, on every rank (small Python values)."""
+    if group.size == 1:
+        return [value]
+    _enter(group, site)
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, value, group=group.handle)
+    group.trace.leave()
+    return found
 
 
 def _enter(group: Group, site: str) -> None:

@@ -13,6 +13,7 @@ from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, fill, place
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
@@ -31,6 +32,8 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
     kernel = attention_kernel(config, ranks.device)
+    if ranks.tp.size > 1 and not config.parallel.sequence_parallel:
+        kernel = own_heads_dropout(kernel, ranks.tp)
     placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
     fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)
     main = MainWeights(placed.parts, dtype)
@@ -41,7 +44,8 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
         Schedule.from_config(config, samples),
         LossScale.start(config.precision),
         ranks,
-        placed.pieces,
+        placed,
+        config.parallel.sequence_parallel,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
 from mtk.parallel.pieces import Piece
@@ -34,7 +35,7 @@ class StepResult:
 class Stepper:
     """Passes, main weights and optimizer, moved one step at a time.
 
-    pieces: what this rank holds of each weight.
+    placed: what this rank holds of the model.
     """
 
     def __init__(
@@ -45,11 +46,18 @@ class Stepper:
         schedule: Schedule,
         loss_scale: LossScale,
         ranks: Ranks,
-        pieces: Mapping[str, Piece],
+        placed: Placed,
+        sequence_parallel: bool = False,
     ) -> None:
         self.passes, self.main, self.optimizer = passes, main, optimizer
         self.schedule, self.loss_scale = schedule, loss_scale
-        self.ranks, self.pieces = ranks, pieces
+        self.ranks, self.placed = ranks, placed
+        self.sequence_parallel = sequence_parallel
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """What this rank holds of each weight."""
+        return self.placed.pieces
 
     @property
     def device(self) -> torch.device:
@@ -90,3 +98,8 @@ class Stepper:
         mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
         both = all_reduce(torch.stack([mine, norm]), self.ranks.world, "step.loss_and_norm")
         return both[0].float(), both[1].sqrt().float()
+
+    def finite(self) -> bool:
+        """Whether all main weights of all ranks are numbers; waits for the device."""
+        bad = torch.tensor(0 if self.main.finite() else 1)
+        return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0

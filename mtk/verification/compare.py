@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mtk.verification.observe import Observation, join
 
-
 # Share of the model's greatest gradient below which a parameter's own scale says nothing.
 FLOOR = 1e-3
 # Share below which a gradient is nothing but rounding.
