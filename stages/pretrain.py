@@ -130,6 +130,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention has no dropout on the CPU"
     if device.type == "cuda" and config.precision.precision == "fp32":
         rule = "flash attention needs bf16 or fp16 on CUDA"
+    if device.type == "cuda" and config.data.reset_attention_mask:
+        rule = "flash attention has no mask for --reset-attention-mask on CUDA"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

@@ -17,10 +17,11 @@ from mtk.artifacts.hashing import sha256_json
 from mtk.config.pretrain import DataConfig, PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
 from mtk.data.blend import parse_blend
-from mtk.data.build import SampleCounts, build_splits
+from mtk.data.build import SampleCounts, build_splits, end_of_document
 from mtk.data.dataset_artifact import DatasetInfo, open_dataset
 from mtk.data.indexed_dataset import IndexedDataset
 from mtk.data.loader import BatchLoader
+from mtk.data.packing import Packing
 from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, DataError, Problem
@@ -132,6 +133,8 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         "length": samples if options.data_order == "megatron" else None,
         "sequence": config.model.seq_length,
         "eod_mask_loss": options.eod_mask_loss,
+        "reset_attention_mask": options.reset_attention_mask,
+        "reset_position_ids": options.reset_position_ids,
         "mock": options.mock_data,
     }
     return sha256_json(content)
@@ -143,7 +146,10 @@ def _weights(items: Sequence[str]) -> list[str]:
 
 
 def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: Reporter) -> RunData:
-    """Datasets, loaders and the bytes-per-token table of a run. Raises DataError."""
+    """Datasets, loaders and the bytes-per-token table of a run.
+
+    Raises DataError, and ConfigError where an option needs an EOD that is not known.
+    """
     schedule = batch_schedule(config)
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
@@ -158,16 +164,38 @@ def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: R
     )
     assert splits.train is not None
     train, micro = splits.train, config.batch.micro_batch_size
+    packed = packing(config, data, reporter)
     return RunData(
-        train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro),
-        valid=_fixed(splits.valid, fixed, micro),
-        test=_fixed(splits.test, fixed, micro),
+        train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro, packed),
+        valid=_fixed(splits.valid, fixed, micro, packed),
+        test=_fixed(splits.test, fixed, micro, packed),
         train_samples=samples,
         token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
     )
 
 
-def _fixed(dataset: SampleDataset | None, samples: int, micro: int) -> Batches | None:
+def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Packing | None:
+    """What the documents inside a sample mean for this run; None where they mean nothing.
+
+    Raises ConfigError if no EOD is known.
+    """
+    options = config.data
+    if not options.reset_attention_mask and not options.reset_position_ids:
+        return None
+    eod = end_of_document(options, data.eod, config.model.vocab_size)
+    assert eod is not None
+    for dataset in data.datasets:
+        if dataset.artifact is not None and not dataset.artifact.metrics.get("append_eod", True):
+            reporter.warn(
+                f"{dataset.prefix} was made without --append-eod: nothing tells where its "
+                f"documents end, and --reset-attention-mask and --reset-position-ids do nothing"
+            )
+    return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
+
+
+def _fixed(
+    dataset: SampleDataset | None, samples: int, micro: int, packed: Packing | None
+) -> Batches | None:
     """The first ``samples`` of a held-out split, or all it has; a last part may be smaller."""
     if dataset is None:
         return None
@@ -175,7 +203,7 @@ def _fixed(dataset: SampleDataset | None, samples: int, micro: int) -> Batches |
     positions = [np.arange(k, min(k + micro, count)) for k in range(0, count, micro)]
 
     def batches() -> Iterator[GlobalBatch]:
-        with closing(BatchLoader(dataset, positions)) as loader:
+        with closing(BatchLoader(dataset, positions, packing=packed)) as loader:
             for batch in loader:
                 yield GlobalBatch([batch], samples=len(batch.indices_B))
 
@@ -183,11 +211,17 @@ def _fixed(dataset: SampleDataset | None, samples: int, micro: int) -> Batches |
 
 
 def _batches(
-    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], micro: int
+    dataset: SampleDataset,
+    start: int,
+    stop: int,
+    size_at: Callable[[int], int],
+    micro: int,
+    packed: Packing | None,
 ) -> Iterator[GlobalBatch]:
     """Global batches from a cursor on, read ahead by one thread."""
     consumed = start
-    with closing(BatchLoader(dataset, micro_batches(start, stop, size_at, micro))) as loader:
+    indices = micro_batches(start, stop, size_at, micro)
+    with closing(BatchLoader(dataset, indices, packing=packed)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
             yield GlobalBatch([next(loader) for _ in range(size // micro)], samples=size)
             consumed += size

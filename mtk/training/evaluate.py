@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtk.models.gpt import GPT
-from mtk.training.batch import GlobalBatch
+from mtk.training.batch import GlobalBatch, forward
 from mtk.training.loss import token_losses
 
 
@@ -30,7 +30,7 @@ def held_out_loss(
     for batch in batches:
         for micro in batch.micro_batches:
             labels, mask = micro.labels_BS.to(device), micro.loss_mask_BS.to(device)
-            losses = token_losses(model(micro.tokens_BS.to(device)), labels)
+            losses = token_losses(forward(model, micro, device), labels)
             total += (losses * mask).double().sum()
             tokens += mask.double().sum()
             if lengths is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtk.models.gpt import GPT
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
-from mtk.training.batch import GlobalBatch
+from mtk.training.batch import GlobalBatch, forward
 from mtk.training.loss import summed_loss
 from mtk.training.optimizer import Optimizer
 from mtk.training.schedule import Schedule
@@ -62,7 +62,7 @@ class Stepper:
         valid = batch.valid_tokens().to(self.device)
         total = torch.zeros((), device=self.device)
         for micro in batch.micro_batches:
-            logits_BSV = self.model(micro.tokens_BS.to(self.device, non_blocking=True))
+            logits_BSV = forward(self.model, micro, self.device)
             loss = summed_loss(
                 logits_BSV,
                 micro.labels_BS.to(self.device, non_blocking=True),

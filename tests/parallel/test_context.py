@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtk.parallel.context import context_kernel, cut, join, local_positions
+from mtk.parallel.context import context_kernel
 from mtk.parallel.dims import Dims
 from mtk.parallel.groups import Group
 from mtk.parallel.ranks import make_ranks
