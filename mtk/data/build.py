@@ -78,8 +78,8 @@ class SplitBuilder:
     """Opens every prefix once and builds the datasets of all splits.
 
     open_source: reader of one prefix. vocab_size: ids from there on are refused; needed with
-    mock data. eod: end-of-document id, see :func:`end_of_document`. cache_path: folder of the index caches; None is ``{prefix}.cache`` beside each
-    dataset.
+    mock data. eod: end-of-document id, see :func:`end_of_document`. cache_path: folder of the
+    index caches; None is ``{prefix}.cache`` beside each dataset.
     """
 
     def __init__(
