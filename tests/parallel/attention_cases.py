@@ -69,8 +69,11 @@ def on_ranks(case: Case, kernel: AttentionKernel, cp: Group) -> list[Tensor]:
 
 
 def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    """Greatest difference of the output and of each gradient, beside the greatest value."""
+    """Greatest difference of the output and of each gradient, beside the greatest value; NaN
+    is infinitely wrong."""
     return [
-        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        ((a.double() - b.double()).abs().max() / b.double().abs().max())
+        .nan_to_num(torch.inf)
+        .item()
         for a, b in zip(found, wanted, strict=True)
     ]
