@@ -122,12 +122,27 @@ class ParallelConfig:
         if chunk is not None and (chunk < 1 or (model.num_layers // pp) % chunk):
             rule = f"must divide the layers per stage, {model.num_layers // pp}"
             yield Problem("parallel.num_layers_per_virtual_pipeline_stage", chunk, rule)
-        if cp > 1 and model.seq_length % (2 * cp):
-            rule = f"must be a multiple of 2 x context_parallel_size = {2 * cp}"
-            fix = f"Nearest: {nearest_multiple(model.seq_length, 2 * cp)}."
-            yield Problem("model.seq_length", model.seq_length, rule, fix)
+        if cp > 1:
+            yield from self._context_problems(model)
         if self.expert_model_parallel_size > 1:
             rule = "the model has no experts to share"
             yield Problem(
                 "parallel.expert_model_parallel_size", self.expert_model_parallel_size, rule
             )
+
+    def _context_problems(self, model: ModelConfig) -> Iterator[Problem]:
+        """What sharing sequences over ranks needs."""
+        cp, heads = self.context_parallel_size, model.num_attention_heads
+        if model.seq_length % (2 * cp):
+            rule = f"must be a multiple of 2 x context_parallel_size = {2 * cp}"
+            fix = f"Nearest: {nearest_multiple(model.seq_length, 2 * cp)}."
+            yield Problem("model.seq_length", model.seq_length, rule, fix)
+        if self.cp_comm_type == "p2p" and model.attention_dropout:
+            rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
+            fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
+            yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
+        own = heads // self.tensor_model_parallel_size
+        if self.cp_comm_type == "a2a" and heads % self.tensor_model_parallel_size == 0 and own % cp:
+            rule = f"must divide the {own} heads of a rank, which cp_comm_type = a2a shares out"
+            fix = f"Nearest: {nearest_divisor(cp, own)}; or --cp-comm-type p2p or all_gather."
+            yield Problem("parallel.context_parallel_size", cp, rule, fix)

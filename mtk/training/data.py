@@ -17,10 +17,11 @@ from mtk.artifacts.hashing import sha256_json
 from mtk.config.pretrain import DataConfig, PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
 from mtk.data.blend import parse_blend
-from mtk.data.build import SampleCounts, build_splits
+from mtk.data.build import SampleCounts, build_splits, end_of_document
 from mtk.data.dataset_artifact import DatasetInfo, open_dataset
 from mtk.data.indexed_dataset import IndexedDataset
 from mtk.data.loader import BatchLoader
+from mtk.data.packing import Packing
 from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, DataError, Problem
@@ -132,6 +133,8 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         "length": samples if options.data_order == "megatron" else None,
         "sequence": config.model.seq_length,
         "eod_mask_loss": options.eod_mask_loss,
+        "reset_attention_mask": options.reset_attention_mask,
+        "reset_position_ids": options.reset_position_ids,
         "mock": options.mock_data,
     }
     return sha256_json(content)
@@ -144,11 +147,15 @@ def _weights(items: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the data-parallel ranks reads; micro: samples of a micro-batch."""
+    """How one of the data-parallel ranks reads.
+
+    micro: samples of a micro-batch. packing: what the documents inside a sample mean.
+    """
 
     micro: int
     rank: int = 0
     size: int = 1
+    packing: Packing | None = None
 
 
 def run_data(
@@ -160,7 +167,8 @@ def run_data(
     size: int = 1,
 ) -> RunData:
     """Datasets, loaders and the bytes-per-token table of a run, for one of ``size``
-    data-parallel ranks. Raises DataError."""
+    data-parallel ranks. Raises DataError, and ConfigError where an option needs an EOD that is
+    not known."""
     schedule = batch_schedule(config)
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
@@ -174,7 +182,8 @@ def run_data(
         notify=reporter.info,
     )
     assert splits.train is not None
-    train, share = splits.train, Share(config.batch.micro_batch_size, rank, size)
+    packed = packing(config, data, reporter)
+    train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
     return RunData(
         train=lambda consumed: _batches(train, consumed, samples, schedule.at, share),
         valid=_fixed(splits.valid, fixed, share),
@@ -182,6 +191,25 @@ def run_data(
         train_samples=samples,
         token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
     )
+
+
+def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Packing | None:
+    """What the documents inside a sample mean for this run; None where they mean nothing.
+
+    Raises ConfigError if no EOD is known.
+    """
+    options = config.data
+    if not options.reset_attention_mask and not options.reset_position_ids:
+        return None
+    eod = end_of_document(options, data.eod, config.model.vocab_size)
+    assert eod is not None
+    for dataset in data.datasets:
+        if dataset.artifact is not None and not dataset.artifact.metrics.get("append_eod", True):
+            reporter.warn(
+                f"{dataset.prefix} was made without --append-eod: nothing tells where its "
+                f"documents end, and --reset-attention-mask and --reset-position-ids do nothing"
+            )
+    return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
 
 
 def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
@@ -199,7 +227,7 @@ def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches
     filled = [np.concatenate([r, np.zeros(share.micro - len(r), dtype=r.dtype)]) for r in real]
 
     def batches() -> Iterator[GlobalBatch]:
-        with closing(BatchLoader(dataset, filled)) as loader:
+        with closing(BatchLoader(dataset, filled, packing=share.packing)) as loader:
             for positions, batch in zip(real, loader, strict=True):
                 batch.loss_mask_BS[len(positions) :] = 0.0
                 yield GlobalBatch([batch], samples=len(positions))
@@ -213,7 +241,7 @@ def _batches(
     """Global batches from a cursor on, read ahead by one thread."""
     consumed = start
     order = micro_batches(start, stop, size_at, share.micro, share.rank, share.size)
-    with closing(BatchLoader(dataset, order)) as loader:
+    with closing(BatchLoader(dataset, order, packing=share.packing)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
             own = size // (share.micro * share.size)
             yield GlobalBatch([next(loader) for _ in range(own)], samples=size)

@@ -32,6 +32,8 @@ class Micro:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
+    documents_BS: Tensor | None = None
+    positions_BS: Tensor | None = None
 
 
 def batch(seed: int, micro_batches: int) -> GlobalBatch:
