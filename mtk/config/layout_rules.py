@@ -70,7 +70,8 @@ def shares_ffn(tp: int, model: ModelConfig) -> bool:
 
 
 def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
-    return not experts(model) or expert_ffn(model) % tp == 0
+    """Grouped products read rows of 16 bytes, 8 values in bf16."""
+    return tp == 1 or not experts(model) or expert_ffn(model) % (8 * tp) == 0
 
 
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
@@ -105,8 +106,8 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
     if not shares_ffn(tp, model):
         rule = f"must divide model.ffn_hidden_size = {model.ffn_size}"
         yield Problem(name, tp, rule, fix)
-    if not shares_experts_ffn(tp, model) and expert_ffn(model) != model.ffn_size:
-        rule = f"must divide the width of an expert's MLP, {expert_ffn(model)}"
+    if not shares_experts_ffn(tp, model):
+        rule = f"must divide the width of an expert's MLP, {expert_ffn(model)}, in parts of 8"
         yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by
@@ -135,16 +136,13 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
 
 
 def _heads_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """All-to-all; key/value heads need no rule, as they are replicated where too few."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    heads, groups = model.num_attention_heads // tp, max(1, model.query_groups // tp)
-    if not shares_heads(tp, model) or not shares_groups(tp, model):
-        return
-    legal = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
-    if cp in legal:
-        return
-    rule = f"all-to-all shares {heads} query and {groups} key/value heads of a rank over CP"
-    fix = f"{nearest(cp, legal)} Or use --cp-comm-type p2p or all_gather."
-    yield Problem("parallel.context_parallel_size", cp, rule, fix.strip())
+    heads = model.num_attention_heads // tp
+    if shares_heads(tp, model) and heads % cp:
+        rule = f"all-to-all shares the {heads} heads of a rank over CP"
+        fix = f"{nearest(cp, divisors(heads))} Or use --cp-comm-type p2p or all_gather."
+        yield Problem("parallel.context_parallel_size", cp, rule, fix)
 
 
 # -- pipeline -----------------------------------------------------------------------------
@@ -183,7 +181,11 @@ def _virtual_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem
         parallel.num_layers_per_virtual_pipeline_stage,
     )
     assert chunk is not None
-    if chunk < 1 or layers % (pp * chunk) == 0:
+    if layers == pp * chunk:
+        rule = f"makes one stage a rank of {layers} layers, which is no virtual stage"
+        fix = nearest(chunk, virtual_chunks(parallel, layers))
+        yield Problem("parallel.num_layers_per_virtual_pipeline_stage", chunk, rule, fix)
+    if layers % (pp * chunk) == 0:
         return
     if layers < pp:
         rule = f"makes {pp} stages of {layers} layers; each needs at least one"

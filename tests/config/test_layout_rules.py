@@ -45,8 +45,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--cp 5 --nproc 5", ["2 x context_parallel_size = 10. Nearest: 40 or 50"]),
     ("--cp 2 --nproc 2 --seq-length 50", ["= 4. Nearest: 48 or 52"]),
     ("--cp-comm-type a2a", ["of which there is one. Raise --cp"]),
-    ("--cp 3 --nproc 3 --cp-comm-type a2a", ["12 query and 4 key/value heads .. Nearest: 2 or 4"]),
-    ("--cp 8 --nproc 8 --cp-comm-type a2a", ["Nearest: 4 or 12. Or use --cp-comm-type p2p"]),
+    ("--cp 8 --nproc 8 --cp-comm-type a2a", ["the 12 heads .. Nearest: 6 or 12. Or use --cp-c"]),
     # pipeline
     ("--pp 7 --nproc 7", ["7 stages of 6 layers .. Nearest: 6"]),
     ("--pp 4 --nproc 4 --pipeline-schedule zbv", ["8 stages of 6 layers .. Nearest: 3"]),
@@ -63,6 +62,10 @@ BAD: list[tuple[str, list[str]]] = [
     (
         "--pp 2 --nproc 2 --num-layers-per-virtual-pipeline-stage 2",
         ["must divide the model's 6 layers. Nearest: 1. Or give"],
+    ),
+    (
+        "--pp 2 --nproc 2 --num-layers-per-virtual-pipeline-stage 3",
+        ["one stage a rank of 6 layers, which is no virtual stage. Nearest: 1"],
     ),
     ("--pp 2 --nproc 2 --pipeline-schedule interleaved", ["virtual-pipeline-stage 1 (or"]),
     (
