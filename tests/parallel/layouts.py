@@ -47,8 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def configure(kind: str = "gpt2", **layout: Any) -> PretrainConfig:
-    """A tiny run; ``layout`` are fields of ParallelConfig."""
+def configure(kind: str = "gpt2", world: int = 1, **layout: Any) -> PretrainConfig:
+    """A tiny run on ``world`` ranks; ``layout`` are fields of ParallelConfig."""
+    layout |= {"nproc": world}
     values = DENSE | KINDS[kind] | {f"parallel.{name}": v for name, v in layout.items()}
     return make(PretrainConfig, **values)
 
@@ -70,8 +71,9 @@ def one_process(config: PretrainConfig, steps: int) -> Observation:
     return observe(config, random_sample(config), Ranks(), steps)
 
 
-def difference(config: PretrainConfig, world: int, steps: int = 1) -> Difference:
-    """A step in the configured layout on ``world`` ranks against one process."""
+def difference(config: PretrainConfig, steps: int = 1) -> Difference:
+    """A step in the configured layout against one process."""
+    world = config.parallel.nproc
     single = dataclasses.replace(config, parallel=make(type(config.parallel)))
     one = one_process(single, steps)
     return compare(one, run_ranks(world, step_on_rank, config, world, steps))

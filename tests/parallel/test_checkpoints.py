@@ -91,7 +91,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, (world, layout) in LAYOUTS.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        run_ranks(world, _train_and_save, configure(**layout), world, folders[name])
+        run_ranks(world, _train_and_save, configure("gpt2", world, **layout), world, folders[name])
     return folders
 
 
@@ -105,9 +105,9 @@ def test_any_layout_reads_any_other(
     there.mkdir()
     back.mkdir()
     world, layout = LAYOUTS[target]
-    run_ranks(world, _load_and_save, configure(**layout), world, written[source], there)
+    run_ranks(world, _load_and_save, configure("gpt2", world, **layout), world, written[source], there)
     world, layout = LAYOUTS[source]
-    run_ranks(world, _load_and_save, configure(**layout), world, there, back)
+    run_ranks(world, _load_and_save, configure("gpt2", world, **layout), world, there, back)
     before, between = _values(written[source]), _values(there)
     assert before.keys() == between.keys()
     assert all(torch.equal(before[name], between[name]) for name in before)
