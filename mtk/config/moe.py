@@ -43,22 +43,12 @@ def moe_problems(model: ModelConfig) -> Iterator[Problem]:
     yield from _surroundings(model)
 
 
-def expert_layout_problems(model: ModelConfig, tp: int, ep: int) -> Iterator[Problem]:
-    """Violations of sharing the model's experts among ``ep`` ranks and each among ``tp``."""
-    from mtk.config.model import nearest_divisor, nearest_multiple
+def expert_width_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
+    """Violations of cutting each expert over ``tp`` ranks; keys from the root."""
+    from mtk.config.model import nearest_multiple
 
-    if model.num_experts is None:
-        if ep > 1:
-            rule = "the model has no experts to share"
-            fix = "Give --num-experts, or leave it out."
-            yield Problem("parallel.expert_model_parallel_size", ep, rule, fix)
-        return
-    if model.num_experts % ep:
-        rule = f"must divide model.num_experts = {model.num_experts}"
-        fix = f"Nearest: {nearest_divisor(ep, model.num_experts)}."
-        yield Problem("parallel.expert_model_parallel_size", ep, rule, fix)
-    width = model.moe_ffn_size
-    if tp > 1 and width % (UNIT * tp):
+    if model.num_experts is not None and tp > 1 and model.moe_ffn_size % (UNIT * tp):
+        width = model.moe_ffn_size
         rule = f"must be a multiple of {UNIT} x tensor_model_parallel_size = {UNIT * tp}"
         fix = f"Nearest: {nearest_multiple(width, UNIT * tp)}."
         yield Problem("model.moe_ffn_hidden_size", width, rule, fix)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtk.config.model import ModelConfig, nearest_divisor, nearest_multiple
-from mtk.config.moe import expert_layout_problems
+from mtk.config.moe import expert_width_problems
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -127,5 +127,12 @@ class ParallelConfig:
             rule = f"must be a multiple of 2 x context_parallel_size = {2 * cp}"
             fix = f"Nearest: {nearest_multiple(model.seq_length, 2 * cp)}."
             yield Problem("model.seq_length", model.seq_length, rule, fix)
-        if self.expert_model_parallel_size >= 1:
-            yield from expert_layout_problems(model, tp, self.expert_model_parallel_size)
+        ep = self.expert_model_parallel_size
+        if ep > 1 and model.num_experts is None:
+            rule = "the model has no experts to share"
+            yield Problem("parallel.expert_model_parallel_size", ep, rule, "Nearest: 1.")
+        if ep > 1 and model.num_experts and model.num_experts % ep:
+            rule = f"must divide model.num_experts = {model.num_experts}"
+            fix = f"Nearest: {nearest_divisor(ep, model.num_experts)}."
+            yield Problem("parallel.expert_model_parallel_size", ep, rule, fix)
+        yield from expert_width_problems(model, tp)

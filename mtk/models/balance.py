@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtk.config.model import ModelConfig
 
@@ -27,13 +27,15 @@ class BalanceLosses:
     """The record that all MoE layers of one model share; whoever trains calls :meth:`begin`.
 
     Before that the losses have no part in the gradient; layers in eval mode compute none.
-    scale: weight in the gradient, and total: sums so far, each fp32 [aux, z].
+    scale: weight in the gradient, and total: sums so far, each fp32 [aux, z]. holders: ranks
+    that see the same tokens and attach the same losses.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.coefficients = (config.moe_aux_loss_coeff, config.moe_z_loss_coeff)
         self.layers = config.moe_layers
         self.counts = (1, 1)
+        self.holders = 1
         self.scale: Tensor | None = None
         self.total: Tensor | None = None
 
@@ -58,20 +60,11 @@ class BalanceLosses:
 
     def means(self) -> Tensor:
         """fp32 [aux, z] of the micro-batches since :meth:`begin`, without coefficients, averaged
-        over layers: this rank's part of sums over ranks that saw other tokens or layers."""
+        over layers: this rank's part, to be summed over all ranks."""
         if self.total is None:
             return torch.zeros(2)
         counts = torch.tensor(self.counts, dtype=torch.float32).to(self.total.device)
-        return self.total / (counts * max(self.layers, 1))
-
-
-def find_balance(model: nn.Module) -> BalanceLosses | None:
-    """The record of a model or of a stage of it; None without MoE layers."""
-    for module in model.modules():
-        record = getattr(module, "balance", None)
-        if isinstance(record, BalanceLosses):
-            return record
-    return None
+        return self.total / (counts * max(self.layers, 1) * self.holders)
 
 
 class _Attach(torch.autograd.Function):

@@ -40,7 +40,7 @@ class Experts(nn.Module):
             inner_RF = self.activation(up_RF)
         else:
             inner_RF = self.activation(_grouped(x_RE, self.gate, ends_X)) * up_RF
-        return dense_gradient(_grouped(inner_RF, self.down, ends_X))
+        return _grouped(inner_RF, self.down, ends_X)
 
 
 def _grouped(x_RI: Tensor, weight_XOI: Tensor, ends_X: Tensor) -> Tensor:
@@ -126,11 +126,6 @@ def permute(x_ME: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
     return _apply(_Permute, x_ME, order_M, inverse_M)
 
 
-def dense_gradient(x: Tensor) -> Tensor:
-    """``x``, whose gradient arrives with strides of its own (grouped_mm refuses expanded ones)."""
-    return _apply(_Dense, x)
-
-
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TE: Tensor, order_M: Tensor, inverse_M: Tensor, k: int) -> Tensor:
@@ -154,19 +149,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ME: Tensor) -> tuple[Tensor, None, None]:
         (inverse_M,) = ctx.saved_tensors
-        return grad_ME[inverse_M], None, None
-
-
-class _Dense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        del ctx
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        del ctx
-        return grad.contiguous()
+        # grouped_mm's own backward refuses expanded gradients.
+        return grad_ME[inverse_M].contiguous(), None, None
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:

@@ -61,10 +61,10 @@ class GPT(nn.Module):
             raise ValueError("the model needs a vocabulary size")
         self.config = config
         self.embedding = Embedding(config)
-        balance = BalanceLosses(config)
+        self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(config, kernel, balance if config.has_experts(i) else None)
+                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
                 for i in range(config.num_layers)
             }
         )

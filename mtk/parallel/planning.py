@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
+from mtk.models.count import expert_weights
 from mtk.models.count_families import layers_of, parameters
 
 # Bytes a parameter: (weight, gradient, optimizer with main weights).
@@ -45,17 +46,21 @@ def fullest_rank(config: PlanConfig) -> RankMemory:
 
 def rank_memory(config: PlanConfig, stage: int) -> RankMemory:
     """One rank of pipeline stage ``stage``."""
+    experts = stage_experts(config)
     held = stage_parameters(config, stage)
     weight, gradient, optimizer = BYTES[config.precision.precision]
     shards = config.data_parallel_size * config.parallel.context_parallel_size
+    expert_shards = shards / config.parallel.expert_model_parallel_size
+    # Fewer ranks hold the same experts than the same of all else.
+    sharded = (held - experts) / shards + experts / expert_shards
     sharding = config.parallel.data_parallel_sharding
-    everything = shards if sharding == "full" else 1
+    everything = sharded if sharding == "full" else held
     return RankMemory(
         stage=stage,
         parameters=held,
-        weights=held * weight / everything,
-        gradients=held * gradient / everything,
-        optimizer=held * optimizer / (1 if sharding == "replicate" else shards),
+        weights=everything * weight,
+        gradients=everything * gradient,
+        optimizer=(held if sharding == "replicate" else sharded) * optimizer,
         activations=layer_activations(config) * layers_in_flight(config, stage)
         + (embedding_activations(config) if stage == 0 else 0),
         logits=logits(config) if stage == config.parallel.pipeline_model_parallel_size - 1 else 0,
@@ -68,14 +73,21 @@ def stage_parameters(config: PlanConfig, stage: int) -> float:
     last = parallel.pipeline_model_parallel_size - 1
     table = model.padded_vocab_size * model.hidden_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
-    blocks = parameters(model) - tables * table
+    blocks = parameters(model) - tables * table - expert_weights(model)
     held = blocks / parallel.pipeline_model_parallel_size
     if stage == 0:
         held += table
     # A tied output matrix is a second copy where first and last stage differ.
     if stage == last and (last > 0 or tables == 2):
         held += table
-    return held / parallel.tensor_model_parallel_size
+    return held / parallel.tensor_model_parallel_size + stage_experts(config)
+
+
+def stage_experts(config: PlanConfig) -> float:
+    """Of these, weights of experts: shared over EP too."""
+    parallel = config.parallel
+    ways = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
+    return expert_weights(config.model) / ways / parallel.tensor_model_parallel_size
 
 
 def layers_in_flight(config: PlanConfig, stage: int) -> float:
@@ -110,8 +122,19 @@ def layer_activations(config: PlanConfig) -> float:
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
     gates = 2 if model.activation == "swiglu" else 1
-    sharded = 2 * queries + keys_values + (gates + 1) * model.ffn_size
-    return shared + (tokens * sharded * size + attention_matrix(config)) / tp
+    experts = model.moe_layers / model.num_layers
+    width = (1 - experts) * model.ffn_size + experts * model.moe_router_topk * model.moe_ffn_size
+    sharded = 2 * queries + keys_values + (gates + 1) * width
+    dense = shared + (tokens * sharded * size + attention_matrix(config)) / tp
+    return dense + experts * tokens * routing_activations(model, size)
+
+
+def routing_activations(model: ModelConfig, size: int) -> float:
+    """Bytes a token of an MoE layer (on average over layers): a row into and one out of each
+    chosen expert, which tensor parallelism does not cut, and fp32 logits and probabilities."""
+    if model.num_experts is None:
+        return 0.0
+    return 2 * model.moe_router_topk * model.hidden_size * size + 2 * 4 * model.num_experts
 
 
 def attention_matrix(config: PlanConfig) -> float:

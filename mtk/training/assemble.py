@@ -42,6 +42,7 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
         LossScale.start(config.precision),
         ranks,
         placed.pieces,
+        [part.balance for part in placed.parts if part.balance is not None],
     )
 
 
