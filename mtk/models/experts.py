@@ -44,7 +44,14 @@ class Experts(nn.Module):
 
 
 def _grouped(x_RI: Tensor, weight_XOI: Tensor, ends_X: Tensor) -> Tensor:
-    return F.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=ends_X)
+    # torch.compile takes grouped_mm in bf16 only (torch 2.11 to 2.13).
+    multiply = F.grouped_mm if x_RI.dtype == torch.bfloat16 else _uncompiled
+    return multiply(x_RI, weight_XOI.transpose(1, 2), offs=ends_X)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(x_RI: Tensor, weight_XIO: Tensor, *, offs: Tensor) -> Tensor:
+    return F.grouped_mm(x_RI, weight_XIO, offs=offs)
 
 
 def reference_experts(

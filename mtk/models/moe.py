@@ -156,11 +156,14 @@ class MoE(nn.Module):
             # Zeros, so that whoever computes them meets no number out of range.
             x_ME = x_ME.masked_fill((expert_M == self.num_experts)[:, None], 0.0)
             weights_TK = weights_TK.masked_fill(dropped_TK, 0.0)
-        x_RE, arrival = self.dispatcher.dispatch(x_ME, counts_X)
-        out_RE = self.experts(x_RE, arrival.ends_X)
-        out_ME = permute(self.dispatcher.combine(out_RE, arrival), inverse_M, order_M)
+        out_ME = permute(self.compute(x_ME, counts_X), inverse_M, order_M)
         out_TKE = out_ME.view(-1, self.k, out_ME.shape[1])
         return torch.bmm(weights_TK.to(out_TKE.dtype)[:, None], out_TKE)[:, 0]
+
+    def compute(self, x_ME: Tensor, counts_X: Tensor) -> Tensor:
+        """Rows sorted by expert through their experts, wherever these are."""
+        x_RE, arrival = self.dispatcher.dispatch(x_ME, counts_X)
+        return self.dispatcher.combine(self.experts(x_RE, arrival.ends_X), arrival)
 
     def _balance(
         self, x: Tensor, logits_NX: Tensor, weights_NK: Tensor, chosen_TK: Tensor

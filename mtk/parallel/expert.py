@@ -10,6 +10,7 @@ Shape suffixes: as in ``mtk.models.moe``, and L experts of this rank, P ranks of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 
 Pieces = dict[str, Piece]
+Compute = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ def shard_experts(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         layer.region = SharedRegion(ranks.tp, ranks.cp, sequence)
         if ranks.ep.size > 1:
             layer.dispatcher = ExchangeDispatcher(ranks.ep)
+            # Compiled, it would be compiled again for each number of rows that arrives.
+            compute = _uncompiled(layer.compute)
+            layer.compute = compute  # type: ignore[method-assign, assignment]
     if model.balance is not None:
         model.balance.holders = 1 if sequence_parallel else ranks.tp.size
 
@@ -173,6 +178,11 @@ def expert_piece(whole: Piece, dim: int, ranks: Ranks) -> Piece:
     copies = tuple(group for group in whole.copies if group.name != ranks.shards.name)
     piece = replace(whole, copies=copies, partial=()).with_copies(ranks.expert_shards)
     return piece.sharded(0, ranks.ep).sharded(dim, ranks.tp)
+
+
+def _uncompiled(function: Compute) -> Compute:
+    out: Compute = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _of_rows(piece: Piece, tp: Group) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -47,9 +48,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def configure(kind: str = "gpt2", **layout: Any) -> PretrainConfig:
-    """A tiny run; ``layout`` are fields of ParallelConfig."""
-    values = DENSE | KINDS[kind] | {f"parallel.{name}": v for name, v in layout.items()}
+def configure(
+    kind: str = "gpt2", changes: Mapping[str, Any] | None = None, /, **layout: Any
+) -> PretrainConfig:
+    """A tiny run; ``layout`` are fields of ParallelConfig, ``changes`` any others."""
+    values = (
+        DENSE
+        | KINDS[kind]
+        | dict(changes or {})
+        | {f"parallel.{name}": v for name, v in layout.items()}
+    )
     return make(PretrainConfig, **values)
 
 
