@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
+from mtk.models.balance import BalanceLosses
 from mtk.models.block import Block, make_norm
 from mtk.models.rotary import rotary_table
 
@@ -60,8 +61,12 @@ class GPT(nn.Module):
             raise ValueError("the model needs a vocabulary size")
         self.config = config
         self.embedding = Embedding(config)
+        self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, kernel) for i in range(config.num_layers)}
+            {
+                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
+                for i in range(config.num_layers)
+            }
         )
         self.final_norm = make_norm(config)
         self.head = OutputHead(config.vocab_size)

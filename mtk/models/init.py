@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mtk.config.model import ModelConfig
 
 # Projections that write into the residual stream (Radford et al. 2019, section 2.3).
-RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
+RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel
 from mtk.models.build import build_model, restore_buffers
 from mtk.models.gpt import GPT
+from mtk.parallel.expert import shard_experts
 from mtk.parallel.fsdp import local_tensor, shard_data
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
@@ -81,6 +82,7 @@ def _apply(
     pieces: dict[str, Piece],
 ) -> None:
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
+    shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     if runtime.compile:
         for block in part.layers.values():
             block.compile(dynamic=False)

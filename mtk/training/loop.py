@@ -146,6 +146,7 @@ class Loop:
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": result.norm.item(),
+                **{name: value.item() for name, value in result.balance.items()},
                 "loss_scale": self.stepper.loss_scale.scale,
                 "skipped_steps": progress.skipped_steps,
                 "samples": progress.consumed_samples,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtk.models.balance import NAMES
 from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
@@ -25,11 +26,13 @@ from mtk.training.schedule import Schedule
 class StepResult:
     """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
     on the device, the same on every rank); applied: False when fp16 overflowed and the
-    update was skipped."""
+    update was skipped; balance: an MoE model's balancing losses by name, without their
+    coefficients (they are not part of loss)."""
 
     loss: Tensor
     norm: Tensor
     applied: bool
+    balance: Mapping[str, Tensor]
 
 
 class Stepper:
@@ -53,6 +56,7 @@ class Stepper:
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
+        self.balance = [part.balance for part in placed.parts if part.balance is not None]
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -66,7 +70,7 @@ class Stepper:
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
         self.optimizer.zero_grad()
-        loss, norm = self.gradients(batch)
+        loss, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
@@ -76,28 +80,35 @@ class Stepper:
                 self.schedule.lr(scheduled_samples), self.schedule.weight_decay(scheduled_samples)
             )
             self.main.publish()
-        return StepResult(loss, norm, finite)
+        named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
+        return StepResult(loss, norm, finite, named)
 
-    def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """Mean loss and global gradient norm; gradients stay on the main weights."""
+    def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss, global gradient norm, and balancing losses as in ``balance.NAMES`` (zero
+        for a dense model); gradients stay on the main weights."""
         valid = batch.valid_tokens().to(self.device)
         valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
-        loss = self.passes.train(
-            batch.micro_batches, valid, self.loss_scale.scale, self.main.collect_gradients
-        )
+        scale = self.loss_scale.scale
+        for record in self.balance:
+            record.begin(self.device, samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
+        loss = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
         sum_partial_gradients(self.main.weights, self.pieces)
-        self.optimizer.unscale(self.loss_scale.scale)
+        self.optimizer.unscale(scale)
         return self._agree(loss)
 
-    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and norm of the whole job from what each rank has."""
+    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, norm and balancing losses of the whole job from what each rank has."""
+        balance = torch.zeros(len(NAMES), device=self.device)
+        for record in self.balance:
+            balance = balance + record.means()
         if not self.ranks.distributed:
-            return loss, self.optimizer.norm()
+            return loss, self.optimizer.norm(), balance
         norm = squared_norm(self.main.weights, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
         mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
-        both = all_reduce(torch.stack([mine, norm]), self.ranks.world, "step.loss_and_norm")
-        return both[0].float(), both[1].sqrt().float()
+        parts = torch.cat((torch.stack([mine, norm]), balance.double()))
+        whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
+        return whole[0].float(), whole[1].sqrt().float(), whole[2:].float()
 
     def finite(self) -> bool:
         """Whether all main weights of all ranks are numbers; waits for the device."""

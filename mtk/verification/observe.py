@@ -42,12 +42,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rank saw. gradients, weights: the blocks it owns, weights after the step."""
+    """What one rank saw. gradients, weights: the blocks it owns, weights after the step.
+    balance: the balancing losses of experts (zero without)."""
 
     loss: float
     norm: float
     gradients: Blocks
     weights: Blocks
+    balance: tuple[float, ...] = ()
 
 
 def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
@@ -80,13 +82,15 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     for step in range(steps - 1):
         stepper.step(batch, config.batch.full * step)
     stepper.optimizer.zero_grad()
-    loss, norm = stepper.gradients(batch)
+    loss, norm, balance = stepper.gradients(batch)
     gradients = owned(stepper, {n: w.grad for n, w in stepper.main.weights.items()})
     stepper.optimizer.clip_(norm)
     stepper.optimizer.step(config.optimizer.lr, config.optimizer.weight_decay)
     stepper.main.publish()
     weights = owned(stepper, stepper.main.weights)
-    return Observation(loss.item(), norm.item(), gradients, weights)
+    return Observation(
+        loss.item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
+    )
 
 
 def owned(stepper: Stepper, tensors: Mapping[str, Tensor | None]) -> Blocks:

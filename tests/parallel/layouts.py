@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -47,10 +48,18 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def configure(kind: str = "gpt2", world: int = 1, **layout: Any) -> PretrainConfig:
-    """A tiny run on ``world`` ranks; ``layout`` are fields of ParallelConfig."""
+def configure(
+    kind: str = "gpt2", world: int = 1, changes: Mapping[str, Any] | None = None, /, **layout: Any
+) -> PretrainConfig:
+    """A tiny run on ``world`` ranks; ``layout`` are fields of ParallelConfig, ``changes`` any
+    others."""
     layout |= {"nproc": world}
-    values = DENSE | KINDS[kind] | {f"parallel.{name}": v for name, v in layout.items()}
+    values = (
+        DENSE
+        | KINDS[kind]
+        | dict(changes or {})
+        | {f"parallel.{name}": v for name, v in layout.items()}
+    )
     return make(PretrainConfig, **values)
 
 

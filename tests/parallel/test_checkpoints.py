@@ -105,7 +105,9 @@ def test_any_layout_reads_any_other(
     there.mkdir()
     back.mkdir()
     world, layout = LAYOUTS[target]
-    run_ranks(world, _load_and_save, configure("gpt2", world, **layout), world, written[source], there)
+    run_ranks(
+        world, _load_and_save, configure("gpt2", world, **layout), world, written[source], there
+    )
     world, layout = LAYOUTS[source]
     run_ranks(world, _load_and_save, configure("gpt2", world, **layout), world, there, back)
     before, between = _values(written[source]), _values(there)
