@@ -6,6 +6,7 @@ Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,35 @@ from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
 from mtk.models.block import Block, make_norm
 from mtk.models.rotary import rotary_table
+
+
+class LayerRunner(Protocol):
+    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+
+    def __call__(
+        self,
+        blocks: Sequence[nn.Module],
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        documents: Tensor | None,
+    ) -> Tensor: ...
+
+
+def run_in_order(
+    blocks: Sequence[nn.Module],
+    x_BSE: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    caches: Sequence[LayerCache] | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """The :class:`LayerRunner` that keeps every activation."""
+    for index, block in enumerate(blocks):
+        cache = None if caches is None else caches[index]
+        x_BSE = block(x_BSE, rotary, mask, cache, documents)
+    return x_BSE
 
 
 class Embedding(nn.Module):
@@ -63,6 +93,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): Block(config, kernel) for i in range(config.num_layers)}
         )
+        self.run_layers: LayerRunner = run_in_order
         self.final_norm = make_norm(config)
         self.head = OutputHead(config.vocab_size)
         untied = config.untie_embeddings_and_output_weights
@@ -113,9 +144,8 @@ class GPT(nn.Module):
             positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         rotary = self._rotary(positions)
         x_BSE = self.embedding(tokens_BS, positions)
-        for index, block in enumerate(self.layers.values()):
-            cache = None if caches is None else caches[index]
-            x_BSE = block(x_BSE, rotary, mask, cache, documents)
+        blocks = list(self.layers.values())
+        x_BSE = self.run_layers(blocks, x_BSE, rotary, mask, caches, documents)
         return self.final_norm(x_BSE)  # type: ignore[no-any-return]
 
     def logits(self, x_BSE: Tensor) -> Tensor:
