@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.build import build_model
 from mtk.models.init import initialize
 from mtk.parallel.apply import apply, require_supported, training_device
+from mtk.parallel.deterministic import set_deterministic
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.session import Session
@@ -102,10 +102,7 @@ def make_stepper(config: PretrainConfig, samples: int) -> Stepper:
     runtime = config.runtime
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
-    if runtime.deterministic_mode:
-        # cuBLAS reads it when it starts; without it torch refuses every matrix product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(runtime.deterministic_mode)
+    set_deterministic(runtime)
     device = training_device(runtime)
     model = build_model(config.model, attention_kernel(config, device))
     initialize(model, config.model, runtime.seed)

@@ -176,7 +176,9 @@ class RuntimeConfig:
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
-    deterministic_mode: bool = option(False, help="Only deterministic kernels.")
+    deterministic_mode: bool = option(
+        False, help="Only deterministic kernels: two runs give identical checkpoints."
+    )
 
     def problems(self) -> Iterator[Problem]:
         if not 0 <= self.seed < 2**32:
