@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from mtk.artifacts import Artifact
 from mtk.config.pretrain import PretrainConfig, RuntimeConfig
 from mtk.data.stop import terminate_cleanly
 from mtk.parallel.apply import training_device
+from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.ranks import Ranks
 from mtk.session import Session
 from mtk.training.run import run_rank
@@ -32,7 +31,4 @@ def prepare_torch(runtime: RuntimeConfig) -> None:
     """Threads and determinism of this process."""
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
-    if runtime.deterministic_mode:
-        # cuBLAS reads it when it starts; without it torch refuses every matrix product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(runtime.deterministic_mode)
+    set_deterministic(runtime)

@@ -211,15 +211,9 @@ def virtual_chunks(parallel: ParallelConfig, layers: int) -> list[int]:
 def _schedule_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
     each, schedule = parallel.stages_per_rank(layers), parallel.pipeline_schedule
     name = "parallel.pipeline_schedule"
-    chunks = virtual_chunks(parallel, layers)
     if schedule == "interleaved" and each < 2:
-        rule = "needs at least 2 virtual stages a rank"
-        fix = "Give --pipeline-split with a number for each of them."
-        if chunks:
-            fix = (
-                f"Give --num-layers-per-virtual-pipeline-stage {chunks[-1]} (or --pipeline-split)."
-            )
-        yield Problem(name, schedule, rule, fix)
+        rule = f"runs at least 2 stages a rank; this layout has {each}"
+        yield Problem(name, schedule, rule, "Nearest: 1f1b.")
     if schedule == "1f1b" and each > 1:
         rule = f"runs one stage a rank; this layout has {each}"
         yield Problem(name, schedule, rule, "Nearest: interleaved.")

@@ -87,13 +87,18 @@ class ParallelConfig:
     overlap_param_gather: bool = option(True, help="Gather parameters during forward.")
     recompute_granularity: Literal["selective", "full"] | None = option(
         None,
-        help="Recompute attention only, or whole layers, in backward.",
+        help="Recompute in backward: attention scores only (a fused attention kernel keeps none "
+        "anyway), or whole layers (default: nothing).",
         shortcuts=(("--recompute-activations", "selective"),),
     )
     recompute_method: Literal["uniform", "block"] | None = option(
-        None, help="Which layers full recomputation covers."
+        None,
+        help="Full recomputation: all layers in units that keep their first input, or the first "
+        "layers of each stage.",
     )
-    recompute_num_layers: int | None = option(None, help="Layers per recomputed unit.")
+    recompute_num_layers: int | None = option(
+        None, help="Layers of a unit (uniform), or recomputed layers of each stage (block); 1."
+    )
     nproc: int = option(1, help="Local ranks to start.", runtime=True)
     distributed_timeout_minutes: float = option(
         10.0, help="How long a collective waits for a missing rank.", runtime=True
@@ -114,13 +119,14 @@ class ParallelConfig:
         )
 
     def stages_per_rank(self, layers: int) -> int:
-        """(Virtual) stages that each pipeline rank holds of a model with ``layers`` layers."""
+        """(Virtual) stages that each pipeline rank holds of a model with ``layers`` layers:
+        as the split or the layers per virtual stage say, else 2 where the schedule needs them."""
         if self.pipeline_split is not None:
             return max(1, len(self.pipeline_split) // self.pipeline_model_parallel_size)
         chunk = self.num_layers_per_virtual_pipeline_stage
         if chunk is not None:
             return max(1, layers // (self.pipeline_model_parallel_size * chunk))
-        return 2 if self.pipeline_schedule == "zbv" else 1
+        return 2 if self.pipeline_schedule in ("interleaved", "zbv") else 1
 
     def schedule(self, layers: int) -> str:
         """The schedule asked for, or the one that fits the stages of each rank."""
@@ -225,4 +231,4 @@ class ParallelConfig:
         if world < 1:
             return
         yield from world_problems(self, model, world, key)
-        yield from batch_problems(self, model, batch, world)
+        yield from batch_problems(self, batch, world)

@@ -65,8 +65,7 @@ class BatchConfig:
     micro_batch_size: int = option(1, help="Samples per forward pass and data-parallel rank.")
     global_batch_size: int | None = option(
         None,
-        help="Samples per optimizer step (default: micro-batch x data-parallel ranks x pipeline "
-        "stages).",
+        help="Samples per optimizer step (default: micro-batch x data-parallel ranks).",
     )
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, help="START INCREMENT SAMPLES: grow the batch to its full size over SAMPLES."
@@ -181,7 +180,9 @@ class RuntimeConfig:
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
-    deterministic_mode: bool = option(False, help="Only deterministic kernels.")
+    deterministic_mode: bool = option(
+        False, help="Only deterministic kernels: two runs give identical checkpoints."
+    )
 
     def problems(self) -> Iterator[Problem]:
         if not 0 <= self.seed < 2**32:
@@ -220,7 +221,7 @@ class PretrainConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """Samples per step; as few as keep every rank busy where not given."""
+        """Samples per step; one micro-batch for each copy of the model where not given."""
         return self.batch.global_batch_size or smallest_batch(self.parallel, self.batch, self.world)
 
     def problems(self) -> Iterator[Problem]:
@@ -252,7 +253,7 @@ class PretrainConfig:
         """Kernels that the technique, the precision or the device has not."""
         runtime, schedule = self.runtime, self.parallel.pipeline_schedule
         if runtime.compile and schedule in ("zero-bubble", "zbv"):
-            rule = "splits the backward pass, which torch cannot do with compiled blocks"
+            rule = "delays weight gradients, which a compiled block computes with all others"
             fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
             yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
         if runtime.attention_backend != "flash":

@@ -106,90 +106,27 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def smallest_batch(parallel: ParallelConfig, batch: BatchConfig, world: int) -> int:
-    """Samples of a step that keeps every rank busy: one micro-batch for each pipeline stage
-    and copy of the model. The default, legal for every schedule."""
-    copies = max(1, world // max(1, parallel.model_parallel_size))
-    return batch.micro_batch_size * copies * max(1, parallel.pipeline_model_parallel_size)
+    """Samples of a step with one micro-batch for each copy of the model; the default."""
+    return batch.micro_batch_size * max(1, world // max(1, parallel.model_parallel_size))
 
 
-def schedule_takes(schedule: str, stages: int, micro_batches: int) -> bool:
-    """Whether torch's schedule of this name runs so many micro-batches over ``stages`` ranks.
-
-    1F1B fills the pipeline once; the interleaved ones go round by round, all equally long.
-    """
-    if stages == 1 or schedule == "zbv":
-        return micro_batches >= 1
-    if schedule == "1f1b":
-        return micro_batches >= stages
-    return micro_batches >= 1 and micro_batches % max(1, micro_batches // stages) == 0
-
-
-def batch_problems(
-    parallel: ParallelConfig, model: ModelConfig, batch: BatchConfig, world: int
-) -> Iterator[Problem]:
-    micro, full = batch.micro_batch_size, batch.global_batch_size
-    if micro < 1 or full is None or full < 1:
+def batch_problems(parallel: ParallelConfig, batch: BatchConfig, world: int) -> Iterator[Problem]:
+    """Batches that copies of the model cannot share; any number of micro-batches is legal."""
+    micro, full, ramp = batch.micro_batch_size, batch.global_batch_size, batch.rampup_batch_size
+    if micro < 1:
         return
-    copies = (
-        world // parallel.model_parallel_size if world % parallel.model_parallel_size == 0 else 0
-    )
-    unit = micro * (copies or 1)
-    pp = parallel.pipeline_model_parallel_size
-    schedule = parallel.schedule(stacked_layers(model))
-    legal = _legal_batches(schedule, pp, unit, full) if copies else multiples(full, unit)
-    if full % unit:
-        rule = f"must be a multiple of micro_batch_size = {micro}"
-        if copies > 1:
-            rule = "must be a multiple of micro_batch_size x data-parallel size = "
-            rule += f"{micro} x {copies} = {unit}"
-        yield Problem("batch.global_batch_size", full, rule, nearest(full, legal))
-        return
-    if not copies:
-        return
-    if not schedule_takes(schedule, pp, full // unit):
-        yield Problem(
-            "batch.global_batch_size",
-            full,
-            _schedule_rule(schedule, pp, full // unit),
-            nearest(full, legal),
-        )
-    yield from _ramp_problems(batch, schedule, pp, unit)
-
-
-def _legal_batches(schedule: str, stages: int, unit: int, full: int) -> list[int]:
-    """Legal global batches around ``full``. Twice the stages further there is always one."""
-    middle = full // unit
-    counts = range(max(1, middle - 2 * stages), middle + 2 * stages + 1)
-    return [n * unit for n in counts if schedule_takes(schedule, stages, n)]
-
-
-def _schedule_rule(schedule: str, stages: int, micro_batches: int) -> str:
-    given = f"makes {micro_batches} micro-batches; {schedule} over {stages} ranks needs"
-    if schedule == "1f1b":
-        return f"{given} at least {stages}"
-    return f"{given} rounds of equal length, a multiple of {micro_batches // stages}"
-
-
-def _ramp_problems(batch: BatchConfig, schedule: str, stages: int, unit: int) -> Iterator[Problem]:
-    """Every size on the way must be a legal batch too."""
-    ramp, full = batch.rampup_batch_size, batch.full
-    if ramp is None or min(ramp) < 1 or ramp[0] > full or (full - ramp[0]) % ramp[1]:
+    copies, rest = divmod(world, parallel.model_parallel_size)
+    unit = micro if rest else micro * copies
+    each = f"micro_batch_size = {micro}"
+    if unit != micro:
+        each = f"micro_batch_size x data-parallel size = {micro} x {copies} = {unit}"
+    if full is not None and full >= 1 and full % unit:
+        fix = nearest(full, multiples(full, unit))
+        yield Problem("batch.global_batch_size", full, f"must be a multiple of {each}", fix)
+    # BatchConfig asks that a ramp-up's numbers are positive and multiples of the micro-batch.
+    if ramp is None or min(ramp) < 1 or ramp[0] % micro or ramp[1] % micro:
         return
     if ramp[0] % unit or ramp[1] % unit:
-        if ramp[0] % batch.micro_batch_size or ramp[1] % batch.micro_batch_size:
-            return
         start, step = (max(unit, round(value / unit) * unit) for value in ramp[:2])
-        rule = "START and INCREMENT must be multiples of micro_batch_size x data-parallel "
-        rule += f"size = {unit}"
+        rule = f"START and INCREMENT must be multiples of {each}"
         yield Problem("batch.rampup_batch_size", ramp, rule, f"Nearest: {(start, step, ramp[2])}.")
-        return
-    for size in range(ramp[0], full, ramp[1]):
-        if not schedule_takes(schedule, stages, size // unit):
-            rule = f"its batch of {size} {_schedule_rule(schedule, stages, size // unit)}"
-            yield Problem(
-                "batch.rampup_batch_size",
-                ramp,
-                rule,
-                f"START {stages * unit} and steps of {stages * unit} are legal.",
-            )
-            return

@@ -11,19 +11,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel
-from mtk.models.build import build_model, restore_buffers
+from mtk.models.build import build_model
 from mtk.models.gpt import GPT
+from mtk.parallel.context import context_kernel
+from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
 from mtk.parallel.fsdp import local_tensor, shard_data
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.recompute import apply_recompute
+from mtk.parallel.schedules import SPLIT_BACKWARD
+from mtk.parallel.stages import Stages, cut, mark_tied, plan_stages
 from mtk.parallel.tensor import shard_tensors
 
 # The whole values of a parameter, by its name and shape.
@@ -36,17 +42,38 @@ class Placed:
 
     parts: its (virtual) pipeline stages in order; without pipelining the one model. pieces:
     what it holds of each of its parameters. shapes: of all parameters of the whole model.
+    stages: where all layers are. deferred: what delays weight gradients of each part, for
+    schedules that ask for it.
     """
 
     parts: tuple[GPT, ...]
     pieces: Mapping[str, Piece]
     shapes: Mapping[str, tuple[int, ...]]
+    stages: Stages | None = None
+    deferred: tuple[Deferred, ...] = ()
 
     @classmethod
     def whole(cls, model: GPT) -> Placed:
         """A model that one process holds."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         return cls((model,), {name: Piece.whole(s) for name, s in shapes.items()}, shapes)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters here by name. Where two stages hold the same one (tied embeddings in
+        the V schedule), the first stage's counts; ``Pipeline`` makes the other follow."""
+        found: dict[str, nn.Parameter] = {}
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                found.setdefault(name, parameter)
+        return found
+
+    def cast_copies(self, dtype: torch.dtype) -> None:
+        """Give second copies of a parameter the type in which the first one computes."""
+        first = {id(parameter) for parameter in self.named_parameters().values()}
+        for part in self.parts:
+            for parameter in part.parameters():
+                if id(parameter) not in first and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(dtype)
 
 
 def place(
@@ -59,18 +86,30 @@ def place(
 ) -> Placed:
     """Build the model under this layout; weights have no values yet (see :func:`fill`).
 
-    dtype: of the computation; without FSDP the weights are made in fp32 all the same.
+    kernel: for whole sequences; context parallelism wraps it. dtype: of the computation;
+    without FSDP the weights are made in fp32 all the same.
     """
+    kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
     with torch.device("meta"):
         whole = build_model(config, kernel)
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
     pieces = {name: Piece.whole(shape, copies) for name, shape in shapes.items()}
-    parts = (whole,)
-    for part in parts:
-        _apply(part, parallel, runtime, ranks, dtype, pieces)
+    stages = plan_stages(config, parallel) if ranks.pp.size > 1 else None
+    parts = [whole]
+    if stages is not None:
+        parts = cut(config, stages, ranks.pp.rank, kernel)
+        pieces = mark_tied(pieces, config, stages, ranks)
+    delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
+    deferred = [_apply(part, parallel, runtime, ranks, dtype, pieces, delays) for part in parts]
     held = {name for part in parts for name, _ in part.named_parameters()}
-    return Placed(parts, {name: pieces[name] for name in shapes if name in held}, shapes)
+    return Placed(
+        tuple(parts),
+        {name: pieces[name] for name in shapes if name in held},
+        shapes,
+        stages,
+        tuple(found for found in deferred if found is not None),
+    )
 
 
 def _apply(
@@ -80,13 +119,20 @@ def _apply(
     ranks: Ranks,
     dtype: torch.dtype,
     pieces: dict[str, Piece],
-) -> None:
-    shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
-    shard_experts(part, ranks, parallel.sequence_parallel, pieces)
+    delays: bool,
+) -> Deferred | None:
+    """All techniques in their order on one stage."""
+    own = {name: pieces[name] for name, _ in part.named_parameters()}
+    shard_tensors(part, ranks, parallel.sequence_parallel, own)
+    shard_experts(part, ranks, parallel.sequence_parallel, own)
+    deferred = defer_weight_gradients(part) if delays else None
+    apply_recompute(part, parallel)
     if runtime.compile:
         for block in part.layers.values():
             block.compile(dynamic=False)
-    shard_data(part, ranks, parallel, dtype, pieces)
+    shard_data(part, ranks, parallel, dtype, own)
+    pieces |= {name: own[name] for name, _ in part.named_parameters()}
+    return deferred
 
 
 @torch.no_grad()
@@ -94,7 +140,7 @@ def fill(placed: Placed, values: Values, device: torch.device) -> None:
     """Allocate the parts on ``device`` and give every parameter its piece of ``values``."""
     for part in placed.parts:
         part.to_empty(device=device)
-        restore_buffers(part, part.config, device)
+        part.fill_tables(device)
         for name, parameter in part.named_parameters():
             piece = placed.pieces[name]
             local_tensor(parameter).copy_(piece.cut(values(name, piece.shape)))

@@ -113,16 +113,17 @@ def gather_weights(model: nn.Module) -> None:
         unit.unshard()
 
 
-def hold_gradients(model: nn.Module, *, reduce: bool) -> None:
+def hold_gradients(model: nn.Module, *, reduce: bool, reshard: bool | None = None) -> None:
     """Say before a backward pass what becomes of its gradients.
 
     reduce: block by block while backward goes on. Otherwise they are added up on this rank
-    in fp32 and weights stay gathered, until a pass that reduces or :func:`reduce_held`.
+    in fp32 and weights stay gathered (unless ``reshard``), until a pass that reduces or
+    :func:`reduce_held`.
     """
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(reduce)
         model.set_requires_gradient_sync(reduce)
-        model.set_reshard_after_backward(reduce)
+        model.set_reshard_after_backward(reduce if reshard is None else reshard)
 
 
 def reduce_held(model: nn.Module) -> None:

@@ -58,10 +58,10 @@ def _pipeline(pp: int, model: ModelConfig) -> Iterator[Options]:
     if pp == 1:
         yield {}
         return
-    chunks = (None, *range(1, stacked_layers(model) + 1))
-    for schedule, chunk in product(SCHEDULES, chunks):
-        if schedule == "zbv" and chunk is not None:
-            continue  # its two stages a rank are the same ones
+    layers = stacked_layers(model)
+    for schedule, chunk in product(SCHEDULES, (None, *range(1, layers + 1))):
+        if schedule in ("interleaved", "zbv") and chunk is not None and layers // chunk == 2 * pp:
+            continue  # the two stages a rank that these schedules have anyway
         yield {
             "pipeline_model_parallel_size": pp,
             "pipeline_schedule": schedule,

@@ -166,7 +166,8 @@ def stage_activations(config: PlanConfig, stage: int) -> float:
         kept = sum(-(-count // unit) for count in counts) * states
         return kept * alive + min(unit, max(counts)) * whole
     kept = sum(min(unit, count) * states + max(0, count - unit) * whole for count in counts)
-    return kept * alive + whole
+    # A layer that is kept whole is free again when a recomputed one before it needs the room.
+    return kept * alive + (whole if unit >= max(counts) else 0)
 
 
 def layer_input(config: PlanConfig) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mtk.models.attention import Attention
 from mtk.models.block import Block
-from mtk.models.gpt import GPT, Embedding
+from mtk.models.gpt import GPT, Embedding, Product
 from mtk.models.mlp import MLP
 from mtk.parallel.collectives import (
     copy_to_parts,
@@ -66,9 +66,10 @@ class RowParallelLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.region, self.site = region, site
+        self.product: Product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.region.leave(F.linear(x, self.weight), self.site)
+        out = self.region.leave(self.product(x, self.weight), self.site)
         return out if self.bias is None else out + self.bias
 
 
@@ -89,7 +90,7 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         _shard_attention(block.attention, f"{name}.attention", region, cutter)
         if isinstance(block.mlp, MLP):
             _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
-    if model.embedding is not None:
+    if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
         _shard_embedding(model.embedding, region, cutter)
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
@@ -147,8 +148,7 @@ def _rows_of_positions(group: Group) -> Any:
 
 def _sum_gradients_of_rows(model: GPT, tp: Group, pieces: Pieces) -> None:
     """What is applied to a rank's rows alone has a partial gradient on each rank."""
-    for name, parameter in model.named_parameters():
-        del parameter
+    for name, _ in model.named_parameters():
         piece = pieces[name]
         if any(group.name == tp.name for group in piece.copies) and not piece.partial:
             pieces[name] = piece.with_partial(tp)

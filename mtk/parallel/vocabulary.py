@@ -46,7 +46,7 @@ class VocabParallelHead(OutputHead):
         self.enter, self.group = enter, group
 
     def forward(self, x: Tensor, weight_LE: Tensor) -> Tensor:
-        logits = F.linear(self.enter(x, "tp.head"), weight_LE)
+        logits = self.product(self.enter(x, "tp.head"), weight_LE)
         rows = weight_LE.shape[0]
         used = min(max(self.vocab_size - self.group.rank * rows, 0), rows)
         return logits if used == rows else logits[..., :used]

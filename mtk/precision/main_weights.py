@@ -7,7 +7,7 @@ weights: it gathers them in lower precision and reduces gradients in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class MainWeights:
     tables) stay fp32.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        self._parameters = {n: p for part in parts for n, p in part.named_parameters()}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        self._parameters = dict(parameters)
         self.weights: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if isinstance(parameter, DTensor):

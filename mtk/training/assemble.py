@@ -12,7 +12,7 @@ from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, fill, place
-from mtk.parallel.context import context_kernel
+from mtk.parallel.pipeline import Pipeline, states_boundary
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
@@ -21,7 +21,7 @@ from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
 from mtk.training.optimizer import Optimizer
-from mtk.training.passes import Accumulation, Overlap, Passes, TokenLosses
+from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined, TokenLosses
 from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 
@@ -35,10 +35,10 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
     kernel = attention_kernel(config, ranks.device)
     if ranks.tp.size > 1 and not config.parallel.sequence_parallel:
         kernel = own_heads_dropout(kernel, ranks.tp)
-    kernel = context_kernel(config.parallel.cp_comm_type, ranks.cp, kernel)
     placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
     fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)
-    main = MainWeights(placed.parts, dtype)
+    main = MainWeights(placed.named_parameters(), dtype)
+    placed.cast_copies(dtype)
     return Stepper(
         make_passes(config, placed, ranks),
         main,
@@ -59,7 +59,23 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
     """How this rank runs its part of the model."""
     parallel = config.parallel
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
-    return Accumulation(placed.parts[0], losses_of(config.model, ranks), Feed(ranks), overlap)
+    losses, feed = losses_of(config.model, ranks), Feed(ranks)
+    if placed.stages is None:
+        return Accumulation(placed.parts[0], losses, feed, overlap)
+    rows = ranks.tp.size if parallel.sequence_parallel else 1
+    dtype = COMPUTE_DTYPES[config.precision.precision]
+    pipeline = Pipeline(
+        placed.parts,
+        placed.stages.ranks,
+        ranks.pp,
+        parallel.schedule(config.model.num_layers),
+        states_boundary(config.model.hidden_size, dtype, sequence_ranks=rows),
+        device=ranks.device,
+        deferred=placed.deferred,
+        reshard=parallel.data_parallel_sharding == "full",
+        overlap=overlap.reduce,
+    )
+    return Pipelined(pipeline, losses, feed, overlap)
 
 
 def losses_of(model: ModelConfig, ranks: Ranks) -> TokenLosses:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtk.models.gpt import GPT
 from mtk.parallel.fsdp import gather_weights, hold_gradients, reduce_held
+from mtk.parallel.pipeline import Pipeline
 from mtk.training.batch import MicroBatch
 
 # Losses in nats [B, S] from logits and labels.
@@ -27,7 +28,8 @@ class Passes(Protocol):
 
     valid: tokens that count in the global batch; scale: of the loss (fp16). collect is
     called whenever gradients of a micro-batch are there. evaluate: every rank calls it with
-    equally many micro-batches; only ranks that have losses score them.
+    equally many micro-batches; only ranks that have losses score them. refresh: weights have
+    changed, what repeats them on this rank must follow.
     """
 
     def train(
@@ -39,6 +41,8 @@ class Passes(Protocol):
     ) -> Tensor: ...
 
     def evaluate(self, batches: Sequence[MicroBatch], score: Score) -> None: ...
+
+    def refresh(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,56 @@ class Accumulation:
         """Nats of every token, fp32 [B, S]."""
         logits_BSV = self.model(local.tokens_BS, local.positions, documents=local.documents_BS)
         return self.token_losses(logits_BSV, local.labels_BS)
+
+    def refresh(self) -> None:
+        return
+
+
+class Pipelined:
+    """All micro-batches through this rank's pipeline stages; losses come from the last one."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        token_losses: TokenLosses,
+        local: Callable[[MicroBatch], LocalBatch],
+        overlap: Overlap = Overlap(),
+    ) -> None:
+        self.pipeline, self.token_losses, self.local = pipeline, token_losses, local
+        self.overlap = overlap
+
+    def train(
+        self,
+        batches: Sequence[MicroBatch],
+        valid: Tensor,
+        scale: float,
+        collect: Callable[[], None],
+    ) -> Tensor:
+        for module in self.pipeline.modules.values():
+            module.train()
+            if not self.overlap.gather:
+                gather_weights(module)
+        own = [self.local(batch) for batch in batches]
+
+        def loss(logits_BSV: Tensor, index: int) -> Tensor:
+            losses_BS = self.token_losses(logits_BSV, own[index].labels_BS)
+            return (losses_BS * own[index].loss_mask_BS).sum() / valid * scale
+
+        return self.pipeline.run(own, loss, collect) / scale
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], score: Score) -> None:
+        for module in self.pipeline.modules.values():
+            module.eval()
+        own = [self.local(batch) for batch in batches]
+
+        def told(logits_BSV: Tensor, index: int) -> Tensor:
+            local = own[index]
+            losses_BS = self.token_losses(logits_BSV, local.labels_BS)
+            score(losses_BS, local.labels_BS, local.loss_mask_BS)
+            return losses_BS.new_zeros(())
+
+        self.pipeline.evaluate(own, told)
+
+    def refresh(self) -> None:
+        self.pipeline.refresh_copies()

@@ -93,6 +93,7 @@ def restore_weights(stepper: Stepper, folder: Path) -> None:
     for name, piece in stepper.pieces.items():
         block = read_block(folder, name, entries[name], piece.offset, piece.size)
         stepper.main.restore(name, block)
+    stepper.passes.refresh()
 
 
 def restore_optimizer(stepper: Stepper, folder: Path) -> None:

@@ -80,6 +80,7 @@ class Stepper:
                 self.schedule.lr(scheduled_samples), self.schedule.weight_decay(scheduled_samples)
             )
             self.main.publish()
+            self.passes.refresh()
         named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
         return StepResult(loss, norm, finite, named)
 

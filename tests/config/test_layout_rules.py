@@ -18,7 +18,7 @@ from mtk.config.layout_rules import divisors, nearest
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.plan import PlanConfig
-from mtk.config.pretrain import BatchConfig, PretrainConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.config.world_rules import launch_problems, smallest_batch, world_size
 from mtk.errors import ConfigError
 
@@ -67,7 +67,11 @@ BAD: list[tuple[str, list[str]]] = [
         "--pp 2 --nproc 2 --num-layers-per-virtual-pipeline-stage 3",
         ["one stage a rank of 6 layers, which is no virtual stage. Nearest: 1"],
     ),
-    ("--pp 2 --nproc 2 --pipeline-schedule interleaved", ["virtual-pipeline-stage 1 (or"]),
+    ("--pp 4 --nproc 4 --pipeline-schedule interleaved", ["8 stages of 6 layers"]),
+    (
+        "--pp 2 --nproc 2 --pipeline-schedule interleaved --pipeline-split 3 3",
+        ["at least 2 stages a rank; this layout has 1. Nearest: 1f1b"],
+    ),
     (
         "--pp 2 --nproc 2 --pipeline-schedule 1f1b --num-layers-per-virtual-pipeline-stage 1",
         ["this layout has 3. Nearest: interleaved"],
@@ -76,17 +80,7 @@ BAD: list[tuple[str, list[str]]] = [
         "--pp 2 --nproc 2 --pipeline-schedule zbv --num-layers-per-virtual-pipeline-stage 1",
         ["exactly 2 stages a rank; this layout has 3"],
     ),
-    ("--pp 3 --nproc 3 --global-batch-size 4", ["needs at least 3. Nearest: 6"]),
-    (
-        "--pp 2 --nproc 2 --global-batch-size 10 --num-layers-per-virtual-pipeline-stage 1",
-        ["a multiple of 2. Nearest: 8 or 12"],
-    ),
-    ("--pp 2 --nproc 2 --global-batch-size 14 --pipeline-schedule zero-bubble", ["12 or 16"]),
-    ("--pp 2 --nproc 2 --pipeline-schedule zbv --compile", ["compiled blocks"]),
-    (
-        "--pp 2 --nproc 2 --global-batch-size 8 --rampup-batch-size 2 2 20 --train-samples 80",
-        ["its batch of 2 makes 1 micro-batches; 1f1b over 2 ranks needs at least 2"],
-    ),
+    ("--pp 2 --nproc 2 --pipeline-schedule zbv --compile", ["a compiled block computes"]),
     # experts, data
     ("--ep 2 --nproc 2", ["no experts to share. Nearest: 1"]),
     ("--ep 3 --nproc 2", ["no experts to share", "data x context ranks, 2. Nearest: 2"]),
@@ -108,6 +102,10 @@ BAD: list[tuple[str, list[str]]] = [
     (
         "--tp 2 --nproc 3 --global-batch-size 5",
         ["nproc = 3", "micro_batch_size = 2. Nearest: 4 or 6"],
+    ),
+    (
+        "--nproc 4 --global-batch-size 16 --rampup-batch-size 4 6 20 --train-samples 80",
+        ["multiples of micro_batch_size x data-parallel size = 2 x 4 = 8. Nearest: (8, 8, 20)"],
     ),
     # recomputation
     ("--recompute-granularity full", ["needs a method"]),
@@ -138,8 +136,7 @@ BAD: list[tuple[str, list[str]]] = [
             "ffn_hidden_size = 96",
             "divisible_by",
             "seq_length = 48",
-            "7 stages of 6",
-            "virtual stages a rank",
+            "14 stages of 6",
             "no experts",
             "TP x PP x CP = 175",
         ],
@@ -232,8 +229,7 @@ def test_legal_layouts_pass(layout: dict[str, Any]) -> None:
     config = make(PretrainConfig, **{**MODEL, **RUN, **layout})
     parallel = config.parallel
     assert config.batch.global_batch_size == smallest_batch(parallel, config.batch, config.world)
-    copies = parallel.nproc // parallel.model_parallel_size
-    assert config.batch.full == copies * parallel.pipeline_model_parallel_size
+    assert config.batch.full == parallel.nproc // parallel.model_parallel_size
 
 
 def test_the_launcher_decides_the_number_of_ranks() -> None:
@@ -301,18 +297,3 @@ def test_nearest_names_both_sides() -> None:
     assert nearest(5, [1, 2, 4, 8]) == "Nearest: 4 or 8."
     assert nearest(9, [4, 8]) == "Nearest: 8."
     assert nearest(9, []) == ""
-
-
-def test_every_default_batch_is_legal() -> None:
-    model = ModelConfig(**{**MODEL, "num_layers": 8})
-    for pp in (1, 2, 3, 4):
-        for schedule in (None, "1f1b", "zero-bubble", "zbv"):
-            for world in (pp, 2 * pp):
-                parallel = ParallelConfig(
-                    pipeline_model_parallel_size=pp, pipeline_schedule=schedule if pp > 1 else None
-                )
-                batch = BatchConfig(micro_batch_size=2)
-                batch = BatchConfig(
-                    micro_batch_size=2, global_batch_size=smallest_batch(parallel, batch, world)
-                )
-                assert not list(parallel.problems_with_world(model, batch, world))

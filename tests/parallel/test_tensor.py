@@ -42,3 +42,25 @@ CP = "context_parallel_size"
 )
 def test_context_equals_one_process(method: str, world: int, layout: dict[str, Any]) -> None:
     assert difference(configure("llama", world, cp_comm_type=method, **layout)).failures == []
+
+
+PP, SCHEDULE = "pipeline_model_parallel_size", "pipeline_schedule"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble", "zbv"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, {PP: 2}),
+        (4, {PP: 2, TP: 2, "sequence_parallel": True}),
+        (4, {PP: 2, "data_parallel_sharding": "full"}),
+        (4, {PP: 2, CP: 2, "data_parallel_sharding": "optimizer"}),
+    ],
+    ids=str,
+)
+def test_pipeline_equals_one_process(
+    kind: str, schedule: str, world: int, layout: dict[str, Any]
+) -> None:
+    config = configure(kind, world, pipeline_schedule=schedule, **layout)
+    assert difference(config).failures == []

@@ -41,7 +41,10 @@ def test_uneven_stages_hold_the_whole_model() -> None:
 
 def test_the_v_of_zbv_has_both_ends_on_the_first_rank() -> None:
     config = plan(
-        pipeline_model_parallel_size=2, pipeline_schedule="zbv", pipeline_split=(4, 3, 2, 1)
+        pipeline_model_parallel_size=2,
+        pipeline_schedule="zbv",
+        pipeline_split=(4, 3, 2, 1),
+        global_batch_size=2,
     )
     assert [planning.stages_of(config, rank) for rank in range(2)] == [(0, 3), (1, 2)]
     first, last = (planning.rank_memory(config, rank) for rank in range(2))
@@ -58,7 +61,7 @@ def test_the_v_of_zbv_has_both_ends_on_the_first_rank() -> None:
 
 
 def test_a_loop_of_virtual_stages() -> None:
-    config = plan(pipeline_model_parallel_size=2, pipeline_split=(3, 3, 2, 2))
+    config = plan(pipeline_model_parallel_size=2, pipeline_split=(3, 3, 2, 2), global_batch_size=2)
     assert [planning.stages_of(config, rank) for rank in range(2)] == [(0, 2), (1, 3)]
     assert planning.layers_in_flight(config, 0) == 5 * 2 * (1 + 1 / 4)
 
@@ -79,8 +82,8 @@ def test_hybrid_sharding_divides_by_one_instance() -> None:
         ("uniform", 1, 10, 1, 0),
         ("uniform", 2, 5, 2, 0),
         ("uniform", 4, 3, 4, 0),
-        ("block", 1, 1, 1, 9),
-        ("block", 4, 4, 1, 6),
+        ("block", 1, 1, 0, 9),
+        ("block", 4, 4, 0, 6),
         ("block", 10, 10, 1, 0),
     ],
 )

@@ -69,7 +69,7 @@ def constant(lr: float, weight_decay: float) -> Schedule:
 
 
 def stepper(model: GPT, precision: str = "fp32", **scale: float) -> Stepper:
-    main = MainWeights([model], COMPUTE_DTYPES[precision])
+    main = MainWeights(dict(model.named_parameters()), COMPUTE_DTYPES[precision])
     config = make(OptimizerConfig, lr=1e-2, weight_decay=0.1, clip_grad=0.5)
     loss_scale = LossScale.start(make(PrecisionConfig, precision=precision, **scale))
     optimizer = Optimizer(main.weights, config)
