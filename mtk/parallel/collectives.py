@@ -114,6 +114,28 @@ def shift(tensors: Sequence[Tensor], group: Group, site: str, step: int = 1) -> 
     return InFlight(received, works, sent, group, site)
 
 
+def share_object(value: Any, group: Group, site: str) -> Any:
+    """What the group's first rank has, on every rank (small Python values)."""
+    if group.size == 1:
+        return value
+    _enter(group, site)
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    group.trace.leave()
+    return box[0]
+
+
+def gather_objects(value: Any, group: Group, site: str) -> list[Any]:
+    """What every rank has, in the group's order, on every rank (small Python values)."""
+    if group.size == 1:
+        return [value]
+    _enter(group, site)
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, value, group=group.handle)
+    group.trace.leave()
+    return found
+
+
 def _enter(group: Group, site: str) -> None:
     if not torch.compiler.is_compiling():
         group.trace.enter(site, group.name)

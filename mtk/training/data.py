@@ -145,11 +145,30 @@ def _weights(items: Sequence[str]) -> list[str]:
     return [Path(item).name for item in items]
 
 
-def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: Reporter) -> RunData:
-    """Datasets, loaders and the bytes-per-token table of a run.
+@dataclass(frozen=True)
+class Share:
+    """How one of the data-parallel ranks reads.
 
-    Raises DataError, and ConfigError where an option needs an EOD that is not known.
+    micro: samples of a micro-batch. packing: what the documents inside a sample mean.
     """
+
+    micro: int
+    rank: int = 0
+    size: int = 1
+    packing: Packing | None = None
+
+
+def run_data(
+    config: PretrainConfig,
+    data: OpenedData,
+    samples: int,
+    reporter: Reporter,
+    rank: int = 0,
+    size: int = 1,
+) -> RunData:
+    """Datasets, loaders and the bytes-per-token table of a run, for one of ``size``
+    data-parallel ranks. Raises DataError, and ConfigError where an option needs an EOD that is
+    not known."""
     schedule = batch_schedule(config)
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
@@ -163,12 +182,12 @@ def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: R
         notify=reporter.info,
     )
     assert splits.train is not None
-    train, micro = splits.train, config.batch.micro_batch_size
     packed = packing(config, data, reporter)
+    train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
     return RunData(
-        train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro, packed),
-        valid=_fixed(splits.valid, fixed, micro, packed),
-        test=_fixed(splits.test, fixed, micro, packed),
+        train=lambda consumed: _batches(train, consumed, samples, schedule.at, share),
+        valid=_fixed(splits.valid, fixed, share),
+        test=_fixed(splits.test, fixed, share),
         train_samples=samples,
         token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
     )
@@ -193,37 +212,39 @@ def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Pac
     return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
 
 
-def _fixed(
-    dataset: SampleDataset | None, samples: int, micro: int, packed: Packing | None
-) -> Batches | None:
-    """The first ``samples`` of a held-out split, or all it has; a last part may be smaller."""
+def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
+    """The first ``samples`` of a held-out split, or all it has.
+
+    All ranks get equally many micro-batches of the same size, which collectives and pipelines
+    need: what lacks in the last ones is filled with samples that do not count.
+    """
     if dataset is None:
         return None
     count = min(samples, len(dataset))
-    positions = [np.arange(k, min(k + micro, count)) for k in range(0, count, micro)]
+    step = share.micro * share.size
+    starts = [k + share.micro * share.rank for k in range(0, count, step)]
+    real = [np.arange(k, min(k + share.micro, count)) for k in starts]
+    filled = [np.concatenate([r, np.zeros(share.micro - len(r), dtype=r.dtype)]) for r in real]
 
     def batches() -> Iterator[GlobalBatch]:
-        with closing(BatchLoader(dataset, positions, packing=packed)) as loader:
-            for batch in loader:
-                yield GlobalBatch([batch], samples=len(batch.indices_B))
+        with closing(BatchLoader(dataset, filled, packing=share.packing)) as loader:
+            for positions, batch in zip(real, loader, strict=True):
+                batch.loss_mask_BS[len(positions) :] = 0.0
+                yield GlobalBatch([batch], samples=len(positions))
 
     return batches
 
 
 def _batches(
-    dataset: SampleDataset,
-    start: int,
-    stop: int,
-    size_at: Callable[[int], int],
-    micro: int,
-    packed: Packing | None,
+    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], share: Share
 ) -> Iterator[GlobalBatch]:
     """Global batches from a cursor on, read ahead by one thread."""
     consumed = start
-    indices = micro_batches(start, stop, size_at, micro)
-    with closing(BatchLoader(dataset, indices, packing=packed)) as loader:
+    order = micro_batches(start, stop, size_at, share.micro, share.rank, share.size)
+    with closing(BatchLoader(dataset, order, packing=share.packing)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
-            yield GlobalBatch([next(loader) for _ in range(size // micro)], samples=size)
+            own = size // (share.micro * share.size)
+            yield GlobalBatch([next(loader) for _ in range(own)], samples=size)
             consumed += size
 
 

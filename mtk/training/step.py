@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtk.models.gpt import GPT
+from mtk.parallel.apply import Placed
+from mtk.parallel.collectives import all_reduce
+from mtk.parallel.grads import squared_norm, sum_partial_gradients
+from mtk.parallel.pieces import Piece
+from mtk.parallel.ranks import Ranks
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
-from mtk.training.batch import GlobalBatch, forward
-from mtk.training.loss import summed_loss
+from mtk.training.batch import GlobalBatch
 from mtk.training.optimizer import Optimizer
+from mtk.training.passes import Passes
 from mtk.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
-    on the device); applied: False when fp16 overflowed and the update was skipped."""
+    on the device, the same on every rank); applied: False when fp16 overflowed and the
+    update was skipped."""
 
     loss: Tensor
     norm: Tensor
@@ -27,26 +33,40 @@ class StepResult:
 
 
 class Stepper:
-    """Model, main weights and optimizer, moved one step at a time."""
+    """Passes, main weights and optimizer, moved one step at a time.
+
+    placed: what this rank holds of the model.
+    """
 
     def __init__(
         self,
-        model: GPT,
+        passes: Passes,
         main: MainWeights,
         optimizer: Optimizer,
         schedule: Schedule,
         loss_scale: LossScale,
-        device: torch.device,
+        ranks: Ranks,
+        placed: Placed,
+        sequence_parallel: bool = False,
     ) -> None:
-        self.model, self.main, self.optimizer = model, main, optimizer
-        self.schedule, self.loss_scale, self.device = schedule, loss_scale, device
+        self.passes, self.main, self.optimizer = passes, main, optimizer
+        self.schedule, self.loss_scale = schedule, loss_scale
+        self.ranks, self.placed = ranks, placed
+        self.sequence_parallel = sequence_parallel
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """What this rank holds of each weight."""
+        return self.placed.pieces
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
-        self.model.train()
         self.optimizer.zero_grad()
-        loss = self._forward_backward(batch)
-        norm = self.optimizer.unscale_and_norm(self.loss_scale.scale)
+        loss, norm = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
@@ -58,18 +78,28 @@ class Stepper:
             self.main.publish()
         return StepResult(loss, norm, finite)
 
-    def _forward_backward(self, batch: GlobalBatch) -> Tensor:
+    def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """Mean loss and global gradient norm; gradients stay on the main weights."""
         valid = batch.valid_tokens().to(self.device)
-        total = torch.zeros((), device=self.device)
-        for micro in batch.micro_batches:
-            logits_BSV = forward(self.model, micro, self.device)
-            loss = summed_loss(
-                logits_BSV,
-                micro.labels_BS.to(self.device, non_blocking=True),
-                micro.loss_mask_BS.to(self.device, non_blocking=True),
-            )
-            loss = loss / valid
-            (loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
-            self.main.collect_gradients()
-            total += loss.detach()
-        return total
+        valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
+        loss = self.passes.train(
+            batch.micro_batches, valid, self.loss_scale.scale, self.main.collect_gradients
+        )
+        sum_partial_gradients(self.main.weights, self.pieces)
+        self.optimizer.unscale(self.loss_scale.scale)
+        return self._agree(loss)
+
+    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the whole job from what each rank has."""
+        if not self.ranks.distributed:
+            return loss, self.optimizer.norm()
+        norm = squared_norm(self.main.weights, self.pieces, self.device)
+        # Tensor-parallel ranks all have the loss of the same tokens.
+        mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
+        both = all_reduce(torch.stack([mine, norm]), self.ranks.world, "step.loss_and_norm")
+        return both[0].float(), both[1].sqrt().float()
+
+    def finite(self) -> bool:
+        """Whether all main weights of all ranks are numbers; waits for the device."""
+        bad = torch.tensor(0 if self.main.finite() else 1)
+        return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0

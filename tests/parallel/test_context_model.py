@@ -14,14 +14,15 @@ from mtk.models.gpt import GPT
 from mtk.parallel import collectives
 from mtk.parallel.context import context_kernel
 from mtk.parallel.groups import Group
-from mtk.training.batch import LocalBatch, forward, local_part
+from mtk.parallel.ranks import Ranks
+from mtk.training.feed import Feed
 from mtk.training.loss import summed_loss
+from mtk.training.passes import LocalBatch
 from tests.models.sizes import llama_config, small_config, small_model
 from tests.parallel.attention_cases import make_case
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_context import METHODS, context_group
 
-CPU = torch.device("cpu")
 MODELS = {"learned": small_config, "rope": llama_config}
 
 
@@ -34,9 +35,18 @@ def micro_batch(packing: Packing) -> MicroBatch:
     return MicroBatch(tokens, text[:, 1:], mask, (0, 1), documents, positions)
 
 
-def gradients(model: GPT, micro: Any, valid: Tensor, cp: Group) -> dict[str, Tensor]:
+def local_part(micro: MicroBatch, cp: Group) -> LocalBatch:
+    return Feed(Ranks(cp=cp))(micro)
+
+
+def whole(micro: MicroBatch) -> LocalBatch:
+    return local_part(micro, Group("cp"))
+
+
+def gradients(model: GPT, micro: LocalBatch, valid: Tensor, cp: Group) -> dict[str, Tensor]:
     """Loss and gradients, summed over the ranks."""
-    loss = summed_loss(forward(model, micro, CPU), micro.labels_BS, micro.loss_mask_BS) / valid
+    logits = model(micro.tokens_BS, micro.positions, documents=micro.documents_BS)
+    loss = summed_loss(logits, micro.labels_BS, micro.loss_mask_BS) / valid
     loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     parts = {"loss": loss.detach(), **found}
@@ -49,7 +59,7 @@ def _model(rank: int, method: str, cp: int) -> None:
         for packing in (Packing(90, False, False), Packing(90, True, True)):
             micro = micro_batch(packing)
             valid = micro.loss_mask_BS.sum()
-            alone = gradients(small_model(make()), micro, valid, Group("one"))
+            alone = gradients(small_model(make()), whole(micro), valid, Group("one"))
             shared = small_model(make(), kernel=context_kernel(method, group))
             together = gradients(shared, local_part(micro, group), valid, group)
             assert alone.keys() == together.keys()
@@ -66,10 +76,10 @@ def test_a_local_batch_has_global_positions() -> None:
     micro = micro_batch(Packing(90, False, False))
     group = Group("cp", (0, 1), 1)
     part = local_part(micro, group)
-    assert isinstance(part, LocalBatch) and part.documents_BS is None
-    assert part.positions_BS is not None and part.positions_BS.tolist() == [*range(6, 18)]
+    assert part.documents_BS is None
+    assert part.positions is not None and part.positions.tolist() == [*range(6, 18)]
     assert torch.equal(part.labels_BS, micro.labels_BS[:, 6:18])
-    assert local_part(micro, Group("cp")) is micro
+    assert whole(micro).positions is None
 
 
 def _dropout(rank: int, method: str) -> None:
@@ -101,7 +111,7 @@ def _compiled(rank: int, method: str, backend: str) -> None:
     packing = Packing(90, True, True)
     micro = micro_batch(packing)
     valid = micro.loss_mask_BS.sum()
-    alone = gradients(small_model(llama_config()), micro, valid, Group("one"))
+    alone = gradients(small_model(llama_config()), whole(micro), valid, Group("one"))
     model = small_model(llama_config(), kernel=context_kernel(method, group))
     for block in model.layers.values():
         block.compile(backend=backend, dynamic=False)

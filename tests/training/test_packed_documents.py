@@ -19,13 +19,15 @@ from mtk.data.packing import Packing
 from mtk.errors import ConfigError, LayoutError
 from mtk.log import Reporter
 from mtk.models.gpt import GPT
-from mtk.training.batch import GlobalBatch, forward
+from mtk.parallel.ranks import Ranks
+from mtk.training.assemble import attention_kernel
+from mtk.training.batch import GlobalBatch
 from mtk.training.data import data_identity, open_data, run_data
 from mtk.training.evaluate import held_out_loss
-from stages.pretrain import attention_kernel, run
+from stages.pretrain import run
 from tests.models.sizes import llama_config, small_config, small_model
 from tests.training.test_pretrain import BASE, QUIET, config, dataset
-from tests.training.test_step import stepper
+from tests.training.test_step import passes, stepper
 
 CPU = torch.device("cpu")
 EOD = 96
@@ -40,6 +42,11 @@ def sample() -> MicroBatch:
     packing = Packing(EOD, attention=True, positions=True)
     documents, positions = packing.documents(tokens), packing.position_ids(tokens)
     return MicroBatch(tokens, labels, torch.ones(1, 24), (0,), documents, positions)
+
+
+def logits(model: GPT, micro: MicroBatch) -> Tensor:
+    found: Tensor = model(micro.tokens_BS, micro.positions_BS, documents=micro.documents_BS)
+    return found
 
 
 def alone(micro: MicroBatch) -> list[MicroBatch]:
@@ -62,8 +69,8 @@ def models() -> list[Any]:
 @pytest.mark.parametrize("sizes", models())
 def test_logits_equal_separate_passes(sizes: Any) -> None:
     model = small_model(sizes)
-    packed = forward(model, sample(), CPU)
-    separate = torch.cat([forward(model, part, CPU) for part in alone(sample())], 1)
+    packed = logits(model, sample())
+    separate = torch.cat([logits(model, part) for part in alone(sample())], 1)
     torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-6)
 
 
@@ -80,8 +87,10 @@ def test_a_step_equals_one_on_separate_documents(sizes: Any) -> None:
 
 def test_evaluation_keeps_documents_apart() -> None:
     model = small_model(llama_config())
-    packed = held_out_loss(model, [GlobalBatch([sample()], samples=1)], CPU, None)
-    separate = held_out_loss(model, [GlobalBatch(alone(sample()), samples=1)], CPU, None)
+    packed = held_out_loss(passes(model), [GlobalBatch([sample()], samples=1)], Ranks(), None)
+    separate = held_out_loss(
+        passes(model), [GlobalBatch(alone(sample()), samples=1)], Ranks(), None
+    )
     assert packed == pytest.approx(separate)
 
 
@@ -89,8 +98,8 @@ def test_evaluation_keeps_documents_apart() -> None:
 def test_each_of_the_two_matters(left_out: str) -> None:
     """Positions are learned here: rotary ones are relative, and only the mask matters."""
     model = small_model(small_config(init_method_std=0.3))
-    packed = forward(model, sample(), CPU)
-    without = forward(model, dataclasses.replace(sample(), **{left_out: None}), CPU)
+    packed = logits(model, sample())
+    without = logits(model, dataclasses.replace(sample(), **{left_out: None}))
     assert not torch.allclose(packed, without, atol=1e-3)
 
 
