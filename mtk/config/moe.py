@@ -24,9 +24,9 @@ def moe_problems(model: ModelConfig) -> Iterator[Problem]:
     experts, k = model.num_experts, model.moe_router_topk
     if experts < 2:
         yield Problem("num_experts", experts, "must be at least 2", "Nearest: 2, or leave it out.")
-    if not 1 <= k <= max(experts, 1):
+    elif not 1 <= k <= experts:
         rule = f"must lie in 1..num_experts = {experts}"
-        yield Problem("moe_router_topk", k, rule, f"Nearest: {min(max(k, 1), max(experts, 1))}.")
+        yield Problem("moe_router_topk", k, rule, f"Nearest: {min(max(k, 1), experts)}.")
     freq = model.moe_layer_freq
     if not 1 <= freq <= max(model.num_layers, 1):
         rule = f"must lie in 1..num_layers = {model.num_layers}"
