@@ -131,6 +131,12 @@ def _notes(config: PlanConfig) -> list[str]:
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
             f"fused kernel (--use-flash-attn) does not keep them."
         )
+    flash = config.runtime.attention_backend == "flash"
+    if flash and config.parallel.recompute_granularity == "selective":
+        notes.append(
+            "Selective recomputation saves nothing beside a fused attention kernel, which never "
+            "keeps its matrices; full recomputation saves more."
+        )
     if config.model.family != "gpt":
         notes.append(f"This version plans {config.model.family} models but does not train them.")
     elif config.gpus > 1:

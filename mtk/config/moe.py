@@ -1,4 +1,4 @@
-"""Rules of the mixture-of-experts options of a model and of its layout."""
+"""Rules of a model's mixture-of-experts options."""
 
 from __future__ import annotations
 
@@ -41,17 +41,6 @@ def moe_problems(model: ModelConfig) -> Iterator[Problem]:
         fix = "Nearest: 1.0 (room for an even share); leave it out to drop no token."
         yield Problem("moe_expert_capacity_factor", factor, rule, fix)
     yield from _surroundings(model)
-
-
-def expert_width_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
-    """Violations of cutting each expert over ``tp`` ranks; keys from the root."""
-    from mtk.config.model import nearest_multiple
-
-    if model.num_experts is not None and tp > 1 and model.moe_ffn_size % (UNIT * tp):
-        width = model.moe_ffn_size
-        rule = f"must be a multiple of {UNIT} x tensor_model_parallel_size = {UNIT * tp}"
-        fix = f"Nearest: {nearest_multiple(width, UNIT * tp)}."
-        yield Problem("model.moe_ffn_hidden_size", width, rule, fix)
 
 
 def _without_experts(model: ModelConfig) -> Iterator[Problem]:

@@ -42,6 +42,12 @@ class Placed:
     pieces: Mapping[str, Piece]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @classmethod
+    def whole(cls, model: GPT) -> Placed:
+        """A model that one process holds."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return cls((model,), {name: Piece.whole(s) for name, s in shapes.items()}, shapes)
+
 
 def place(
     config: ModelConfig,

@@ -12,7 +12,9 @@ from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, fill, place
+from mtk.parallel.context import context_kernel
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
@@ -31,6 +33,9 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
     kernel = attention_kernel(config, ranks.device)
+    if ranks.tp.size > 1 and not config.parallel.sequence_parallel:
+        kernel = own_heads_dropout(kernel, ranks.tp)
+    kernel = context_kernel(config.parallel.cp_comm_type, ranks.cp, kernel)
     placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
     fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)
     main = MainWeights(placed.parts, dtype)
@@ -41,8 +46,8 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
         Schedule.from_config(config, samples),
         LossScale.start(config.precision),
         ranks,
-        placed.pieces,
-        [part.balance for part in placed.parts if part.balance is not None],
+        placed,
+        config.parallel.sequence_parallel,
     )
 
 
@@ -74,6 +79,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention has no dropout on the CPU"
     if device.type == "cuda" and config.precision.precision == "fp32":
         rule = "flash attention needs bf16 or fp16 on CUDA"
+    if device.type == "cuda" and config.data.reset_attention_mask:
+        rule = "flash attention has no mask for --reset-attention-mask on CUDA"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

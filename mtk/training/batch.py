@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class MicroBatch(Protocol):
-    """Inputs, targets (int64) and loss mask (fp32), each [B, S]."""
+    """Inputs, targets (int64) and loss mask (fp32), each [B, S]; with packed documents also
+    the number of each token's document and its position (int64), else None."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
@@ -18,6 +19,10 @@ class MicroBatch(Protocol):
     def labels_BS(self) -> Tensor: ...
     @property
     def loss_mask_BS(self) -> Tensor: ...
+    @property
+    def documents_BS(self) -> Tensor | None: ...
+    @property
+    def positions_BS(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from mtk.parallel.context import cut, local_positions
 from mtk.parallel.ranks import Ranks
 from mtk.training.batch import MicroBatch
 from mtk.training.passes import LocalBatch
@@ -11,15 +14,22 @@ class Feed:
     """Moves micro-batches to the device and keeps this rank's part of each sequence."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.device = ranks.device
-        if ranks.cp.size > 1:
-            raise NotImplementedError
+        self.device, self.cp = ranks.device, ranks.cp
 
     def __call__(self, batch: MicroBatch) -> LocalBatch:
+        positions = self._part(batch.positions_BS)
+        if positions is None and self.cp.size > 1:
+            positions = local_positions(batch.tokens_BS.shape[1], self.cp).to(self.device)
         return LocalBatch(
-            tokens_BS=batch.tokens_BS.to(self.device, non_blocking=True),
-            labels_BS=batch.labels_BS.to(self.device, non_blocking=True),
-            loss_mask_BS=batch.loss_mask_BS.to(self.device, non_blocking=True),
-            positions=None,
-            documents_BS=None,
+            tokens_BS=self._own(batch.tokens_BS),
+            labels_BS=self._own(batch.labels_BS),
+            loss_mask_BS=self._own(batch.loss_mask_BS),
+            positions=positions,
+            documents_BS=self._part(batch.documents_BS),
         )
+
+    def _own(self, whole_BS: Tensor) -> Tensor:
+        return cut(whole_BS, self.cp).to(self.device, non_blocking=True)
+
+    def _part(self, whole_BS: Tensor | None) -> Tensor | None:
+        return None if whole_BS is None else self._own(whole_BS)

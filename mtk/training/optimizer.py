@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,18 +83,23 @@ class Optimizer:
                     tensors[f"{key}.{name}"] = state[key]
         return tensors
 
+    def state_names(self) -> list[str]:
+        """Names of all tensors of the state once a step was taken."""
+        return [f"{key}.{name}" for name in self._weights for key in (*_STATES, "step")]
+
+    def check_names(self, found: set[str], weights: Iterable[str]) -> None:
+        """``found`` is the state of all ``weights`` of the model. Raises CheckpointError."""
+        wanted = {f"{key}.{name}" for name in weights for key in (*_STATES, "step")}
+        if found != wanted:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state does not fit the model, e.g. "
+                f"{sorted(found ^ wanted)[:5]}. Use --finetune to start with a fresh optimizer."
+            )
+
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of :meth:`state_tensors`. Raises CheckpointError."""
-        wanted = {f"{key}.{name}" for name in self._weights for key in (*_STATES, "step")}
-        if tensors and set(tensors) != wanted:
-            differing = sorted(set(tensors) ^ wanted)[:5]
-            raise CheckpointError(
-                f"the checkpoint's optimizer state does not fit the model, e.g. {differing}. "
-                f"Use --finetune to start with a fresh optimizer."
-            )
-        if not tensors:
-            return
+        self.check_names(set(tensors), self._weights)
         for name, weight in self._weights.items():
             state: dict[str, Tensor] = {}
             for key in _STATES:

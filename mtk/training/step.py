@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtk.models.balance import NAMES, BalanceLosses
+from mtk.models.balance import NAMES
+from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
 from mtk.parallel.pieces import Piece
@@ -37,7 +38,7 @@ class StepResult:
 class Stepper:
     """Passes, main weights and optimizer, moved one step at a time.
 
-    pieces: what this rank holds of each weight. balance: records of the model's stages here.
+    placed: what this rank holds of the model.
     """
 
     def __init__(
@@ -48,12 +49,19 @@ class Stepper:
         schedule: Schedule,
         loss_scale: LossScale,
         ranks: Ranks,
-        pieces: Mapping[str, Piece],
-        balance: Sequence[BalanceLosses] = (),
+        placed: Placed,
+        sequence_parallel: bool = False,
     ) -> None:
         self.passes, self.main, self.optimizer = passes, main, optimizer
         self.schedule, self.loss_scale = schedule, loss_scale
-        self.ranks, self.pieces, self.balance = ranks, pieces, balance
+        self.ranks, self.placed = ranks, placed
+        self.sequence_parallel = sequence_parallel
+        self.balance = [part.balance for part in placed.parts if part.balance is not None]
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """What this rank holds of each weight."""
+        return self.placed.pieces
 
     @property
     def device(self) -> torch.device:
@@ -101,3 +109,8 @@ class Stepper:
         parts = torch.cat((torch.stack([mine, norm]), balance.double()))
         whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
         return whole[0].float(), whole[1].sqrt().float(), whole[2:].float()
+
+    def finite(self) -> bool:
+        """Whether all main weights of all ranks are numbers; waits for the device."""
+        bad = torch.tensor(0 if self.main.finite() else 1)
+        return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mtk.verification.observe import Observation, join
 
-
 # Share of the model's greatest gradient below which a parameter's own scale says nothing.
 FLOOR = 1e-3
+# Share below which a gradient is nothing but rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,18 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Difference:
-    """gradients, weights: error of each parameter by name; failures: what is over."""
+    """gradients, weights: error of each parameter by name; failures: what is over.
+
+    vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
+    lr from the sign of that rounding, so their updated weights are not compared.
+    """
 
     loss: float
     norm: float
     gradients: Mapping[str, float]
     weights: Mapping[str, float]
     tolerance: Tolerance
+    vanishing: tuple[str, ...] = ()
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -74,13 +80,16 @@ def compare(
     updated = join((rank.weights for rank in ranks), shapes)
     # Some gradients are zero but for rounding (a key bias shifts all scores of a query alike);
     # their error is measured on the scale of the model's gradients instead.
-    floor = FLOOR * max(_largest(gradient) for gradient in reference.values())
+    top = max(_largest(gradient) for gradient in reference.values())
+    floor = FLOOR * top
+    vanishing = tuple(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
     return Difference(
         loss=_relative(ranks[0].loss, one.loss),
         norm=_relative(ranks[0].norm, one.norm),
         gradients={n: _error(gradients[n], reference[n], floor) for n in shapes},
-        weights={n: _largest(updated[n] - weights[n]) for n in shapes},
+        weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
         tolerance=tolerance,
+        vanishing=vanishing,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtk.config.pretrain import PretrainConfig
+from mtk.data.packing import Packing
 from mtk.parallel.ranks import Ranks
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
@@ -25,14 +26,18 @@ Blocks = list[tuple[str, tuple[int, ...], npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Sample:
-    """Some sequences of a step: tokens, labels int64 and loss mask fp32, each [B, S]."""
+    """Some sequences of a step: tokens, labels int64 and loss mask fp32, each [B, S]; packed
+    documents and their positions (int64) or None."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
+    documents_BS: Tensor | None = None
+    positions_BS: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Sample:
-        return Sample(*(tensor[start:stop] for tensor in vars(self).values()))
+        found = (None if x is None else x[start:stop] for x in vars(self).values())
+        return Sample(*found)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
     text = torch.randint(0, config.model.vocab_size, (count, length + 1), generator=generator)
     keep = torch.rand(count, 1, generator=generator)
     mask = (torch.rand(count, length, generator=generator) < keep).float()
-    return Sample(text[:, :-1], text[:, 1:], mask)
+    tokens_BS = text[:, :-1]
+    # Whatever ends documents in real data, here it is token 0.
+    packing = Packing(0, config.data.reset_attention_mask, config.data.reset_position_ids)
+    documents, positions = packing.documents(tokens_BS), packing.position_ids(tokens_BS)
+    return Sample(tokens_BS, text[:, 1:], mask, documents, positions)
 
 
 def share(sample: Sample, micro: int, rank: int, size: int) -> GlobalBatch:

@@ -71,7 +71,7 @@ def test_all_at_once() -> None:
         ),
         (
             {"tensor_model_parallel_size": 2, "moe_ffn_hidden_size": 24},
-            ["moe_ffn_hidden_size = 24", "= 16", "Nearest: "],
+            ["tensor_model_parallel_size = 2", "an expert's MLP, 24", "Nearest: 1"],
         ),
     ],
     ids=str,

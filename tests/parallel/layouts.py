@@ -33,7 +33,7 @@ DENSE: dict[str, Any] = {
     "batch.micro_batch_size": 1,
     "batch.global_batch_size": 8,
     "length.train_iters": 10,
-    "optimizer.lr": 1e-2,
+    "optimizer.lr": 1e-3,
     "checkpoint.save": "unused",
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,9 +49,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def configure(
-    kind: str = "gpt2", changes: Mapping[str, Any] | None = None, /, **layout: Any
+    kind: str = "gpt2", world: int = 1, changes: Mapping[str, Any] | None = None, /, **layout: Any
 ) -> PretrainConfig:
-    """A tiny run; ``layout`` are fields of ParallelConfig, ``changes`` any others."""
+    """A tiny run on ``world`` ranks; ``layout`` are fields of ParallelConfig, ``changes`` any
+    others."""
+    layout |= {"nproc": world}
     values = (
         DENSE
         | KINDS[kind]
@@ -78,8 +80,9 @@ def one_process(config: PretrainConfig, steps: int) -> Observation:
     return observe(config, random_sample(config), Ranks(), steps)
 
 
-def difference(config: PretrainConfig, world: int, steps: int = 1) -> Difference:
-    """A step in the configured layout on ``world`` ranks against one process."""
+def difference(config: PretrainConfig, steps: int = 1) -> Difference:
+    """A step in the configured layout against one process."""
+    world = config.parallel.nproc
     single = dataclasses.replace(config, parallel=make(type(config.parallel)))
     one = one_process(single, steps)
     return compare(one, run_ranks(world, step_on_rank, config, world, steps))

@@ -18,7 +18,7 @@ from tests.parallel.ranks import run_ranks
 SHARDING = "data_parallel_sharding"
 
 
-def moe_run(changes: Mapping[str, Any] | None = None, **layout: Any) -> PretrainConfig:
+def moe_run(world: int, changes: Mapping[str, Any] | None = None, **layout: Any) -> PretrainConfig:
     """A tiny MoE run; losses weigh enough to be seen in the gradients."""
     values = {
         "num_experts": 8,
@@ -31,7 +31,7 @@ def moe_run(changes: Mapping[str, Any] | None = None, **layout: Any) -> Pretrain
     }
     # Adam divides by each gradient's own size: above this eps rounding is not blown up.
     own = {f"model.{name}": value for name, value in values.items()} | {"optimizer.adam_eps": 1e-4}
-    return configure("llama", own, **layout)
+    return configure("llama", world, own, **layout)
 
 
 def errors(config: PretrainConfig, world: int, fault: str | None = None) -> list[str]:
@@ -69,7 +69,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 def test_a_step_equals_one_process(
     world: int, layout: dict[str, Any], capacity: float | None
 ) -> None:
-    config = moe_run({"moe_expert_capacity_factor": capacity}, **layout)
+    config = moe_run(world, {"moe_expert_capacity_factor": capacity}, **layout)
     assert errors(config, world) == []
 
 
@@ -89,5 +89,6 @@ def world_of(fault: str) -> int:
     [pytest.param(f, marks=pytest.mark.slow if world_of(f) > 2 else ()) for f in FAULTS],
 )
 def test_faults_are_caught(fault: str) -> None:
-    config = moe_run({"moe_layer_freq": 1}, **FAULTS[fault][0])
-    assert errors(config, world_of(fault), fault) != []
+    world = world_of(fault)
+    config = moe_run(world, {"moe_layer_freq": 1}, **FAULTS[fault][0])
+    assert errors(config, world, fault) != []

@@ -28,4 +28,17 @@ TP = "tensor_model_parallel_size"
     ids=str,
 )
 def test_equals_one_process(kind: str, world: int, layout: dict[str, Any]) -> None:
-    assert difference(configure(kind, **layout), world).failures == []
+    assert difference(configure(kind, world, **layout)).failures == []
+
+
+CP = "context_parallel_size"
+
+
+@pytest.mark.parametrize("method", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, {CP: 2}), (4, {CP: 2, TP: 2, "sequence_parallel": True}), (4, {CP: 2})],
+    ids=str,
+)
+def test_context_equals_one_process(method: str, world: int, layout: dict[str, Any]) -> None:
+    assert difference(configure("llama", world, cp_comm_type=method, **layout)).failures == []

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtk.config import make
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig
 from mtk.models.gpt import GPT
+from mtk.parallel.apply import Placed
 from mtk.parallel.ranks import Ranks
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
@@ -31,6 +32,8 @@ class Micro:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
+    documents_BS: Tensor | None = None
+    positions_BS: Tensor | None = None
 
 
 def batch(seed: int, micro_batches: int) -> GlobalBatch:
@@ -70,7 +73,15 @@ def stepper(model: GPT, precision: str = "fp32", **scale: float) -> Stepper:
     config = make(OptimizerConfig, lr=1e-2, weight_decay=0.1, clip_grad=0.5)
     loss_scale = LossScale.start(make(PrecisionConfig, precision=precision, **scale))
     optimizer = Optimizer(main.weights, config)
-    return Stepper(passes(model), main, optimizer, constant(1e-2, 0.1), loss_scale, Ranks(), {})
+    return Stepper(
+        passes(model),
+        main,
+        optimizer,
+        constant(1e-2, 0.1),
+        loss_scale,
+        Ranks(),
+        Placed.whole(model),
+    )
 
 
 def passes(model: GPT) -> Accumulation:
