@@ -78,6 +78,7 @@ def make_ranks(
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
     groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
+    trace.know({name: group.ranks for name, group in groups.items()})
     meshes = [
         _mesh(
             dims.partition(axis),
