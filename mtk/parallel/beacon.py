@@ -43,6 +43,7 @@ class Beacon:
         self._rank, self._world, self._store, self._trace = rank, world, store, trace
         self._limit = timeout + min(GRACE, timeout)
         self._interval = min(10.0, max(0.2, timeout / 20))
+        self._silence = max(2.0, 3 * self._interval)
         self._end = end or _end_process
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
@@ -104,19 +105,23 @@ class Beacon:
                 note = json.loads(self._store.get(f"rank/{rank}")) if known else None
             except (dist.DistError, RuntimeError):
                 note = None
-            states[rank] = _state(note) if note else RankState()
+            states[rank] = _state(note, self._silence) if note else RankState()
         return states
 
 
-def _state(note: dict[str, object]) -> RankState:
-    """What a rank published, its ages brought up to now by the machines' clocks."""
+def _state(note: dict[str, object], silence: float) -> RankState:
+    """What a rank published, its ages brought up to now by the machines' clocks; a rank that
+    published nothing for ``silence`` seconds is stopped or lost."""
     fields, published, members = note["sight"], note["time"], note["members"]
     assert isinstance(fields, dict) and isinstance(published, float) and isinstance(members, list)
     seen = Sight(**fields)
     past = max(0.0, time.time() - published)
     seen = replace(seen, age=seen.age + past, phase_age=seen.phase_age + past)
     groups = {seen.group: tuple(members)} if members else {}
-    return RankState(seen, groups, gone=str(note["gone"]))
+    gone = str(note["gone"])
+    if past > silence and not gone:
+        gone = f"has given no sign of life for {past:.0f} s (stopped, or its machine is lost)"
+    return RankState(seen, groups, gone)
 
 
 def _end_process(message: str) -> None:

@@ -25,6 +25,7 @@ POLL = 0.25  # seconds between two looks at what the ranks are doing
 SETTLE = 1.5
 # How long ranks may take to end before they are killed.
 GRACE = 2.0
+WAITED = "a collective did not end within {:g} s (--distributed-timeout-minutes)"
 
 
 def pickle_call(function: Callable[..., Any], arguments: Sequence[Any]) -> bytes:
@@ -87,6 +88,7 @@ class Crew:
         while len(self._values) < len(self._children):
             self._listen(POLL)
             if any(record.cause for record in self._order):
+                self._listen_for(POLL)  # the others say that they lost their peer
                 break
             if self._order:
                 failed_at = failed_at or monotonic()
@@ -95,7 +97,7 @@ class Crew:
             elif limit is not None and monotonic() > started + limit:
                 raise self._hung(f"the job took longer than its limit of {limit:g} s: ")
             elif self._overdue():
-                raise self._hung(f"no end after {self._timeout:g} s: ")
+                raise self._hung(f"{WAITED.format(self._timeout)}: ")
         else:
             return [pickle.loads(self._values[rank]) for rank in sorted(self._values)]
         raise self._fail()
@@ -121,6 +123,11 @@ class Crew:
             self._server.hear()
         for rank, child in enumerate(self._children):
             self._note_death(rank, child)
+
+    def _listen_for(self, seconds: float) -> None:
+        deadline = monotonic() + seconds
+        while monotonic() < deadline:
+            self._listen(POLL / 5)
 
     def _take_answer(self, connection: Any) -> None:
         rank = self._open.pop(connection)
@@ -174,9 +181,7 @@ class Crew:
         states = self._states()
         for rank in missing(states):
             self._children[rank].send_signal(STACK_SIGNAL)
-        deadline = monotonic() + POLL
-        while monotonic() < deadline:
-            self._listen(POLL / 5)
+        self._listen_for(POLL)
         return self._fail(reason + (explain(states) or "the ranks are in no named collective"))
 
     def _fail(self, hang: str = "") -> MtkError:

@@ -166,8 +166,7 @@ def join(place: Place, timeout: float) -> Iterator[Trace]:
         return
     initialise(place, timeout)
     if place.started_by == "mtk":
-        file = TraceFile.open(Path(place.trace_file))
-        yield from _inside(place, file.trace(place.rank))
+        yield from _inside(place, own_trace(place))
         return
     trace = private_trace()
     # Its own connection, whose thread must not wait for the main thread's; a prefix for each
@@ -181,6 +180,11 @@ def join(place: Place, timeout: float) -> Iterator[Trace]:
             if not lost_peer(error):
                 raise
             raise WorkerError(beacon.report(error)) from error
+
+
+def own_trace(place: Place) -> Trace:
+    """The trace that mtk's launcher watches, for a rank that it started."""
+    return TraceFile.open(Path(place.trace_file)).trace(place.rank)
 
 
 def _inside(place: Place, trace: Trace) -> Iterator[Trace]:

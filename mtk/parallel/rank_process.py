@@ -55,8 +55,8 @@ def run_rank(connection: int, output: int | None = None) -> NoReturn:
         for standard in (1, 2):
             os.dup2(output, standard)
         os.close(output)
-    faulthandler.enable()
-    faulthandler.register(STACK_SIGNAL)
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(STACK_SIGNAL, all_threads=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     pipe = Connection(connection)
@@ -82,7 +82,10 @@ def _do(job: Job) -> Returned | Failure:
     try:
         return Returned(pickle.dumps(_call(job)))
     except BaseException as error:
-        return describe(error)
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next
+        return describe(error.with_traceback(trace))
 
 
 def _call(job: Job) -> Any:

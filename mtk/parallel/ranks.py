@@ -125,10 +125,19 @@ def _group(
         if len(set(ranks)) == 1:
             continue
         if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), group_desc=name)
+            made[ranks] = _new_group(ranks, name)
         if rank in ranks:
             mine = Group(name, ranks, ranks.index(rank), made[ranks], trace)
     return mine
+
+
+def _new_group(ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
+    """With the timeout of the default group, which torch does not hand down by itself."""
+    default = dist.distributed_c10d._get_default_group()
+    options = getattr(default._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    made: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
+    return made
 
 
 def _mesh(
@@ -151,7 +160,7 @@ def _mesh(
         for ranks in lists:
             # FSDP2 needs a real group for each axis, also one of a single rank.
             if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), group_desc=kind)
+                made[ranks] = _new_group(ranks, kind)
         handles.append(next(made[ranks] for ranks in lists if rank in ranks))
     layout = torch.tensor(group.ranks).view(replicas, shards)
     return DeviceMesh.from_group(handles, device.type, layout, mesh_dim_names=("replicas", "fsdp"))

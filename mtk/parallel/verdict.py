@@ -107,9 +107,9 @@ def _rest(rank: int, records: Mapping[int, Record]) -> str:
     """One line on every other rank that did not simply finish."""
     others = [record for record in records.values() if record.rank != rank]
     kinds = {
-        "lost their peer": [r.rank for r in others if r.peer_only and not r.ended_by_us],
+        "lost their peer": [r.rank for r in others if r.peer_only],
         "failed too": [r.rank for r in others if r.cause and not r.ended_by_us],
-        "were ended": [r.rank for r in others if r.ended_by_us],
+        "were ended": [r.rank for r in others if r.ended_by_us and not r.peer_only],
     }
     shown = [f"{_ranks(ranks)} {what}" for what, ranks in kinds.items() if ranks]
     return f"\nOf the other ranks: {'; '.join(shown)}." if shown else ""
