@@ -179,7 +179,8 @@ class Crew:
     def _hung(self, reason: str) -> MtkError:
         """The error that names the missing ranks; their Python stacks are asked for first."""
         states = self._states()
-        for rank in missing(states):
+        running = [rank for rank, record in self._records.items() if not record.returned]
+        for rank in missing(states) or running:
             self._children[rank].send_signal(STACK_SIGNAL)
         self._listen_for(POLL)
         return self._fail(reason + (explain(states) or "the ranks are in no named collective"))

@@ -23,7 +23,7 @@ from mtk.parallel import slurm
 from mtk.parallel.beacon import Beacon
 from mtk.parallel.failures import lost_peer
 from mtk.parallel.groups import NoTrace, Trace
-from mtk.parallel.stores import connect
+from mtk.parallel.stores import connect, meet
 from mtk.parallel.trace import TraceFile, private_trace
 
 Starter = Literal["alone", "mtk", "torchrun", "slurm"]
@@ -164,15 +164,13 @@ def join(place: Place, timeout: float) -> Iterator[Trace]:
     if place.world == 1:
         yield NoTrace()
         return
-    initialise(place, timeout)
+    prefix = initialise(place, timeout)
     if place.started_by == "mtk":
         yield from _inside(place, own_trace(place))
         return
     trace = private_trace()
-    # Its own connection, whose thread must not wait for the main thread's; a prefix for each
-    # restart, since torchrun's store outlives the ranks.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = connect(place.address, place.world, 30.0, f"mtk/{restart}")
+    # A connection of its own, whose thread must not wait for the main thread's.
+    store = connect(place.address, place.world, 30.0, prefix=f"{prefix}/trace")
     with Beacon(place.rank, place.world, store, trace, timeout) as beacon:
         try:
             yield from _inside(place, trace)
@@ -196,32 +194,38 @@ def _inside(place: Place, trace: Trace) -> Iterator[Trace]:
     _leave(place, abort=False)
 
 
-def initialise(place: Place, timeout: float) -> None:
+def initialise(place: Place, timeout: float) -> str:
     """Make the default process group: gloo on the CPU; NCCL for CUDA tensors and gloo for
-    others on GPUs. Raises WorkerError when the other ranks do not come."""
+    others on GPUs. Returns the prefix of the job's keys in its store. Raises WorkerError when
+    the other ranks do not come within ``timeout`` seconds."""
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
-    backend = "gloo"
+    backend, prefix = "gloo", ""
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
         backend, options["device_id"] = "cpu:gloo,cuda:nccl", place.device
-    host, port = place.address
     try:
-        if place.started_by == "torchrun":
-            # Torch's own handler knows about torchrun's store and its restarts.
-            where: dict[str, Any] = {"init_method": "env://"}
-        elif place.started_by == "slurm":
-            where = {"init_method": f"tcp://{host}:{port}"}
-        else:
-            where = {"store": connect(place.address, place.world, timeout)}
+        store = connect(place.address, place.world, timeout, host=_hosts(place))
+        if place.started_by != "mtk":
+            prefix = meet(store, place.rank, place.world, timeout)
+            store = dist.distributed_c10d.PrefixStore(prefix, store)
         dist.init_process_group(
-            backend, rank=place.rank, world_size=place.world, **where, **options
+            backend, store=store, rank=place.rank, world_size=place.world, **options
         )
-    except dist.DistError as error:
+    except (RuntimeError, TimeoutError) as error:
+        host, port = place.address
         raise WorkerError(
             f"rank {place.rank} could not meet the {place.world - 1} others at {host}:{port}: "
             f"{error}. All ranks must start within {timeout:.0f} s "
             f"(--distributed-timeout-minutes) and reach that address."
         ) from error
+    return prefix
+
+
+def _hosts(place: Place) -> bool:
+    """Rank 0 hosts the store where no launcher does."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launched = place.started_by == "mtk" or (place.started_by == "torchrun" and agent)
+    return place.rank == 0 and not launched
 
 
 def _leave(place: Place, *, abort: bool) -> None:

@@ -103,12 +103,13 @@ def test_the_first_failure_comes_first(pool: RankPool, how: str, words: str) -> 
         ("deaf", "it was last seen in 'data.next'"),
     ],
 )
-def test_a_missing_rank_is_named(how: str, what: str) -> None:
+def test_a_missing_rank_is_named(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch, how: str, what: str
+) -> None:
     """The backend gives up after the timeout."""
-    with RankPool(3, preload=[jobs.__name__], timeout=1.5) as quick:
-        with pytest.raises(WorkerError) as caught:
-            quick.run(misbehave, 1, how, world=3)
-        pids = [one["pid"] for one in quick.run(seen, 1.0, world=3)]
+    monkeypatch.setattr(pool, "_timeout", 1.5)
+    with pytest.raises(WorkerError) as caught:
+        pool.run(misbehave, 1, how, world=3)
     text = str(caught.value)
     assert text.startswith("rank 1 never entered 'tp.row' (group tp: ranks 0, 1, 2; call 2); ")
     assert what in text
@@ -116,7 +117,6 @@ def test_a_missing_rank_is_named(how: str, what: str) -> None:
     if how != "stop":
         # The Python stack of the rank that hangs.
         assert "in fail" in text
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_the_crew_ends_a_hang_that_the_backend_does_not(
@@ -142,7 +142,7 @@ def _patient(start: Any) -> Any:
 
 def test_a_rank_that_is_done_too_early(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_timeout", 1.0)
-    with pytest.raises(WorkerError, match="rank 0 never entered .*; it has finished its work; "):
+    with pytest.raises(WorkerError, match=r"rank 0 never entered .*; it has finished its work; "):
         pool.run(forget, world=2)
 
 
@@ -163,6 +163,14 @@ def test_an_error_for_users_stays_itself(pool: RankPool) -> None:
 def test_a_value_that_cannot_be_carried(pool: RankPool) -> None:
     with pytest.raises(WorkerError, match=r"rank 0 failed:[^$]*pickle"):
         pool.run(jobs.unpicklable, world=1)
+
+
+def test_nothing_stays_after_close() -> None:
+    with RankPool(2, preload=[jobs.__name__]) as other:
+        pids = [one["pid"] for one in other.run(seen, 1.0, world=2)]
+        session = os.getsid(other._spare[0].process) if other._spare[0].process else 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (*pids, session) if pid)
+    other.close()
 
 
 def test_too_many_ranks(pool: RankPool) -> None:
