@@ -7,9 +7,9 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from mtk.config.pipeline import problems
 
 from mtk.config.parallel import ParallelConfig
-from mtk.config.pipeline import problems
 from mtk.models.build import build_model
 from mtk.models.count import flops_per_token
 from mtk.parallel.dims import Dims
