@@ -30,8 +30,10 @@ DEGREES = {
 
 
 def world_size(nproc: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks of the run: what torchrun started, else ``nproc``."""
+    """Ranks of the run: what torchrun or Slurm's srun started, else ``nproc``."""
     started = environment.get("WORLD_SIZE", "")
+    if not started and "SLURM_PROCID" in environment:
+        started = environment.get("SLURM_NTASKS", "")
     return int(started) if started.isdecimal() and int(started) else nproc
 
 
