@@ -6,6 +6,7 @@ Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,41 @@ from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
+from mtk.models.balance import BalanceLosses
 from mtk.models.block import Block, make_norm
 from mtk.models.rotary import rotary_table
 
 # x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
 Product = Callable[..., Tensor]
+
+
+class LayerRunner(Protocol):
+    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+
+    def __call__(
+        self,
+        blocks: Sequence[nn.Module],
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        documents: Tensor | None,
+    ) -> Tensor: ...
+
+
+def run_in_order(
+    blocks: Sequence[nn.Module],
+    x_BSE: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    caches: Sequence[LayerCache] | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """The :class:`LayerRunner` that keeps every activation."""
+    for index, block in enumerate(blocks):
+        cache = None if caches is None else caches[index]
+        x_BSE = block(x_BSE, rotary, mask, cache, documents)
+    return x_BSE
 
 
 class Embedding(nn.Module):
@@ -68,9 +99,14 @@ class GPT(nn.Module):
         self.config = config
         self.first = self.last = True
         self.embedding: Embedding | None = Embedding(config)
+        self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, kernel) for i in range(config.num_layers)}
+            {
+                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
+                for i in range(config.num_layers)
+            }
         )
+        self.run_layers: LayerRunner = run_in_order
         self.final_norm: nn.Module | None = make_norm(config)
         self.head = OutputHead(config.vocab_size)
         untied = config.untie_embeddings_and_output_weights
@@ -154,9 +190,8 @@ class GPT(nn.Module):
         x_BSE = inputs
         if self.first and self.embedding is not None:
             x_BSE = self.embedding(inputs, positions)
-        for index, block in enumerate(self.layers.values()):
-            cache = None if caches is None else caches[index]
-            x_BSE = block(x_BSE, rotary, mask, cache, documents)
+        blocks = list(self.layers.values())
+        x_BSE = self.run_layers(blocks, x_BSE, rotary, mask, caches, documents)
         return x_BSE if self.final_norm is None else self.final_norm(x_BSE)
 
     def logits(self, x_BSE: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 
-from mtk.config.pipeline import SPLIT_BACKWARD
 from mtk.parallel.deferred import Deferred
+from mtk.parallel.fsdp import hold_gradients, reduce_held
 from mtk.parallel.groups import Group
 from mtk.parallel.messages import Expected, Mailbox, Spec
-from mtk.parallel.schedules import Action, Message, Program, programs
+from mtk.parallel.schedules import SPLIT_BACKWARD, Action, Message, Program, programs
 from mtk.parallel.stages import TIED
 
 Tensors = tuple[Tensor, ...]
@@ -33,16 +33,16 @@ Loss = Callable[[Any, int], Tensor]
 class MicroBatch(Protocol):
     """What every stage needs to know; the whole micro-batch is on every pipeline rank.
 
-    tokens: int64 [B, S]. positions: int64 [S] or [B, S], None is 0..S-1. documents: int64
-    [B, S], or None.
+    tokens_BS: int64. positions: int64 [S] or [B, S], None is 0..S-1. documents_BS: int64 or
+    None.
     """
 
     @property
-    def tokens(self) -> Tensor: ...
+    def tokens_BS(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor | None: ...
     @property
-    def documents(self) -> Tensor | None: ...
+    def documents_BS(self) -> Tensor | None: ...
 
 
 # (module, tensors of the stage before, micro-batch) -> tensors for the next, or logits.
@@ -55,9 +55,9 @@ def call_gpt(module: nn.Module, received: Tensors, batch: MicroBatch) -> Any:
     """Run a stage of ``mtk.models.gpt.GPT``."""
     positions = batch.positions
     if positions is None:
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    inputs = received[0] if received else batch.tokens
-    return module(inputs, positions, documents=batch.documents)
+        positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+    inputs = received[0] if received else batch.tokens_BS
+    return module(inputs, positions, documents=batch.documents_BS)
 
 
 def states_boundary(hidden: int, dtype: torch.dtype, *, sequence_ranks: int = 1) -> Boundary:
@@ -66,7 +66,7 @@ def states_boundary(hidden: int, dtype: torch.dtype, *, sequence_ranks: int = 1)
 
     def boundary(stage: int, batch: MicroBatch) -> tuple[Spec, ...]:
         del stage
-        samples, length = batch.tokens.shape
+        samples, length = batch.tokens_BS.shape
         if sequence_ranks > 1:
             return (Spec((samples * length // sequence_ranks, hidden), dtype),)
         return (Spec((samples, length, hidden), dtype),)
@@ -80,8 +80,9 @@ class Pipeline:
     modules: this rank's stages, in order (``stages.cut``), already wrapped in whatever else
     the layout has. placement: the rank of each stage (``Stages.ranks``). deferred: for
     zero-bubble schedules, what ``defer_weight_gradients`` returned for each module. reshard:
-    FSDP frees gathered weights after each pass and not only after a step's last. tied:
-    parameters that two stages may hold under one name.
+    FSDP frees gathered weights after each pass and not only after a step's last. overlap:
+    FSDP reduces gradients while the last backward of a stage goes on, else at the step's end.
+    tied: parameters that two stages may hold under one name.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Pipeline:
         device: torch.device,
         deferred: Sequence[Deferred] = (),
         reshard: bool = False,
+        overlap: bool = True,
         call: Call = call_gpt,
         tied: Sequence[str] = (TIED,),
     ) -> None:
@@ -106,7 +108,8 @@ class Pipeline:
             raise ValueError(f"{schedule} needs defer_weight_gradients on every stage")
         self.modules = dict(zip(own, modules, strict=True))
         self.placement, self.group, self.schedule = tuple(placement), group, schedule
-        self.boundary, self.device, self.call, self.reshard = boundary, device, call, reshard
+        self.boundary, self.device, self.call = boundary, device, call
+        self.reshard, self.overlap = reshard, overlap
         # With whole backward passes nothing is to be delayed, able to or not.
         self.deferred = dict(zip(own, deferred, strict=True)) if split else {}
         self._programs: dict[tuple[int, bool], Program] = {}
@@ -122,16 +125,30 @@ class Pipeline:
         """The last stage is here, and so is the loss."""
         return self.stages - 1 in self.modules
 
-    def run(self, micro_batches: Sequence[Any], loss_function: Loss) -> Tensor:
-        """Forward and backward of all micro-batches; gradients add up in ``.grad``.
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        loss_function: Loss,
+        collect: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Forward and backward of all micro-batches; gradients add up in ``.grad``, unless
+        ``collect``, called whenever there are new ones, takes them from there.
 
         Returns the sum of the losses where ``has_loss``, a zero elsewhere (a detached
         scalar). The loss must carry its normalisation and any scale: nothing is divided.
         """
-        step = _Step(self, micro_batches, loss_function)
+
+        def gathered() -> None:
+            for leader, copy in self._copies:
+                _move_gradient(copy, leader)
+            collect()
+
+        step = _Step(self, micro_batches, loss_function, gathered)
         loss = step.play(self._program(len(micro_batches), training=True))
-        for leader, copy in self._copies:
-            _move_gradient(copy, leader)
+        if not self.overlap:
+            for module in self.modules.values():
+                reduce_held(module)
+            gathered()
         return loss
 
     @torch.no_grad()
@@ -169,8 +186,15 @@ class Pipeline:
 class _Step:
     """One run through a program: tensors under way, by (stage, micro-batch)."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Any], loss: Loss) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        batches: Sequence[Any],
+        loss: Loss,
+        gathered: Callable[[], None] = lambda: None,
+    ) -> None:
         self.pipeline, self.batches, self.loss_function = pipeline, batches, loss
+        self.gathered = gathered
         self.expected: dict[Action, Expected] = {}
         self.ready: dict[Action, Tensors] = {}
         self.outgoing: dict[Action, Tensors] = {}
@@ -188,8 +212,10 @@ class _Step:
                 self._forward(step)
             elif step.kind == "backward":
                 self._backward(step, last=step == last[step.stage])
+                self.gathered()
             else:
                 self.pipeline.deferred[step.stage].finish(step.micro)
+                self.gathered()
         self.pipeline._mailbox.flush()
         return self.total
 
@@ -262,9 +288,8 @@ class _Step:
             grads = self._incoming(action)
         sharded = isinstance(module, FSDPModule)
         if isinstance(module, FSDPModule):
-            module.set_is_last_backward(last)
-            module.set_requires_gradient_sync(last)
-            module.set_reshard_after_backward(last or pipeline.reshard)
+            reduce = last and pipeline.overlap
+            hold_gradients(module, reduce=reduce, reshard=reduce or pipeline.reshard)
         if deferred is not None and sharded and last:
             # FSDP reduces in this pass, so nothing may come after it.
             deferred.finish_all()

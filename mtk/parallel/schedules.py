@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
-from mtk.config.pipeline import SPLIT_BACKWARD
+# Backward in two parts: gradients of inputs first, of weights when there is time.
+SPLIT_BACKWARD = ("zero-bubble", "zbv")
 
 Kind = Literal["forward", "backward", "weight"]
 Program = list["Action | Message"]

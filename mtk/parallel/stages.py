@@ -14,7 +14,6 @@ from itertools import pairwise
 
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
-from mtk.config.pipeline import schedule_name, virtual_stages
 from mtk.models.attention import AttentionKernel, sdpa_kernel
 from mtk.models.build import build_on_meta
 from mtk.models.count import flops_per_token
@@ -47,16 +46,16 @@ class Stages:
 
 def plan_stages(config: ModelConfig, parallel: ParallelConfig) -> Stages:
     """Cut the layers as ``pipeline_split`` says, else by cost; the rules of
-    ``mtk.config.pipeline`` must hold."""
+    ``ParallelConfig`` must hold."""
     ranks = parallel.pipeline_model_parallel_size
-    count = ranks * virtual_stages(parallel, config.num_layers)
+    count = ranks * parallel.stages_per_rank(config.num_layers)
     split = parallel.pipeline_split
     chunk = parallel.num_layers_per_virtual_pipeline_stage
     if split is None and chunk is not None:
         split = (chunk,) * count
     if split is None:
         split = balance(config, count)
-    v_shape = schedule_name(parallel) == "zbv"
+    v_shape = parallel.schedule(config.num_layers) == "zbv"
     return Stages(ranges(split), placement(ranks, count, v_shape=v_shape))
 
 
@@ -140,12 +139,15 @@ def cut(
     return modules
 
 
-def mark_tied(pieces: Mapping[str, Piece], config: ModelConfig, ranks: Ranks) -> dict[str, Piece]:
+def mark_tied(
+    pieces: Mapping[str, Piece], config: ModelConfig, stages: Stages, ranks: Ranks
+) -> dict[str, Piece]:
     """Note in ``pieces`` that first and last stage both hold the tied matrix, and that each
     has a part of its gradient only. Where they share a rank (zbv) nothing is to be noted:
     ``Pipeline`` keeps such copies equal."""
     marked = dict(pieces)
-    if config.untie_embeddings_and_output_weights or ranks.ends.size == 1 or TIED not in marked:
+    one_rank = stages.ranks[0] == stages.ranks[-1] or ranks.ends.size == 1
+    if config.untie_embeddings_and_output_weights or one_rank:
         return marked
     piece = marked[TIED]
     marked[TIED] = replace(piece, copies=(*piece.copies, ranks.ends)).with_partial(ranks.ends)

@@ -38,10 +38,10 @@ TINY = ModelConfig(
 
 @dataclass(frozen=True)
 class Batch:
-    tokens: Tensor
+    tokens_BS: Tensor
     labels: Tensor
     positions: Tensor | None = None
-    documents: Tensor | None = None
+    documents_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def one_process(config: ModelConfig, batches: Sequence[Batch]) -> tuple[Tensor, 
     initialize(model, config, seed=1)
     loss_function, total = loss_over(batches), torch.zeros(())
     for index, batch in enumerate(batches):
-        loss = loss_function(model(batch.tokens, batch.positions, documents=batch.documents), index)
+        loss = loss_function(
+            model(batch.tokens_BS, batch.positions, documents=batch.documents_BS), index
+        )
         loss.backward()
         total += loss.detach()
     return total, model
