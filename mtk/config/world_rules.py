@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -29,18 +30,47 @@ DEGREES = {
 }
 
 
+@dataclass(frozen=True)
+class Launched:
+    """Ranks that somebody has started: how many, here and in all, and the variable that says so."""
+
+    world: int
+    local: int
+    variable: str
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """What mtk's own launcher, torchrun or Slurm's srun has started; None: nobody has.
+
+    A Slurm step of one task may start its ranks by ``--nproc``, as an interactive shell does.
+    """
+    slurm = "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    for variable in ("MTK_WORLD_SIZE", "WORLD_SIZE", *([tasks] if slurm else ())):
+        world = _number(environment, variable)
+        if world and (world > 1 or variable != tasks):
+            local = _number(environment, "LOCAL_WORLD_SIZE") if variable == "WORLD_SIZE" else 0
+            return Launched(world, local or world, variable)
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    found = environment.get(name, "")
+    return int(found) if found.isdecimal() else 0
+
+
 def world_size(nproc: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks of the run: what torchrun started, else ``nproc``."""
-    started = environment.get("WORLD_SIZE", "")
-    return int(started) if started.isdecimal() and int(started) else nproc
+    """Ranks of the run: those that are started already, else ``nproc``."""
+    found = launched(environment)
+    return nproc if found is None else found.world
 
 
 def launch_problems(nproc: int, environment: Mapping[str, str] = os.environ) -> Iterator[Problem]:
     """``--nproc`` beside a launcher that has already started the ranks."""
-    local = environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", ""))
-    if nproc > 1 and local.isdecimal() and int(local) != nproc:
-        rule = f"the launcher has already started {local} ranks on this machine"
-        yield Problem("parallel.nproc", nproc, rule, f"Leave it out, or give {local}.")
+    found = launched(environment)
+    if found is not None and nproc > 1 and found.local != nproc:
+        rule = f"{found.local} ranks are already started here ({found.variable} is set)"
+        yield Problem("parallel.nproc", nproc, rule, f"Leave it out, or give {found.local}.")
 
 
 def world_problems(

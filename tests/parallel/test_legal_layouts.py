@@ -11,6 +11,7 @@ from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import BatchConfig
 from mtk.parallel.legal_layouts import legal_layouts, name, pairwise_subset, techniques
+from tests.parallel.mixture import with_experts
 
 DENSE = ModelConfig(
     num_layers=8,
@@ -25,15 +26,8 @@ DENSE = ModelConfig(
 BATCH = BatchConfig(micro_batch_size=1, global_batch_size=24)
 
 
-class Mixture(ModelConfig):
-    """A model with experts, whether or not this version's configuration knows them."""
-
-    num_experts = 8
-    moe_ffn_size = 192
-
-
 def mixture() -> ModelConfig:
-    return Mixture(**vars(DENSE))
+    return with_experts(DENSE, 8, 192)
 
 
 def names(world: int, model: ModelConfig = DENSE) -> list[str]:

@@ -3,16 +3,16 @@ recomputation."""
 
 from __future__ import annotations
 
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mtk.config import make
-from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
 from mtk.models.count import parameter_count
 from mtk.parallel import planning
+from tests.parallel.mixture import with_experts
 
 MODEL: dict[str, Any] = {
     "num_layers": 10,
@@ -110,19 +110,10 @@ def test_recomputation_counts_every_micro_batch_in_flight() -> None:
     assert [planning.stage_activations(config, stage) for stage in range(2)] == expected
 
 
-def with_experts(config: PlanConfig, count: int, width: int) -> PlanConfig:
-    """As ``config``, whose model has experts whether or not this version's options know them."""
-    known = {field.name for field in fields(ModelConfig)}
-    extra = {"num_experts": count, "moe_ffn_hidden_size": width, "moe_router_topk": 2}
-    more = [(name, Any) for name in extra if name not in known]
-    mixture = make_dataclass("Mixture", more, bases=(ModelConfig,), frozen=True, kw_only=True)
-    return replace(config, model=mixture(**{**vars(config.model), **extra}))
-
-
 def test_experts_are_shared_over_their_ranks() -> None:
     base = plan(gpus=8, data_parallel_sharding="optimizer")
-    config = with_experts(base, 8, 96)
-    config = replace(config, parallel=replace(config.parallel, expert_model_parallel_size=4))
+    parallel = replace(base.parallel, expert_model_parallel_size=4)
+    config = replace(base, model=with_experts(base.model, 8, 96), parallel=parallel)
     dense, held = planning.stage_parameters(config, 0)
     assert held == 10 * 8 * 2 * 64 * 96 / 4
     # Experts shard over the 2 ranks that hold the same ones, the rest over all 8.
