@@ -131,6 +131,10 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if cp > 1 and parallel.cp_comm_type == "p2p" and model.attention_dropout:
+        rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
+        fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
+        yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
     if cp > 1 and parallel.cp_comm_type == "a2a":
         yield from _heads_over_context(parallel, model)
 

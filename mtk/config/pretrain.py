@@ -38,6 +38,10 @@ class DataConfig:
     )
     mock_data: bool = option(False, help="Train on generated tokens; needs --vocab-size.")
     eod_mask_loss: bool = option(False, help="No loss on the prediction that follows an EOD.")
+    reset_attention_mask: bool = option(
+        False, help="Tokens look back inside their own document only (up to the last EOD)."
+    )
+    reset_position_ids: bool = option(False, help="Positions begin again at 0 after each EOD.")
 
     def problems(self) -> Iterator[Problem]:
         per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
@@ -232,6 +236,9 @@ class PretrainConfig:
             rule = "ramp-up needs a length in samples or tokens"
             fix = "Give --train-samples or --train-tokens instead."
             yield Problem("length.train_iters", self.length.train_iters, rule, fix)
+        if self.data.reset_position_ids and self.model.position_embedding_type == "none":
+            rule = "has no effect with position_embedding_type = none"
+            yield Problem("data.reset_position_ids", True, rule, "Leave it out.")
         yield from self.parallel.problems_with(self.model)
         yield from self._layout_problems()
         yield from self._kernel_problems()

@@ -81,6 +81,15 @@ def test_dashes_and_groups_and_flat_names_mean_the_same() -> None:
         ({"tensor_model_parallel_size": 3}, ["Nearest: 2"]),
         ({"pipeline_model_parallel_size": 4}, ["4 stages of 2 layers", "Nearest: 2"]),
         ({"context_parallel_size": 3}, ["seq_length", "Nearest: 12 or 18"]),
+        ({"context_parallel_size": 2}, ["model.attention_dropout", "all_gather (or a2a)"]),
+        (
+            {"context_parallel_size": 3, "cp_comm_type": "a2a"},
+            ["context_parallel_size", "heads", "Nearest: 2", "p2p or all_gather"],
+        ),
+        (
+            {"position_embedding_type": "none", "reset_position_ids": True},
+            ["data.reset_position_ids", "no effect"],
+        ),
         ({"sequence_parallel": True}, ["--tp"]),
         ({"save": None}, ["save", "must be"]),
         ({"hidden_dropout": 1.5}, ["[0, 1)"]),

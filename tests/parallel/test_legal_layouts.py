@@ -22,6 +22,7 @@ DENSE = ModelConfig(
     seq_length=48,
     vocab_size=96,
     make_vocab_size_divisible_by=96,
+    attention_dropout=0.0,
 )
 BATCH = BatchConfig(micro_batch_size=1, global_batch_size=24)
 
