@@ -72,6 +72,7 @@ def all_checks() -> Iterator[Check]:
     yield _python()
     yield from (check_package(package) for package in PACKAGES)
     yield _torch()
+    yield from _backends()
     yield Check("cores", "ok", str(_cores()))
     yield _memory()
     yield _compiler()
@@ -134,6 +135,24 @@ def _torch() -> Check:
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return Check("devices", "ok", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
     return Check("devices", "ok", f"CPU only, {torch.get_num_threads()} threads")
+
+
+def _backends() -> Iterator[Check]:
+    """What ranks talk with: gloo for CPU tensors, NCCL for CUDA's."""
+    try:
+        import torch
+        import torch.distributed as dist
+    except Exception:  # said above already
+        return
+    fix = "this torch was built without it: reinstall torch by constraints.txt"
+    gloo = dist.is_available() and dist.is_gloo_available()
+    yield Check("gloo", "ok", "built in") if gloo else Check("gloo", "wrong", "absent", fix)
+    if not torch.cuda.is_available():
+        yield Check("nccl", "absent", "no CUDA device", "only ranks on GPUs need it")
+    elif dist.is_available() and dist.is_nccl_available():
+        yield Check("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Check("nccl", "wrong", "absent", fix)
 
 
 def _cores() -> int:

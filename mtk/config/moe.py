@@ -1,4 +1,4 @@
-"""Rules of the mixture-of-experts options of a model and of its layout."""
+"""Rules of a model's mixture-of-experts options."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def moe_problems(model: ModelConfig) -> Iterator[Problem]:
     experts, k = model.num_experts, model.moe_router_topk
     if experts < 2:
         yield Problem("num_experts", experts, "must be at least 2", "Nearest: 2, or leave it out.")
-    if not 1 <= k <= max(experts, 1):
+    elif not 1 <= k <= experts:
         rule = f"must lie in 1..num_experts = {experts}"
-        yield Problem("moe_router_topk", k, rule, f"Nearest: {min(max(k, 1), max(experts, 1))}.")
+        yield Problem("moe_router_topk", k, rule, f"Nearest: {min(max(k, 1), experts)}.")
     freq = model.moe_layer_freq
     if not 1 <= freq <= max(model.num_layers, 1):
         rule = f"must lie in 1..num_layers = {model.num_layers}"
@@ -41,17 +41,6 @@ def moe_problems(model: ModelConfig) -> Iterator[Problem]:
         fix = "Nearest: 1.0 (room for an even share); leave it out to drop no token."
         yield Problem("moe_expert_capacity_factor", factor, rule, fix)
     yield from _surroundings(model)
-
-
-def expert_width_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
-    """Violations of cutting each expert over ``tp`` ranks; keys from the root."""
-    from mtk.config.model import nearest_multiple
-
-    if model.num_experts is not None and tp > 1 and model.moe_ffn_size % (UNIT * tp):
-        width = model.moe_ffn_size
-        rule = f"must be a multiple of {UNIT} x tensor_model_parallel_size = {UNIT * tp}"
-        fix = f"Nearest: {nearest_multiple(width, UNIT * tp)}."
-        yield Problem("model.moe_ffn_hidden_size", width, rule, fix)
 
 
 def _without_experts(model: ModelConfig) -> Iterator[Problem]:

@@ -101,15 +101,14 @@ def place(
         parts = cut(config, stages, ranks.pp.rank, kernel)
         pieces = mark_tied(pieces, config, stages, ranks)
     delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
-    deferred = [_apply(part, parallel, runtime, ranks, dtype, pieces, delays) for part in parts]
-    held = {name for part in parts for name, _ in part.named_parameters()}
-    return Placed(
-        tuple(parts),
-        {name: pieces[name] for name in shapes if name in held},
-        shapes,
-        stages,
-        tuple(found for found in deferred if found is not None),
-    )
+    held: dict[str, Piece] = {}
+    deferred = []
+    for part in parts:
+        own = {name: pieces[name] for name, _ in part.named_parameters()}
+        deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
+        held |= own
+    delayed = tuple(found for found in deferred if found is not None)
+    return Placed(tuple(parts), held, shapes, stages, delayed)
 
 
 def _apply(
@@ -121,17 +120,15 @@ def _apply(
     pieces: dict[str, Piece],
     delays: bool,
 ) -> Deferred | None:
-    """All techniques in their order on one stage."""
-    own = {name: pieces[name] for name, _ in part.named_parameters()}
-    shard_tensors(part, ranks, parallel.sequence_parallel, own)
-    shard_experts(part, ranks, parallel.sequence_parallel, own)
+    """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
+    shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
     apply_recompute(part, parallel)
     if runtime.compile:
         for block in part.layers.values():
             block.compile(dynamic=False)
-    shard_data(part, ranks, parallel, dtype, own)
-    pieces |= {name: own[name] for name, _ in part.named_parameters()}
+    shard_data(part, ranks, parallel, dtype, pieces)
     return deferred
 
 

@@ -76,27 +76,25 @@ class ChunkKernel(Protocol):
 
 
 class Merge:
-    """Output and log-sum-exp over the blocks added so far, in fp32."""
+    """Output and log-sum-exp over the blocks so far, in fp32.
 
-    def __init__(self, q_BHQD: Tensor) -> None:
-        wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-        self.out_BHQD = torch.zeros_like(q_BHQD, dtype=wide, memory_format=torch.contiguous_format)
-        self.lse_BHQ = self.out_BHQD.new_full(q_BHQD.shape[:3], -torch.inf)
+    Starts from the result of a block that all queries take part in.
+    """
+
+    def __init__(self, out_BHQD: Tensor, lse_BHQ: Tensor) -> None:
+        self.out_BHQD, self.lse_BHQ = _wide(out_BHQD).contiguous(), lse_BHQ.contiguous()
 
     def add(self, queries: slice, out_BHQD: Tensor, lse_BHQ: Tensor) -> None:
-        """Take in the result of a block of these queries."""
-        before = self.lse_BHQ[:, :, queries]
-        after = torch.logaddexp(before, lse_BHQ)
-        self.out_BHQD[:, :, queries] = rescaled(
-            self.out_BHQD[:, :, queries], before, after
-        ) + rescaled(out_BHQD, lse_BHQ, after)
-        self.lse_BHQ[:, :, queries] = after
+        """Take in the result of another block of these queries."""
+        before_BHQ = self.lse_BHQ[:, :, queries]
+        share_BHQ = share(lse_BHQ, before_BHQ)
+        self.out_BHQD[:, :, queries].lerp_(_wide(out_BHQD), share_BHQ[..., None])
+        self.lse_BHQ[:, :, queries] = torch.logaddexp(before_BHQ, lse_BHQ)
 
 
-def rescaled(out_BHQD: Tensor, lse_BHQ: Tensor, total_BHQ: Tensor) -> Tensor:
-    """An output as its share of a softmax over more keys."""
-    share_BHQ = (lse_BHQ - _finite(total_BHQ)).exp()
-    return out_BHQD * share_BHQ[..., None]
+def share(lse: Tensor, other: Tensor) -> Tensor:
+    """Weight of the keys with the one log-sum-exp beside those with the other."""
+    return (_finite(lse) - _finite(other)).sigmoid()
 
 
 class MathChunks:

@@ -24,17 +24,51 @@ from mtk.parallel.context_fused import chunk_kernel
 from mtk.parallel.groups import Group
 
 
-def gather_blocks(rank: int, cp: int, length: int) -> list[Block]:
-    """What ``length`` local queries [head, tail] see of all keys in order: each of the two
-    chunks its own keys causally, and all earlier ones."""
+def gather_blocks(rank: int, cp: int, length: int) -> list[list[Block]]:
+    """What ``length`` local queries see of all keys in order: head and tail chunk each their
+    own keys causally, and all earlier ones."""
     half = length // 2
-    blocks = []
+    found = []
     for local, chunk in ((0, rank), (1, 2 * cp - 1 - rank)):
         queries = slice(local * half, (local + 1) * half)
-        blocks.append(Block(queries, slice(chunk * half, (chunk + 1) * half), causal=True))
+        blocks = [Block(queries, slice(chunk * half, (chunk + 1) * half), causal=True)]
         if chunk:
             blocks.append(Block(queries, slice(0, chunk * half), causal=False))
-    return blocks
+        found.append(blocks)
+    return found
+
+
+def forward_blocks(
+    blocks: list[Block], q_BHSD: Tensor, kv: Tensor, chunks: ChunkKernel
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one chunk of queries; kv: of all tokens [2, B, G, T, D]."""
+    results = []
+    for block in blocks:
+        k_BGKD, v_BGKD = kv[:, :, :, block.keys]
+        q_BHQD = q_BHSD[:, :, block.queries]
+        results.append(chunks.forward(q_BHQD, k_BGKD, v_BGKD, block.causal, None))
+    merge = Merge(*results[0])
+    for result in results[1:]:
+        merge.add(slice(None), *result)
+    return merge.out_BHQD, merge.lse_BHQ
+
+
+def backward_blocks(
+    blocks: list[Block],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv: Tensor,
+    chunks: ChunkKernel,
+    dq: Tensor,
+    d_kv: Tensor,
+) -> None:
+    """Add the gradients of these blocks to ``dq`` and ``d_kv``; saved: as for the ring."""
+    for block in blocks:
+        grad, q, out, lse = (x[:, :, block.queries] for x in saved)
+        k_BGKD, v_BGKD = kv[:, :, :, block.keys]
+        grads = chunks.backward(grad, q, k_BGKD, v_BGKD, out, lse, block.causal, None)
+        dq[:, :, block.queries] += grads[0]
+        d_kv[0, :, :, block.keys] += grads[1]
+        d_kv[1, :, :, block.keys] += grads[2]
 
 
 class _Gathered(torch.autograd.Function):
@@ -48,17 +82,14 @@ class _Gathered(torch.autograd.Function):
         chunks: ChunkKernel,
     ) -> Tensor:
         kv = torch.stack((k_BGSD, v_BGSD))
-        k_BGTD, v_BGTD = _all_tokens(kv, group, "cp.gather")
-        merge = Merge(q_BHSD)
-        for block in gather_blocks(group.rank, group.size, q_BHSD.shape[2]):
-            q, k, v = (
-                q_BHSD[:, :, block.queries],
-                k_BGTD[:, :, block.keys],
-                v_BGTD[:, :, block.keys],
-            )
-            merge.add(block.queries, *chunks.forward(q, k, v, block.causal, None))
-        out_BHSD = merge.out_BHQD.to(q_BHSD.dtype)
-        ctx.save_for_backward(q_BHSD, kv, out_BHSD, merge.lse_BHQ)
+        all_kv = _all_tokens(kv, group, "cp.gather")
+        parts = [
+            forward_blocks(blocks, q_BHSD, all_kv, chunks)
+            for blocks in gather_blocks(group.rank, group.size, q_BHSD.shape[2])
+        ]
+        out_BHSD, lse_BHS = (torch.cat(pair, 2) for pair in zip(*parts, strict=True))
+        out_BHSD = out_BHSD.to(q_BHSD.dtype)
+        ctx.save_for_backward(q_BHSD, kv, out_BHSD, lse_BHS)
         ctx.group, ctx.chunks = group, chunks
         return out_BHSD
 
@@ -67,18 +98,13 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad_BHSD: Tensor) -> tuple[Tensor | None, ...]:
         q_BHSD, kv, out_BHSD, lse_BHS = ctx.saved_tensors
         group, chunks = ctx.group, ctx.chunks
-        k_BGTD, v_BGTD = _all_tokens(kv, group, "cp.gather.again")
+        all_kv = _all_tokens(kv, group, "cp.gather.again")
         # Summed over blocks and ranks in fp32, whatever the type of the keys.
         dq = torch.zeros_like(out_BHSD, dtype=lse_BHS.dtype)
-        dk, dv = d_kv = dq.new_zeros((2, *k_BGTD.shape))
+        d_kv = torch.zeros_like(all_kv, dtype=lse_BHS.dtype)
         saved = (grad_BHSD.contiguous(), q_BHSD, out_BHSD, lse_BHS)
-        for block in gather_blocks(group.rank, group.size, q_BHSD.shape[2]):
-            grad, q, out, lse = (x[:, :, block.queries] for x in saved)
-            k, v = k_BGTD[:, :, block.keys], v_BGTD[:, :, block.keys]
-            grads = chunks.backward(grad, q, k, v, out, lse, block.causal, None)
-            dq[:, :, block.queries] += grads[0]
-            dk[:, :, block.keys] += grads[1]
-            dv[:, :, block.keys] += grads[2]
+        for blocks in gather_blocks(group.rank, group.size, q_BHSD.shape[2]):
+            backward_blocks(blocks, saved, all_kv, chunks, dq, d_kv)
         parts = torch.unflatten(by_rank(d_kv, group.size, 3), 3, (group.size, -1)).movedim(3, 0)
         d_kv = collectives.reduce_scatter(parts, group, "cp.gather.backward")[0].to(kv.dtype)
         return dq.to(q_BHSD.dtype), d_kv[0], d_kv[1], None, None

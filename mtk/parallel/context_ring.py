@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtk.parallel import collectives
-from mtk.parallel.context_chunks import Block, ChunkKernel, Merge
+from mtk.parallel.context_chunks import Block, ChunkKernel, Documents, Merge
 from mtk.parallel.context_fused import chunk_kernel
 from mtk.parallel.groups import Group
 
@@ -40,36 +40,33 @@ def ring_block(rank: int, source: int, length: int) -> Block:
 
 
 def forward_step(
-    merge: Merge,
     block: Block,
     q_BHSD: Tensor,
     kv: Tensor,
-    documents: tuple[Tensor, Tensor] | None,
+    documents: Documents | None,
     chunks: ChunkKernel,
-) -> None:
-    """Add one rank's keys and values, stacked as [2, B, G, S, D]."""
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one rank's keys and values, stacked as [2, B, G, S, D]."""
     k_BGKD, v_BGKD = kv[:, :, :, block.keys]
     own = block.documents(documents)
-    result = chunks.forward(q_BHSD[:, :, block.queries], k_BGKD, v_BGKD, block.causal, own)
-    merge.add(block.queries, *result)
+    return chunks.forward(q_BHSD[:, :, block.queries], k_BGKD, v_BGKD, block.causal, own)
 
 
 def backward_step(
     block: Block,
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     kv: Tensor,
-    documents: tuple[Tensor, Tensor] | None,
+    documents: Documents | None,
     chunks: ChunkKernel,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the block's queries and of its [keys, values].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the block's queries, keys and values.
 
     saved: the output's gradient, the queries, the output and its log-sum-exp.
     """
     grad, q, out, lse = (x[:, :, block.queries] for x in saved)
     k_BGKD, v_BGKD = kv[:, :, :, block.keys]
     own = block.documents(documents)
-    dq, dk, dv = chunks.backward(grad, q, k_BGKD, v_BGKD, out, lse, block.causal, own)
-    return dq, torch.stack((dk, dv))
+    return chunks.backward(grad, q, k_BGKD, v_BGKD, out, lse, block.causal, own)
 
 
 class _Ring(torch.autograd.Function):
@@ -84,13 +81,18 @@ class _Ring(torch.autograd.Function):
         chunks: ChunkKernel,
     ) -> Tensor:
         kv = torch.stack((k_BGSD, v_BGSD))
-        merge, held = Merge(q_BHSD), _travelling(kv, documents_BS)
+        merge, held = None, _travelling(kv, documents_BS)
         for step in range(group.size):
             last = step == group.size - 1
             arriving = None if last else collectives.shift(held, group, "cp.ring")
             block = ring_block(group.rank, (group.rank - step) % group.size, q_BHSD.shape[2])
-            forward_step(merge, block, q_BHSD, held[0], _pair(documents_BS, held), chunks)
+            result = forward_step(block, q_BHSD, held[0], _pair(documents_BS, held), chunks)
+            if merge is None:  # the own block, which every query takes part in
+                merge = Merge(*result)
+            else:
+                merge.add(block.queries, *result)
             held = held if arriving is None else arriving.wait()
+        assert merge is not None
         out_BHSD = merge.out_BHQD.to(q_BHSD.dtype)
         ctx.save_for_backward(q_BHSD, kv, out_BHSD, merge.lse_BHQ, documents_BS)
         ctx.group, ctx.chunks = group, chunks
@@ -111,14 +113,17 @@ class _Ring(torch.autograd.Function):
             arriving = None if last else collectives.shift(held, group, "cp.ring.again")
             block = ring_block(group.rank, (group.rank - step) % group.size, length)
             pair = _pair(documents_BS, held)
-            dq_block, d_kv_block = backward_step(block, saved, held[0], pair, ctx.chunks)
-            dq[:, :, block.queries] += dq_block
+            grads = backward_step(block, saved, held[0], pair, ctx.chunks)
+            dq[:, :, block.queries] += grads[0]
             (d_kv,) = returning.wait()
-            d_kv[:, :, :, block.keys] += d_kv_block
-            returning = collectives.shift((d_kv,), group, "cp.ring.backward")
+            d_kv[0, :, :, block.keys] += grads[1]
+            d_kv[1, :, :, block.keys] += grads[2]
+            # The sum is complete before it comes home: rounding it here halves the last message.
+            leaving = d_kv.to(kv.dtype) if last else d_kv
+            returning = collectives.shift((leaving,), group, "cp.ring.backward")
             held = held if arriving is None else arriving.wait()
         (d_kv,) = returning.wait()
-        dk, dv = d_kv.to(kv.dtype)
+        dk, dv = d_kv
         return dq.to(q_BHSD.dtype), dk, dv, None, None, None
 
 
@@ -127,7 +132,7 @@ def _travelling(kv: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, ...]:
     return (kv,) if documents_BS is None else (kv, documents_BS)
 
 
-def _pair(documents_BS: Tensor | None, held: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+def _pair(documents_BS: Tensor | None, held: Sequence[Tensor]) -> Documents | None:
     return None if documents_BS is None else (documents_BS, held[1])
 
 

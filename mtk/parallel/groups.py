@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,11 +10,14 @@ from typing import Any, Protocol
 class Trace(Protocol):
     """Told before and after every collective, so that a hang can be explained afterwards.
 
-    site: name of the call site, e.g. ``tp.row``; group: name of the group.
+    site: name of the call site, e.g. ``tp.row``; group: name of the group. know: the members
+    of this rank's groups. phase: what the rank does besides, e.g. ``data.next``, ``forward 3``.
     """
 
     def enter(self, site: str, group: str) -> None: ...
     def leave(self) -> None: ...
+    def know(self, groups: Mapping[str, tuple[int, ...]]) -> None: ...
+    def phase(self, name: str) -> None: ...
 
 
 class NoTrace:
@@ -24,6 +28,12 @@ class NoTrace:
 
     def leave(self) -> None:
         return
+
+    def know(self, groups: Mapping[str, tuple[int, ...]]) -> None:
+        del groups
+
+    def phase(self, name: str) -> None:
+        del name
 
 
 @dataclass(frozen=True)

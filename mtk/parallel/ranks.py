@@ -81,6 +81,7 @@ def make_ranks(
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
     groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
+    trace.know({name: group.ranks for name, group in groups.items()})
     meshes: dict[str, DeviceMesh | None] = {"shards": None, "expert_shards": None}
     replicas = {"shards": Group("replicas"), "expert_shards": Group("expert_replicas")}
     for axis in meshes if dims.shards > 1 else ():
@@ -125,7 +126,7 @@ def _group(
         if len(set(ranks)) == 1:
             continue
         if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), group_desc=name)
+            made[ranks] = _new_group(ranks, name)
         if rank in ranks:
             mine = Group(name, ranks, ranks.index(rank), made[ranks], trace)
     return mine
@@ -138,6 +139,15 @@ def _rows_and_columns(
     shards = len(partition[0]) // copies
     rows = [r[k * shards : (k + 1) * shards] for r in partition for k in range(copies)]
     return rows, [r[k::shards] for r in partition for k in range(shards)]
+
+
+def _new_group(ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
+    """With the timeout of the default group, which torch does not hand down by itself."""
+    default = dist.distributed_c10d._get_default_group()
+    options = getattr(default._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    made: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
+    return made
 
 
 def _mesh(
@@ -154,7 +164,7 @@ def _mesh(
         for ranks in lists:
             # FSDP2 needs a real group for each axis, also one of a single rank.
             if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), group_desc=kind)
+                made[ranks] = _new_group(ranks, kind)
         handles.append(next(made[ranks] for ranks in lists if rank in ranks))
     layout = torch.tensor(group.ranks).view(-1, len(rows[0]))
     return DeviceMesh.from_group(handles, device.type, layout, mesh_dim_names=("replicas", "fsdp"))

@@ -108,7 +108,9 @@ def test_doctor_exit_code_follows_its_findings(capsys: pytest.CaptureFixture[str
     code = main(["doctor", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[0])
     assert code == (4 if result["bad"] else 0)
-    assert {"python", "torch", "cores", "memory"} <= {check["name"] for check in result["checks"]}
+    checks = {check["name"]: check["state"] for check in result["checks"]}
+    assert {"python", "torch", "cores", "memory", "nccl"} <= set(checks)
+    assert checks["gloo"] == "ok"
 
 
 def test_plan_prints_an_estimate_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtk.parallel.context_balance import cut, in_order
 from mtk.parallel.context_chunks import ChunkKernel, Merge
-from mtk.parallel.context_gather import gather_blocks
+from mtk.parallel.context_gather import backward_blocks, forward_blocks, gather_blocks
 from mtk.parallel.context_ring import backward_step, forward_step, ring_block
 from mtk.parallel.groups import Group
 from tests.parallel.attention_cases import Case
@@ -35,16 +35,19 @@ def ring(case: Case, cp: int, chunks: ChunkKernel) -> list[Tensor]:
         sources = [(rank - step) % cp for step in range(cp)]
         pairs = [None if documents is None else (documents[rank], documents[s]) for s in sources]
         blocks = [ring_block(rank, source, q[rank].shape[2]) for source in sources]
-        merge = Merge(q[rank])
-        for source, block, pair in zip(sources, blocks, pairs, strict=True):
-            forward_step(merge, block, q[rank], kv[source], pair, chunks)
+        steps = list(zip(sources, blocks, pairs, strict=True))
+        results = [forward_step(b, q[rank], kv[s], pair, chunks) for s, b, pair in steps]
+        merge = Merge(*results[0])
+        for block, result in zip(blocks[1:], results[1:], strict=True):
+            merge.add(block.queries, *result)
         out = merge.out_BHQD.to(case.q.dtype)
         dq = torch.zeros_like(merge.out_BHQD)
         saved = (grad[rank].contiguous(), q[rank], out, merge.lse_BHQ)
-        for source, block, pair in zip(sources, blocks, pairs, strict=True):
-            dq_block, d_kv_block = backward_step(block, saved, kv[source], pair, chunks)
-            dq[:, :, block.queries] += dq_block
-            d_kv[source][:, :, :, block.keys] += d_kv_block
+        for source, block, pair in steps:
+            grads = backward_step(block, saved, kv[source], pair, chunks)
+            dq[:, :, block.queries] += grads[0]
+            d_kv[source][0, :, :, block.keys] += grads[1]
+            d_kv[source][1, :, :, block.keys] += grads[2]
         outs.append(out)
         dqs.append(dq)
     dk, dv = in_order(torch.cat(d_kv, 3), cp, 3)
@@ -54,22 +57,17 @@ def ring(case: Case, cp: int, chunks: ChunkKernel) -> list[Tensor]:
 def gathered(case: Case, cp: int, chunks: ChunkKernel) -> list[Tensor]:
     """As :func:`ring`, with all keys gathered and no documents."""
     outs, dqs = [], []
-    wide = torch.promote_types(case.k.dtype, torch.float32)
-    dk, dv = torch.zeros_like(case.k, dtype=wide), torch.zeros_like(case.v, dtype=wide)
-    for rank in range(cp):
-        q, grad = parts(case.q, cp, 2)[rank], parts(case.grad, cp, 2)[rank]
-        blocks, merge = gather_blocks(rank, cp, q.shape[2]), Merge(q)
-        for b in blocks:
-            k, v = case.k[:, :, b.keys], case.v[:, :, b.keys]
-            merge.add(b.queries, *chunks.forward(q[:, :, b.queries], k, v, b.causal, None))
-        out, dq = merge.out_BHQD.to(q.dtype), torch.zeros_like(merge.out_BHQD)
-        for b in blocks:
-            g, own, o, lse = (x[:, :, b.queries] for x in (grad, q, out, merge.lse_BHQ))
-            k, v = case.k[:, :, b.keys], case.v[:, :, b.keys]
-            grads = chunks.backward(g, own, k, v, o, lse, b.causal, None)
-            dq[:, :, b.queries] += grads[0]
-            dk[:, :, b.keys] += grads[1]
-            dv[:, :, b.keys] += grads[2]
-        outs.append(out)
+    kv = torch.stack((case.k, case.v))
+    d_kv = torch.zeros_like(kv, dtype=torch.promote_types(kv.dtype, torch.float32))
+    for q, grad, rank in zip(parts(case.q, cp, 2), parts(case.grad, cp, 2), range(cp), strict=True):
+        chunked = gather_blocks(rank, cp, q.shape[2])
+        results = [forward_blocks(blocks, q, kv, chunks) for blocks in chunked]
+        out, lse = (torch.cat(pair, 2) for pair in zip(*results, strict=True))
+        dq = torch.zeros_like(out)
+        saved = (grad.contiguous(), q, out.to(q.dtype), lse)
+        for blocks in chunked:
+            backward_blocks(blocks, saved, kv, chunks, dq, d_kv)
+        outs.append(saved[2])
         dqs.append(dq)
+    dk, dv = d_kv
     return [in_order(torch.cat(outs, 2), cp, 2), in_order(torch.cat(dqs, 2), cp, 2), dk, dv]

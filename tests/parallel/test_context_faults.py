@@ -29,13 +29,14 @@ CP = 3
 WHOLE = slice(None)
 
 
-def not_rescaled(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
-    return out
+def last_wins(lse: Tensor, other: Tensor) -> Tensor:
+    """Merging without rescaling what was there."""
+    return torch.ones_like(lse)
 
 
-def not_merged(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
-    """Every block as if it were the only one."""
-    return out * torch.isfinite(lse)[..., None] / 2
+def averaged(lse: Tensor, other: Tensor) -> Tensor:
+    """Merging as if all blocks had the same weight."""
+    return torch.full_like(lse, 0.5)
 
 
 def ring_of(change: Callable[[int, int, int], Block | None]) -> Callable[[int, int, int], Block]:
@@ -60,12 +61,12 @@ def head_sees_later(rank: int, source: int, length: int) -> Block | None:
     return Block(slice(0, length // 2), WHOLE, causal=False) if source > rank else None
 
 
-def without_head_keys(rank: int, cp: int, length: int) -> list[Block]:
-    return [b for b in RIGHT_GATHER(rank, cp, length) if b.causal or b.queries.start]
+def without_earlier_keys(rank: int, cp: int, length: int) -> list[list[Block]]:
+    return [blocks[:1] for blocks in RIGHT_GATHER(rank, cp, length)]
 
 
-def all_causal_full(rank: int, cp: int, length: int) -> list[Block]:
-    return [replace(b, causal=False) for b in RIGHT_GATHER(rank, cp, length)]
+def all_causal_full(rank: int, cp: int, length: int) -> list[list[Block]]:
+    return [[replace(b, causal=False) for b in each] for each in RIGHT_GATHER(rank, cp, length)]
 
 
 def contiguous_chunks(x: Tensor, cp: int, dim: int) -> Tensor:
@@ -127,9 +128,9 @@ RIGHT_DOCUMENTS = Block.documents
 
 # Name: method, whether the case has documents, where, what.
 FAULTS: dict[str, tuple[str, bool, Any, str, Any]] = {
-    "ring: outputs not rescaled": ("p2p", False, context_chunks, "rescaled", not_rescaled),
-    "gather: outputs not rescaled": ("all_gather", False, context_chunks, "rescaled", not_rescaled),
-    "ring: outputs averaged": ("p2p", False, context_chunks, "rescaled", not_merged),
+    "ring: outputs not rescaled": ("p2p", False, context_chunks, "share", last_wins),
+    "gather: outputs not rescaled": ("all_gather", False, context_chunks, "share", last_wins),
+    "ring: outputs averaged": ("p2p", False, context_chunks, "share", averaged),
     "ring: own block not causal": (
         "p2p",
         False,
@@ -171,12 +172,12 @@ FAULTS: dict[str, tuple[str, bool, Any, str, Any]] = {
     "ring: documents stay at home": ("p2p", True, collectives, "shift", documents_stay),
     "ring: documents of other tokens": ("p2p", True, Block, "documents", without_documents),
     "ring: documents ignored": ("p2p", True, context_chunks, "_scores", forgetful_scores),
-    "gather: keys of the head missing": (
+    "gather: earlier keys missing": (
         "all_gather",
         False,
         context_gather,
         "gather_blocks",
-        without_head_keys,
+        without_earlier_keys,
     ),
     "gather: nothing causal": (
         "all_gather",

@@ -19,6 +19,7 @@ from mtk.parallel.groups import Group
 from mtk.parallel.messages import Spec
 from mtk.parallel.pipeline import Pipeline, states_boundary
 from mtk.parallel.ranks import make_ranks
+from mtk.parallel.schedules import Message
 from mtk.parallel.stages import TIED, placement
 from tests.parallel.pipelines import (
     CPU,
@@ -197,8 +198,8 @@ def _faulty(rank: int) -> dict[str, bool]:
         "no tied sum": lambda pipeline: None,
         "labels of another micro-batch": lambda pipeline: None,
         "weight gradients forgotten": _forget_weights,
-        "micro-batches in another order": _reorder,
-        "gradients of another micro-batch": _cross_gradients,
+        "states of another micro-batch": _cross("forward"),
+        "gradients of another micro-batch": _cross("backward"),
     }
     for name, fault in faults.items():
         case = Case("zero-bubble", (3, 2), 4, tied=True)
@@ -221,28 +222,21 @@ def _forget_weights(pipeline: Pipeline) -> None:
         deferred.finish = lambda micro, do=finish: do(micro) if micro else None  # type: ignore
 
 
-def _reorder(pipeline: Pipeline) -> None:
-    """The second rank takes the states of micro-batch 1 for those of 0, and the reverse."""
-    if not pipeline.has_loss:
-        return
-    program = pipeline._program(4, training=True)
-    swap = {0: 1, 1: 0}
-    for index, step in enumerate(program):
-        if step.kind == "forward" and hasattr(step, "peer"):
-            program[index] = step._replace(micro=swap.get(step.micro, step.micro))
+def _cross(kind: str) -> Callable[[Pipeline], None]:
+    """A fault: the first two receives of ``kind`` on the other rank change places."""
 
+    def fault(pipeline: Pipeline) -> None:
+        if pipeline.has_loss == (kind == "backward"):
+            return
+        program = pipeline._program(4, training=True)
+        posts = [s for s in program if isinstance(s, Message) and not s.sent and s.kind == kind]
+        first = program.index(posts[0])
+        for step in posts:
+            program.remove(step)
+        # All are posted early, so that only the order differs.
+        program[first:first] = [posts[1], posts[0], *posts[2:]]
 
-def _cross_gradients(pipeline: Pipeline) -> None:
-    """The first rank takes gradients in the wrong order."""
-    if pipeline.has_loss:
-        return
-    program = pipeline._program(4, training=True)
-    got = [i for i, step in enumerate(program) if hasattr(step, "peer") and step.kind == "backward"]
-    posts = [program[i] for i in got]
-    for step in posts:
-        program.remove(step)
-    # All posted early, so that only the order differs.
-    program[got[0] : got[0]] = [posts[1], posts[0], *posts[2:]]
+    return fault
 
 
 def test_faults_are_caught() -> None:

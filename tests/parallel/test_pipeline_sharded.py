@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,12 +44,12 @@ class Reductions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _sharded(model: GPT, ranks: Ranks, *, reshard: bool) -> nn.Module:
+def _sharded(model: GPT, ranks: Ranks, *, reshard: bool, dtype: torch.dtype) -> nn.Module:
     mesh = ranks.shards_mesh
     assert mesh is not None
-    for block in model.layers.values():
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in (*model.layers.values(), model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -67,16 +67,21 @@ def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _equal(rank: int, reshard: bool) -> list[tuple[Case, dict[str, float]]]:
+def _equal(rank: int, reshard: bool, dtype: torch.dtype) -> list[tuple[Case, dict[str, float]]]:
     ranks = make_ranks(Dims(dp=2, pp=2), rank=rank, device=CPU)
     wrong = []
+    limit = 1e-5 if dtype == torch.float32 else 0.1
     for case in CASES:
         everything = make_batches(2 * case.count)
         total, model = one_process(case.config, everything)
         mine = everything[ranks.dp.rank :: 2]
         whole_loss = loss_over(everything)
         pipeline = make_pipeline(
-            case, ranks, lambda m: _sharded(m, ranks, reshard=reshard), reshard=reshard
+            case,
+            ranks,
+            lambda m: _sharded(m, ranks, reshard=reshard, dtype=dtype),
+            reshard=reshard,
+            dtype=dtype,
         )
 
         def loss(logits: torch.Tensor, index: int) -> torch.Tensor:
@@ -93,10 +98,15 @@ def _equal(rank: int, reshard: bool) -> list[tuple[Case, dict[str, float]]]:
             if counted.number != units:
                 found[f"reductions in step {step}"] = counted.number - units
         wanted = dict(model.named_parameters())
-        full = {name: _plain(p.grad) for name, p in pipeline.named_parameters()}
+        # A bias of keys moves all scores of a query alike: its gradient is rounding alone.
+        full = {
+            name: _plain(parameter.grad)
+            for name, parameter in pipeline.named_parameters()
+            if not name.endswith("key.bias")
+        }
         sum_tied_by_name(case, full, ranks)
-        found |= {n: e for n in full if (e := error(full[n], wanted[n].grad)) > 1e-5}
-        if (e := error(all_reduce(summed, ranks.world, "test"), total)) > 1e-6:
+        found |= {n: e for n in full if not (e := error(full[n], wanted[n].grad)) <= limit}
+        if not (e := error(all_reduce(summed, ranks.world, "test"), total)) <= limit / 10:
             found["loss"] = e
         if found:
             wrong.append((case, found))
@@ -109,7 +119,10 @@ def sum_tied_by_name(case: Case, full: dict[str, torch.Tensor | None], ranks: Ra
         full[name] = all_reduce(full[name], ranks.ends, "ends.tied")
 
 
-@pytest.mark.parametrize("reshard", [False, True])
-def test_pipeline_of_sharded_stages(reshard: bool) -> None:
-    for wrong in run_ranks(4, _equal, reshard):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reshard", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+)
+def test_pipeline_of_sharded_stages(reshard: bool, dtype: torch.dtype) -> None:
+    for wrong in run_ranks(4, _equal, reshard, dtype):
         assert wrong == []

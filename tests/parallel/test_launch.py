@@ -1,0 +1,177 @@
+"""mtk's launcher: results, signals, and nobody left behind. Failures of ranks are in
+test_pool.py, where they cost less."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mtk.errors import EXIT_CODES, LayoutError
+from mtk.parallel.crew import pickle_call
+from mtk.parallel.launch import launch
+from tests.parallel import jobs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start ``python -m tests.parallel.jobs ...`` as a program of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.parallel.jobs", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield run
+    for program in started:
+        program.kill()
+        program.communicate()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def members_of(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def session_of_ranks(folder: Path) -> int:
+    """The session in which the ranks of ``jobs.train`` run."""
+    wait_for(lambda: all((folder / f"pid{rank}").exists() for rank in (0, 1)))
+    time.sleep(0.1)
+    return os.getsid(int((folder / "pid0").read_text()))
+
+
+def test_result_of_rank_0_comes_back_and_nothing_stays() -> None:
+    value = launch(jobs.add_up, (20.0,), 3, timeout=20.0)
+    assert value["total"] == 6
+    assert value["session"] != os.getsid(0)
+    assert members_of(value["session"]) == []
+
+
+def test_a_rank_s_own_error_is_the_program_s(start: Callable[..., subprocess.Popen[str]]) -> None:
+    program = start("misbehave", 2, 20, 1, "data")
+    out, err = program.communicate(timeout=60)
+    assert (program.returncode, out) == (3, "")
+    assert err == "mtk: data error: corpus.bin: byte 7 is not what it claims to be.\n"
+
+
+def test_a_signal_reaches_every_rank_once_and_the_launcher_waits(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    program = start("train", 2, 20, tmp_path, 0.3)
+    session = session_of_ranks(tmp_path)
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=30)
+    assert program.returncode == 130, EXIT_CODES
+    assert re.fullmatch(r"mtk: interrupted error: saved step \d+\.\n", err)
+    saved = [(tmp_path / f"saved{rank}").read_text().split() for rank in (0, 1)]
+    assert saved[0] == saved[1]
+    assert saved[0][1] == "1"
+    assert members_of(session) == []
+
+
+def test_a_second_interrupt_does_not_wait(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    program = start("train", 2, 60, tmp_path, 50)
+    session = session_of_ranks(tmp_path)
+    program.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "saving0").exists)
+    assert program.poll() is None
+    program.send_signal(signal.SIGINT)
+    program.communicate(timeout=10)
+    assert program.returncode == 130
+    assert not (tmp_path / "saved0").exists()
+    assert members_of(session) == []
+
+
+def test_no_rank_survives_a_killed_launcher(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    program = start("train", 2, 60, tmp_path, 0)
+    session = session_of_ranks(tmp_path)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGSTOP)
+    program.kill()
+    wait_for(lambda: members_of(session) == [], 2.0)
+
+
+def test_no_rank_survives_a_killed_server(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    program = start("train", 2, 60, tmp_path, 0)
+    session = session_of_ranks(tmp_path)
+    os.kill(session, signal.SIGKILL)
+    _, err = program.communicate(timeout=30)
+    assert program.returncode == 6
+    assert "process that starts ranks ended" in err
+    wait_for(lambda: members_of(session) == [], 2.0)
+
+
+def test_functions_that_ranks_cannot_import() -> None:
+    def local() -> None: ...
+
+    with pytest.raises(TypeError, match="top of a module"):
+        pickle_call(local, ())
+
+
+def test_fewer_gpus_than_ranks() -> None:
+    with pytest.raises(LayoutError, match="99 ranks on this machine need a GPU each"):
+        launch(jobs.add_up, (1.0,), 99, device="cuda")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_checkpoint(tmp_path: Path) -> None:
+    done = torchrun("--max-restarts", "1", "restart_once", 0, 20, tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(text) for text in re.findall(r"RESULT (\{.*?\})", done.stdout)]
+    assert results == [{"start": 3, "total": 2}] * 2
+    assert "RuntimeError: a node was lost" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_missing_rank() -> None:
+    done = torchrun("misbehave", 0, 5, 1, "stop")
+    assert done.returncode != 0
+    assert re.search(
+        r"mtk: worker error: rank 0 lost the others: rank 1 never entered 'tp.row' \(group tp: "
+        r"ranks 0, 1; call 2\); it has given no sign of life for \d+ s",
+        done.stderr,
+    ), done.stderr
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Two ranks; options of torchrun come before the name of the function."""
+    words = list(map(str, arguments))
+    options = words[:2] if words[0].startswith("--") else []
+    program = ["-m", "tests.parallel.jobs", *words[len(options) :]]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*runner, "--nproc-per-node", "2", *options, *program]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
