@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from mtk.config.layout_rules import (
     divisors,
-    experts,
     multiples,
     nearest,
     stacked_layers,
@@ -88,7 +87,7 @@ def world_problems(
     ep = parallel.expert_model_parallel_size
     if shards % ep:
         rule = f"must divide the data x context ranks, {shards}"
-        fix = nearest(ep, divisors(gcd(shards, experts(model) or shards)))
+        fix = nearest(ep, divisors(gcd(shards, model.num_experts or shards)))
         yield Problem("parallel.expert_model_parallel_size", ep, rule, fix)
     elif parallel.num_distributed_optimizer_instances > 1:
         yield from _instances(parallel, shards)

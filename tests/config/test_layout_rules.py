@@ -21,12 +21,11 @@ from mtk.config.plan import PlanConfig
 from mtk.config.pretrain import BatchConfig, PretrainConfig
 from mtk.config.world_rules import launch_problems, smallest_batch, world_size
 from mtk.errors import ConfigError
-from tests.parallel.mixture import with_experts
 
 GOOD = (
     "pretrain --num-layers 6 --hidden-size 48 --num-attention-heads 12 --num-query-groups 4 "
     "--ffn-hidden-size 96 --seq-length 48 --vocab-size 50 --mock-data --micro-batch-size 2 "
-    "--lr 1e-2 --save run --device cpu --no-plots"
+    "--attention-dropout 0 --lr 1e-2 --save run --device cpu --no-plots"
 )
 
 # Options, then one text a violation; " .. " stands between parts of it.
@@ -47,6 +46,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--cp 2 --nproc 2 --seq-length 50", ["= 4. Nearest: 48 or 52"]),
     ("--cp-comm-type a2a", ["of which there is one. Raise --cp"]),
     ("--cp 8 --nproc 8 --cp-comm-type a2a", ["the 12 heads .. Nearest: 6 or 12. Or use --cp-c"]),
+    ("--cp 2 --nproc 2 --set model.attention_dropout=0.1", ["p2p. Use --attention-dropout 0, or"]),
     # pipeline
     ("--pp 7 --nproc 7", ["7 stages of 6 layers .. Nearest: 6"]),
     ("--pp 4 --nproc 4 --pipeline-schedule zbv", ["8 stages of 6 layers .. Nearest: 3"]),
@@ -204,6 +204,7 @@ MODEL: dict[str, Any] = {
     "ffn_hidden_size": 96,
     "seq_length": 48,
     "vocab_size": 50,
+    "attention_dropout": 0.0,
 }
 RUN: dict[str, Any] = {"mock_data": True, "train_iters": 4, "lr": 1e-2, "save": "run"}
 
@@ -348,7 +349,7 @@ def test_nearest_names_both_sides() -> None:
     ids=str,
 )
 def test_experts(layout: dict[str, Any], world: int, parts: list[str]) -> None:
-    model = with_experts(ModelConfig(**{**MODEL, "num_query_groups": 4}), 6, 48)
+    model = ModelConfig(**MODEL, num_experts=6, moe_ffn_hidden_size=48)
     parallel = ParallelConfig(**layout)
     batch = BatchConfig()
     found = [*parallel.problems(), *parallel.problems_with(model)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -11,7 +12,6 @@ from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import BatchConfig
 from mtk.parallel.legal_layouts import legal_layouts, name, pairwise_subset, techniques
-from tests.parallel.mixture import with_experts
 
 DENSE = ModelConfig(
     num_layers=8,
@@ -28,7 +28,7 @@ BATCH = BatchConfig(micro_batch_size=1, global_batch_size=24)
 
 
 def mixture() -> ModelConfig:
-    return with_experts(DENSE, 8, 192)
+    return replace(DENSE, num_experts=8, moe_ffn_hidden_size=192)
 
 
 def names(world: int, model: ModelConfig = DENSE) -> list[str]:
