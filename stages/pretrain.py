@@ -1,15 +1,19 @@
-"""Stage pretrain: datasets -> checkpoints."""
+"""Stage pretrain: datasets -> checkpoints, on one process or many ranks."""
 
 from __future__ import annotations
 
 import torch
 
 from mtk.artifacts import Artifact
-from mtk.config.pretrain import PretrainConfig, RuntimeConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.data.stop import terminate_cleanly
+from mtk.errors import LayoutError, Problem
 from mtk.parallel.apply import training_device
 from mtk.parallel.deterministic import set_deterministic
-from mtk.parallel.ranks import Ranks
+from mtk.parallel.dims import Dims
+from mtk.parallel.launch import launch
+from mtk.parallel.process import Place, find_place, join
+from mtk.parallel.ranks import make_ranks
 from mtk.session import Session
 from mtk.training.run import run_rank
 
@@ -18,17 +22,49 @@ from mtk.training.run import run_rank
 def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
     """Train until the length is reached; returns the last checkpoint.
 
-    The same call continues an interrupted run bit for bit, and returns at once when the
-    run is complete. Raises MtkError subclasses: ConfigError, DataError, CheckpointError,
-    GateError (loss not finite), Interrupted (signal; state saved).
+    Starts ``--nproc`` local ranks, unless torchrun or Slurm has started this process as one
+    of its ranks. The same call continues an interrupted run bit for bit, and returns at once
+    when the run is complete. Raises MtkError subclasses: ConfigError, DataError,
+    CheckpointError, GateError (loss not finite), WorkerError (a rank failed), Interrupted
+    (signal; state saved).
     """
-    prepare_torch(config.runtime)
-    ranks = Ranks(device=training_device(config.runtime))
-    return run_rank(config, session or Session(), ranks)
+    session = session or Session()
+    device = training_device(config.runtime).type
+    place = find_place(device)
+    if place.started_by != "alone" or config.parallel.nproc == 1:
+        return train_here(place, config, session)
+    artifact: Artifact = launch(
+        train_here,
+        (config, session.of_rank(0)),
+        config.parallel.nproc,
+        device=device,
+        timeout=timeout_of(config),
+    )
+    return artifact
 
 
-def prepare_torch(runtime: RuntimeConfig) -> None:
-    """Threads and determinism of this process."""
-    if runtime.num_threads is not None:
-        torch.set_num_threads(runtime.num_threads)
-    set_deterministic(runtime)
+@terminate_cleanly()
+def train_here(place: Place, config: PretrainConfig, session: Session) -> Artifact:
+    """The part of the rank that this process is."""
+    if place.world != config.world:
+        rule = f"the layout is for {config.world} ranks, and {place.world} were started"
+        raise LayoutError([Problem("parallel.nproc", config.parallel.nproc, rule)])
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    set_deterministic(config.runtime)
+    with join(place, timeout_of(config)) as trace:
+        ranks = make_ranks(
+            Dims.of(config.parallel, place.world),
+            rank=place.rank,
+            local_rank=place.local_rank,
+            device=place.device,
+            kv_groups=config.model.query_groups,
+            sharded=config.parallel.data_parallel_sharding != "replicate",
+            trace=trace,
+        )
+        return run_rank(config, session, ranks)
+
+
+def timeout_of(config: PretrainConfig) -> float:
+    """Seconds that a collective waits for a missing rank."""
+    return config.parallel.distributed_timeout_minutes * 60

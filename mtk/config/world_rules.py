@@ -43,9 +43,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
 
     A Slurm step of one task may start its ranks by ``--nproc``, as an interactive shell does.
     """
-    slurm = "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    for variable in ("MTK_WORLD_SIZE", "WORLD_SIZE", *([tasks] if slurm else ())):
+    for variable in (
+        "MTK_WORLD_SIZE",
+        "WORLD_SIZE",
+        *([tasks] if "SLURM_PROCID" in environment else ()),
+    ):
         world = _number(environment, variable)
         if world and (world > 1 or variable != tasks):
             local = _number(environment, "LOCAL_WORLD_SIZE") if variable == "WORLD_SIZE" else 0

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from mtk.parallel.compat import gather_first_dimension, scatter_sum_first_dimension
 from mtk.parallel.groups import Group
 
 # -- plain ------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def all_gather(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    return _finish(functional.all_gather_tensor(x.contiguous(), 0, group.handle), group)
+    return _finish(gather_first_dimension(x.contiguous(), group.handle), group)
 
 
 def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
@@ -44,8 +45,7 @@ def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    out = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group.handle)
-    return _finish(out, group)
+    return _finish(scatter_sum_first_dimension(x.contiguous(), group.handle), group)
 
 
 def exchange(

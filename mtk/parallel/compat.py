@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+
+
+def gather_first_dimension(x: Tensor, group: Any) -> Tensor:
+    """All-gather; torch 2.13 has it under a new name and warns of the old one."""
+    name = "all_gather_single" if hasattr(functional, "all_gather_single") else "all_gather_tensor"
+    out: Tensor = getattr(functional, name)(x, 0, group)
+    return out
+
+
+def scatter_sum_first_dimension(x: Tensor, group: Any) -> Tensor:
+    """Reduce-scatter; likewise."""
+    new = hasattr(functional, "reduce_scatter_single")
+    name = "reduce_scatter_single" if new else "reduce_scatter_tensor"
+    out: Tensor = getattr(functional, name)(x, "sum", 0, group)
+    return out
 
 
 def finish_backward(model: nn.Module) -> None:

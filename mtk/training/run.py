@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +60,7 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
     """
     world = ranks.world
     if not world.first:
-        quiet = Reporter(quiet=True)
-        session = dataclasses.replace(session, reporter=quiet)
+        session = session.of_rank(ranks.rank)
     data = open_data(config.data)
     config = with_vocabulary(config, data)
     samples = target_samples(config)

@@ -156,7 +156,7 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr(os, "fork", refuse)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
-    for name in ("MTK_WORLD_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID"):
+    for name in ("MTK_WORLD_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -247,11 +247,11 @@ def test_the_launcher_decides_the_number_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("environment", "world"),
     [
-        ({"MTK_WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}, 2),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, 4),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}, 8),
-        ({"SLURM_NTASKS": "8"}, 3),  # a batch script, not srun
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, 3),  # an interactive shell
+        ({"MTK_WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_NTASKS": "8"}, 3),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 3),  # an interactive shell
         ({"WORLD_SIZE": "many"}, 3),
     ],
     ids=str,

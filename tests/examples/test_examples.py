@@ -37,7 +37,7 @@ def test_every_script_plans(script: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def as_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one task of the Slurm script's job sees of its number of ranks."""
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1024")
 
 
