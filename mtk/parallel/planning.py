@@ -82,11 +82,16 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
-    """Layers of each (virtual) stage: as given, else as even as can be, the last ones shorter."""
+    """Layers of each (virtual) stage: of a GPT exactly those that training gives it, else as
+    even as can be."""
     parallel, layers = config.parallel, layers_of(config.model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
+    if stages > 1 and config.model.family == "gpt":
+        from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
+
+        return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
     each, more = divmod(layers, stages)
     return tuple(each + (stage < more) for stage in range(stages))
 
@@ -192,7 +197,6 @@ def _projections(config: PlanConfig) -> float:
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
     gates = 2 if model.activation == "swiglu" else 1
-    # Layers with and without experts, on average.
     moe = model.moe_layers / model.num_layers
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
     sharded = 2 * queries + keys_values + (gates + 1) * width
@@ -202,8 +206,8 @@ def _projections(config: PlanConfig) -> float:
 def _routing(model: ModelConfig, size: int) -> float:
     """Bytes a token of an MoE layer: a row into and one out of each chosen expert, which tensor
     parallelism does not cut, and fp32 logits and probabilities."""
-    row = model.moe_router_topk * model.hidden_size
-    return 2 * row * size + 2 * 4 * (model.num_experts or 0)
+    rows = 2 * model.moe_router_topk * model.hidden_size * size
+    return rows + 2 * 4 * (model.num_experts or 0)
 
 
 def _tp(config: PlanConfig) -> int:
