@@ -150,12 +150,10 @@ class Crew:
         record.status = child.status
         if record.died:
             # NCCL's watchdog ends the process of the rank that waits, not of the missing one.
-            seen = self._trace.sight(rank)
             record.timed_out = (
                 os.WIFSIGNALED(child.status)
                 and os.WTERMSIG(child.status) == signal.SIGABRT
-                and seen.inside
-                and seen.age >= 0.9 * self._timeout
+                and self._trace.sight(rank).age >= 0.9 * self._timeout
             )
             self._order.append(record)
 

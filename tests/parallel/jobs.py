@@ -40,7 +40,9 @@ def ranks_of(place: Place, trace: Trace) -> Ranks:
 
 def total(ranks: Ranks) -> float:
     """A collective: the sum of rank + 1."""
-    return all_reduce(torch.tensor(ranks.rank + 1.0), ranks.tp, "tp.row").item()
+    return all_reduce(
+        torch.tensor(ranks.rank + 1.0, device=ranks.device), ranks.tp, "tp.row"
+    ).item()
 
 
 def add_up(place: Place, timeout: float, *steps: str) -> dict[str, Any]:
