@@ -15,7 +15,7 @@ from mtk.checkpoint.tensors import iterate_tensors, read_index
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.errors import CheckpointError, MtkError
-from mtk.models.build import build_model
+from mtk.models.build import build_model, restore_buffers
 from mtk.models.gpt import GPT
 
 MODEL_FORMAT, MODEL_VERSION = "mtk-model", 1
@@ -60,20 +60,6 @@ def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device
     model = model.to_empty(device=device).to(dtype)
     restore_buffers(model, config, device)
     return model
-
-
-def restore_buffers(model: GPT, config: ModelConfig, device: torch.device | str) -> None:
-    """Recompute non-persistent buffers (rotary tables), which stay fp32 in any dtype."""
-    fresh = dict(build_model(small_like(config)).named_buffers())
-    for name, buffer in fresh.items():
-        model.register_buffer(name, buffer.to(device), persistent=False)
-
-
-def small_like(config: ModelConfig) -> ModelConfig:
-    """The same model without its large weights: buffers depend on the remaining sizes."""
-    from dataclasses import replace
-
-    return replace(config, num_layers=0, vocab_size=1, make_vocab_size_divisible_by=1)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -23,7 +23,8 @@ from mtk.config.model import ModelConfig
 class CheckpointContent:
     """What a checkpoint holds. training: plain data (counters, schedule, scaler).
 
-    optimizer and random may be empty for a checkpoint of weights only.
+    optimizer and random may be empty for a checkpoint of weights only; weights where ranks
+    write their own blocks beside it (:mod:`mtk.checkpoint.sharded`).
     """
 
     model_config: ModelConfig
@@ -74,7 +75,8 @@ def write_content(
         },
     )
     write_config(to_dict(config), folder / "config.yaml")
-    write_tensors(folder, "model", content.weights, max_shard_size)
+    if content.weights:
+        write_tensors(folder, "model", content.weights, max_shard_size)
     if content.optimizer:
         write_tensors(folder, "optimizer", content.optimizer, max_shard_size)
     if content.random:

@@ -2,14 +2,16 @@
 
 ``NAME.index.json``: ``{"format": "mtk-tensors", "version": 1, "tensors": {tensor name:
 {"dtype", "shape", "chunks": [{"file", "key", "offset"}]}}}``. A chunk is a block of the
-global tensor that starts at ``offset``; one writer makes one chunk a tensor, ranks that
-hold parts of a tensor can each write their block.
+global tensor that starts at ``offset`` (with ``shape``, where ranks wrote blocks); one writer
+makes one chunk a tensor, ranks that hold parts of a tensor each write theirs
+(:mod:`mtk.checkpoint.sharded`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def write_tensors(
     """Write ``name.index.json`` and its files; the same tensors give the same bytes."""
     from safetensors.torch import save_file
 
-    shards = _shards(tensors, max_shard_size)
+    shards = group_by_size(tensors, max_shard_size)
     entries: dict[str, Any] = {}
     for number, keys in enumerate(shards, start=1):
         file = f"{name}-{number:05}-of-{len(shards):05}.safetensors"
@@ -46,7 +48,7 @@ def write_tensors(
         save_file(content, folder / file)
         for key, tensor in content.items():
             entries[key] = {
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": dtype_name(tensor),
                 "shape": list(tensor.shape),
                 "chunks": [{"file": file, "key": key, "offset": [0] * tensor.ndim}],
             }
@@ -105,7 +107,9 @@ def _assemble(folder: Path, key: str, entry: Mapping[str, Any]) -> Tensor:
     return whole
 
 
-def _read_block(folder: Path, key: str, chunk: Mapping[str, Any]) -> Tensor:
+@contextmanager
+def open_chunk(folder: Path, key: str, chunk: Mapping[str, Any]) -> Iterator[Any]:
+    """The safetensors file that holds a chunk of tensor ``key``. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     file = folder / chunk["file"]
@@ -113,12 +117,22 @@ def _read_block(folder: Path, key: str, chunk: Mapping[str, Any]) -> Tensor:
         raise CheckpointError(f"{folder}: {key} points outside the checkpoint ({chunk['file']}).")
     try:
         with safe_open(file, framework="pt") as stream:
-            return stream.get_tensor(chunk["key"])  # type: ignore[no-any-return]
+            yield stream
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read for {key}: {error}.") from error
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+def _read_block(folder: Path, key: str, chunk: Mapping[str, Any]) -> Tensor:
+    with open_chunk(folder, key, chunk) as stream:
+        return stream.get_tensor(chunk["key"])  # type: ignore[no-any-return]
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def group_by_size(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most ``limit`` bytes (or one tensor)."""
     shards: list[list[str]] = [[]]
     size = 0
     for key in sorted(tensors):

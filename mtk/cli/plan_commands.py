@@ -49,7 +49,7 @@ def _plan(given: dict[str, Any], common: CommonOptions) -> None:
 def plan_fields(config: PlanConfig) -> dict[str, Any]:
     """The plan for machines; bytes, seconds, plain numbers."""
     from mtk.config.plan import GPUS
-    from mtk.models.count_families import parameters
+    from mtk.models.count_families import active_parameters, parameters
     from mtk.parallel.estimate import estimate
     from mtk.parallel.planning import fullest_rank
 
@@ -57,6 +57,7 @@ def plan_fields(config: PlanConfig) -> dict[str, Any]:
     return {
         "measured": False,
         "parameters": parameters(config.model),
+        "active_parameters": active_parameters(config.model),
         "gpus": config.gpus,
         "data_parallel_size": config.data_parallel_size,
         "global_batch_size": config.global_batch_size,
@@ -77,14 +78,17 @@ def plan_lines(config: PlanConfig, guessed_vocabulary: bool) -> list[str]:
     fields = plan_fields(config)
     model, parallel, hardware = config.model, config.parallel, config.hardware
     vocabulary = f"vocabulary {model.vocab_size}{' (assumed)' if guessed_vocabulary else ''}"
+    active = f" ({fields['active_parameters']:,} a token)" if model.num_experts else ""
+    experts = f" x EP {parallel.expert_model_parallel_size}" if model.num_experts else ""
     lines = [
         "Estimates by formula; nothing below was measured.",
         "",
-        f"model        {model.family}, {fields['parameters']:,} parameters, {vocabulary}, "
+        f"model        {model.family}, {fields['parameters']:,} parameters{active}, {vocabulary}, "
         f"padded to {model.padded_vocab_size}",
         f"layout       {fields['gpus']} x {hardware.gpu}: TP {parallel.tensor_model_parallel_size} "
         f"x PP {parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} "
-        f"x DP {fields['data_parallel_size']} (data parallel: {parallel.data_parallel_sharding})",
+        f"x DP {fields['data_parallel_size']}{experts} (data parallel: "
+        f"{parallel.data_parallel_sharding})",
         f"batch        {fields['global_batch_size']} samples = "
         f"{fields['global_batch_size'] * model.seq_length:,} tokens a step",
     ]
@@ -126,6 +130,12 @@ def _notes(config: PlanConfig) -> list[str]:
         notes.append(
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
             f"fused kernel (--use-flash-attn) does not keep them."
+        )
+    flash = config.runtime.attention_backend == "flash"
+    if flash and config.parallel.recompute_granularity == "selective":
+        notes.append(
+            "Selective recomputation saves nothing beside a fused attention kernel, which never "
+            "keeps its matrices; full recomputation saves more."
         )
     if config.model.family != "gpt":
         notes.append(f"This version plans {config.model.family} models but does not train them.")

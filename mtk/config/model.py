@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.moe import moe_problems
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -52,6 +53,26 @@ class ModelConfig:
     )
     hidden_dropout: float = option(0.1, help="Dropout on embeddings and residual branches.")
     attention_dropout: float = option(0.1, help="Dropout on attention probabilities.")
+    num_experts: int | None = option(None, help="Experts of an MoE layer (default: dense).")
+    moe_router_topk: int = option(2, help="Experts that each token goes to.")
+    moe_ffn_hidden_size: int | None = option(
+        None, help="Width of an expert (default: as ffn-hidden-size)."
+    )
+    moe_layer_freq: int = option(
+        1, help="Every Nth layer has experts, the first among them; the others are dense."
+    )
+    # Not Megatron's 0, with which nothing keeps the router from using a few experts only.
+    moe_aux_loss_coeff: float = option(
+        0.01, help="Weight of the loss that balances experts within a sequence; 0: only measured."
+    )
+    moe_z_loss_coeff: float = option(
+        0.0, help="Weight of the loss that keeps router logits small (1e-3 is usual)."
+    )
+    moe_expert_capacity_factor: float | None = option(
+        None,
+        help="In training an expert takes at most this times its even share of a sequence's "
+        "tokens, the first ones (default: all of them).",
+    )
     init_method_std: float = option(
         0.02, help="Standard deviation of initial weights; output projections use /sqrt(2 layers)."
     )
@@ -90,6 +111,21 @@ class ModelConfig:
         return 4 * self.hidden_size
 
     @property
+    def moe_ffn_size(self) -> int:
+        """Width of one expert, after derivation."""
+        given = self.moe_ffn_hidden_size
+        return self.ffn_size if given is None else given
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number ``layer`` is an MoE layer; Megatron counts them from 0 too."""
+        return self.num_experts is not None and layer % self.moe_layer_freq == 0
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
+    @property
     def positions(self) -> int:
         """Longest accepted sequence, after derivation."""
         return self.max_position_embeddings or self.seq_length
@@ -114,6 +150,7 @@ class ModelConfig:
         if self.position_embedding_type != "none" and self.seq_length > self.positions:
             rule = f"exceeds max_position_embeddings = {self.positions}"
             yield Problem("seq_length", self.seq_length, rule, "Raise the one or lower the other.")
+        yield from moe_problems(self)
         if self.position_embedding_type == "rope":
             yield from self._rope()
         else:
@@ -162,6 +199,7 @@ class ModelConfig:
             self,
             num_query_groups=self.query_groups,
             ffn_hidden_size=self.ffn_size,
+            moe_ffn_hidden_size=self.moe_ffn_size if self.num_experts else None,
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
         )

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mtk.config.model import nearest_multiple
 from mtk.config.pretrain import DataConfig, LengthConfig, PretrainConfig, SaveConfig
 from mtk.config.schema import group, option
+from mtk.config.world_rules import smallest_world
 from mtk.errors import Problem
 
 
@@ -35,7 +35,7 @@ GPUS: Mapping[str, Gpu] = {
 class HardwareConfig:
     """What the run would be started on."""
 
-    gpus: int | None = option(None, help="Number of GPUs (default: one copy of the model).")
+    gpus: int | None = option(None, help="Number of GPUs (default: as few as hold the layout).")
     gpu: Literal["h200", "h100", "b200", "a100", "a100-40gb", "l40s", "v100"] = option(
         "h100", help="Kind of GPU."
     )
@@ -88,20 +88,12 @@ class PlanConfig(PretrainConfig):
 
     @property
     def gpus(self) -> int:
-        """GPUs to plan for."""
-        return self.hardware.gpus or self.parallel.model_parallel_size
+        """GPUs to plan for: those given, else as few as hold the layout."""
+        return self.hardware.gpus or smallest_world(self.parallel)
 
     @property
-    def data_parallel_size(self) -> int:
-        """Copies of the model, after the checks."""
-        return max(1, self.gpus // self.parallel.model_parallel_size)
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples per step; by default one micro-batch for every copy."""
-        return self.batch.global_batch_size or (
-            self.batch.micro_batch_size * self.data_parallel_size
-        )
+    def world(self) -> int:
+        return self.gpus
 
     def problems(self) -> Iterator[Problem]:
         endless = not any(vars(self.length).values())
@@ -109,19 +101,8 @@ class PlanConfig(PretrainConfig):
             # Without a length it is open whether the schedule counts steps or samples.
             if not (endless and problem.key.startswith("schedule.")):
                 yield problem
-        unit = self.parallel.model_parallel_size
-        if unit < 1 or self.gpus < 1 or self.batch.micro_batch_size < 1:
-            return
-        if self.gpus % unit:
-            rule = f"must be a multiple of TP x PP x CP = {unit}"
-            fix = f"Nearest: {nearest_multiple(self.gpus, unit)}."
-            yield Problem("hardware.gpus", self.gpus, rule, fix)
-            return
-        step = self.batch.micro_batch_size * self.data_parallel_size
-        if self.global_batch_size % step:
-            rule = (
-                f"must be a multiple of micro_batch_size x data-parallel size = "
-                f"{self.batch.micro_batch_size} x {self.data_parallel_size} = {step}"
-            )
-            fix = f"Nearest: {nearest_multiple(self.global_batch_size, step)}."
-            yield Problem("batch.global_batch_size", self.global_batch_size, rule, fix)
+
+    def _layout_problems(self) -> Iterator[Problem]:
+        yield from self.parallel.problems_with_world(
+            self.model, self.batch, self.gpus, "hardware.gpus"
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from mtk.config.model import ModelConfig, nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.schema import group, option
+from mtk.config.world_rules import launch_problems, smallest_batch, world_size
 from mtk.errors import Problem
 
 DEFAULT_SPLIT = "969,30,1"
@@ -36,6 +38,10 @@ class DataConfig:
     )
     mock_data: bool = option(False, help="Train on generated tokens; needs --vocab-size.")
     eod_mask_loss: bool = option(False, help="No loss on the prediction that follows an EOD.")
+    reset_attention_mask: bool = option(
+        False, help="Tokens look back inside their own document only (up to the last EOD)."
+    )
+    reset_position_ids: bool = option(False, help="Positions begin again at 0 after each EOD.")
 
     def problems(self) -> Iterator[Problem]:
         per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
@@ -58,7 +64,8 @@ class BatchConfig:
 
     micro_batch_size: int = option(1, help="Samples per forward pass and data-parallel rank.")
     global_batch_size: int | None = option(
-        None, help="Samples per optimizer step (default: micro-batch x data-parallel ranks)."
+        None,
+        help="Samples per optimizer step (default: micro-batch x data-parallel ranks).",
     )
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, help="START INCREMENT SAMPLES: grow the batch to its full size over SAMPLES."
@@ -173,7 +180,9 @@ class RuntimeConfig:
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
-    deterministic_mode: bool = option(False, help="Only deterministic kernels.")
+    deterministic_mode: bool = option(
+        False, help="Only deterministic kernels: two runs give identical checkpoints."
+    )
 
     def problems(self) -> Iterator[Problem]:
         if not 0 <= self.seed < 2**32:
@@ -200,12 +209,23 @@ class PretrainConfig:
     logging: LoggingConfig = group(LoggingConfig, title="Logging and evaluation")
     runtime: RuntimeConfig = group(RuntimeConfig, title="Runtime")
 
+    @property
+    def world(self) -> int:
+        """Ranks of the run: what the launcher started, else --nproc."""
+        return world_size(self.parallel.nproc)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model, after the checks."""
+        return max(1, self.world // self.parallel.model_parallel_size)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step; one micro-batch for each copy of the model where not given."""
+        return self.batch.global_batch_size or smallest_batch(self.parallel, self.batch, self.world)
+
     def problems(self) -> Iterator[Problem]:
         batch = self.batch
-        if batch.micro_batch_size >= 1 and batch.full % batch.micro_batch_size:
-            rule = f"must be a multiple of micro_batch_size = {batch.micro_batch_size}"
-            fix = f"Nearest: {nearest_multiple(batch.full, batch.micro_batch_size)}."
-            yield Problem("batch.global_batch_size", batch.full, rule, fix)
         if self.data.mock_data and self.model.vocab_size is None:
             yield Problem("model.vocab_size", None, "must be given with --mock-data")
         if self.schedule.lr_warmup_init > self.optimizer.lr:
@@ -216,4 +236,38 @@ class PretrainConfig:
             rule = "ramp-up needs a length in samples or tokens"
             fix = "Give --train-samples or --train-tokens instead."
             yield Problem("length.train_iters", self.length.train_iters, rule, fix)
+        if self.data.reset_position_ids and self.model.position_embedding_type == "none":
+            rule = "has no effect with position_embedding_type = none"
+            yield Problem("data.reset_position_ids", True, rule, "Leave it out.")
         yield from self.parallel.problems_with(self.model)
+        yield from self._layout_problems()
+        yield from self._kernel_problems()
+
+    def _layout_problems(self) -> Iterator[Problem]:
+        """The layout against the ranks there will be."""
+        yield from launch_problems(self.parallel.nproc)
+        key = "parallel.nproc" if self.world == self.parallel.nproc else "WORLD_SIZE"
+        yield from self.parallel.problems_with_world(self.model, self.batch, self.world, key)
+
+    def _kernel_problems(self) -> Iterator[Problem]:
+        """Kernels that the technique, the precision or the device has not."""
+        runtime, schedule = self.runtime, self.parallel.pipeline_schedule
+        if runtime.compile and schedule in ("zero-bubble", "zbv"):
+            rule = "delays weight gradients, which a compiled block computes with all others"
+            fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
+            yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
+        if runtime.attention_backend != "flash":
+            return
+        if runtime.device == "cpu" and self.model.attention_dropout:
+            rule, fix = "flash attention has no dropout on the CPU", "--attention-dropout 0"
+        elif runtime.device == "cuda" and self.precision.precision == "fp32":
+            rule, fix = "flash attention needs bf16 or fp16 on CUDA", "--bf16"
+        else:
+            return
+        fix = f"Use {fix}, or --attention-backend auto."
+        yield Problem("runtime.attention_backend", "flash", rule, fix)
+
+    def derived(self) -> Self:
+        """The batch in numbers, so that whatever reads the configuration sees the same one."""
+        batch = dataclasses.replace(self.batch, global_batch_size=self.global_batch_size)
+        return dataclasses.replace(self, batch=batch)

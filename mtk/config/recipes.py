@@ -134,6 +134,41 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "min_lr": 3e-5,
         "precision": "bf16",
     },
+    # The demo's model with eight experts of its width, two a token.
+    "moe-tiny": {
+        **_LLAMA,
+        "num_layers": 4,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "num_experts": 8,
+        "seq_length": 128,
+        "max_position_embeddings": 512,
+        "untie_embeddings_and_output_weights": False,
+        "micro_batch_size": 16,
+        "global_batch_size": 16,
+        "lr": 3e-3,
+        "min_lr": 3e-4,
+        "lr_warmup_fraction": 0.05,
+    },
+    # Jiang et al. 2024.
+    "mixtral-8x7b": {
+        **_LLAMA,
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 14336,
+        "num_experts": 8,
+        "rotary_base": 1e6,
+        "seq_length": 4096,
+        "max_position_embeddings": 32768,
+        "micro_batch_size": 1,
+        "global_batch_size": 1024,
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "precision": "bf16",
+    },
     # Megatron-LM's README: BERT-345M and T5-220M. Planned and costed; their models
     # are not trained by this version.
     "bert-345m": {

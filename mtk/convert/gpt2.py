@@ -25,6 +25,8 @@ SPELLINGS = {"gelu_pytorch_tanh": "gelu-tanh", "gelu_fast": "gelu-tanh"}
 def reasons(config: ModelConfig) -> list[str]:
     """Everything that keeps ``config`` from being a GPT-2."""
     found = []
+    if config.num_experts is not None:
+        found.append(f"num_experts = {config.num_experts}: GPT-2 is dense")
     if config.family != "gpt":
         found.append(f"family = {config.family}: GPT-2 is a decoder")
     if config.position_embedding_type != "learned":

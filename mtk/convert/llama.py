@@ -15,6 +15,8 @@ from mtk.convert.mapping import CutRows, Rule, TiedCopy, WeightTable, for_layers
 def reasons(config: ModelConfig) -> list[str]:
     """Everything that keeps ``config`` from being a Llama."""
     found = []
+    if config.num_experts is not None:
+        found.append(f"num_experts = {config.num_experts}: Llama is dense")
     if config.family != "gpt":
         found.append(f"family = {config.family}: Llama is a decoder")
     if config.position_embedding_type != "rope":

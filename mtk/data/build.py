@@ -26,6 +26,7 @@ from mtk.data.token_source import Notify, SampleDataset, SourceOpener, TokenSour
 from mtk.errors import ConfigError, DataError, Problem
 
 MOCK = "mock data"
+NEED_EOD = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")
 MOCK_SPLIT = "1,1,1"
 WHOLE = {"train": "1,0,0", "valid": "0,1,0", "test": "0,0,1"}
 
@@ -77,9 +78,8 @@ class SplitBuilder:
     """Opens every prefix once and builds the datasets of all splits.
 
     open_source: reader of one prefix. vocab_size: ids from there on are refused; needed with
-    mock data. eod: end-of-document id, needed with ``eod_mask_loss`` (mock data: the last id
-    if None). cache_path: folder of the index caches; None is ``{prefix}.cache`` beside each
-    dataset.
+    mock data. eod: end-of-document id, see :func:`end_of_document`. cache_path: folder of the
+    index caches; None is ``{prefix}.cache`` beside each dataset.
     """
 
     def __init__(
@@ -101,13 +101,10 @@ class SplitBuilder:
         self._seed = seed
         self._open_source = open_source
         self._vocab_size = vocab_size
-        self._eod = eod
+        self._eod = end_of_document(config, eod, vocab_size)
         self._cache_path = cache_path
         self._notify = notify
         self._opened: dict[str, TokenSource] = {}
-        if config.eod_mask_loss and eod is None and not config.mock_data:
-            rule = "needs the end-of-document id, which the dataset's tokenizer does not name"
-            raise ConfigError([Problem("data.eod_mask_loss", True, rule)])
 
     def build(self) -> Splits:
         """The datasets of all splits that are asked for. Raises DataError and ConfigError."""
@@ -170,9 +167,9 @@ class SplitBuilder:
         if self._vocab_size is None:
             rule = "must be given with --mock-data"
             raise ConfigError([Problem("model.vocab_size", None, rule)])
-        eod = self._vocab_size - 1 if self._eod is None else self._eod
         if MOCK not in self._opened:
-            self._opened[MOCK] = MockSource(self._vocab_size, eod)
+            assert self._eod is not None
+            self._opened[MOCK] = MockSource(self._vocab_size, self._eod)
         source = self._opened[MOCK]
         sequences = split_ranges(MOCK_SPLIT, len(source))[SPLITS.index(split)]
         return _Part(MOCK, source, sequences or range(0), None)
@@ -227,9 +224,6 @@ class SplitBuilder:
         )
 
     def _gpt(self, part: _Part, num_samples: int | None) -> GPTDataset:
-        eod = self._eod
-        if eod is None and part.name == MOCK and self._vocab_size is not None:
-            eod = self._vocab_size - 1
         return GPTDataset(
             part.source,
             part.documents,
@@ -237,12 +231,28 @@ class SplitBuilder:
             num_samples,
             self._seed,
             self._config.data_order,
-            eod,
+            self._eod,
             self._config.eod_mask_loss,
             part.cache,
             vocab_size=self._vocab_size,
             name=part.name,
         )
+
+
+def end_of_document(config: DataConfig, eod: int | None, vocab_size: int | None) -> int | None:
+    """The id that ends documents: ``eod``, that of the tokenizer; of mock data the last one.
+
+    Raises ConfigError, once for each option that cannot do without it.
+    """
+    if eod is None and config.mock_data and vocab_size is not None:
+        return vocab_size - 1
+    if eod is None and not config.mock_data:
+        needing = [name for name in NEED_EOD if getattr(config, name)]
+        rule = "needs the end-of-document id, which the dataset's tokenizer does not name"
+        fix = "Use what mtk preprocess wrote, with a tokenizer that has one, or leave it out."
+        if needing:
+            raise ConfigError([Problem(f"data.{name}", True, rule, fix) for name in needing])
+    return eod
 
 
 def build_splits(

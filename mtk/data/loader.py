@@ -16,18 +16,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtk.data.packing import Packing
 from mtk.data.token_source import SampleDataset
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """tokens_BS, labels_BS: int64; loss_mask_BS: float32, 0 where a label does not count.
-    indices_B: positions in the dataset's order, for the data audit."""
+    indices_B: positions in the dataset's order, for the data audit. documents_BS, positions_BS:
+    int64, as :class:`~mtk.data.packing.Packing` says; None where one forward pass goes over the
+    whole sample."""
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     indices_B: tuple[int, ...]
+    documents_BS: torch.Tensor | None = None
+    positions_BS: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class BatchLoader:
     indices: positions [B] of each micro-batch, e.g. from
     :func:`mtk.data.sampler.micro_batches`. prefetch: micro-batches held ready at most.
     pin_memory: page-locked tensors for asynchronous copies (default: if there is CUDA).
+    packing: what the documents inside a sample mean; None: nothing.
 
     An error of the dataset is raised where the batch would have come, with its own traceback.
     Use as a context manager, or call :meth:`close`.
@@ -55,12 +61,14 @@ class BatchLoader:
         *,
         prefetch: int = 8,
         pin_memory: bool | None = None,
+        packing: Packing | None = None,
     ) -> None:
         if prefetch < 1:
             raise ValueError("prefetch must be at least 1")
         self._dataset = dataset
         self._indices = iter(indices)
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._packing = packing
         self._ready: queue.Queue[MicroBatch | _End] = queue.Queue(maxsize=prefetch)
         self._closing = threading.Event()
         self._end: _End | None = None
@@ -122,13 +130,22 @@ class BatchLoader:
     def _batch(self, positions: npt.NDArray[np.int64]) -> MicroBatch:
         indices = tuple(int(k) for k in positions)
         samples = [self._dataset[k] for k in indices]
+        tokens_BS = _stack(samples, "tokens")
+        packing = self._packing
+        documents_BS = None if packing is None else packing.documents(tokens_BS)
+        positions_BS = None if packing is None else packing.position_ids(tokens_BS)
         return MicroBatch(
-            self._stack(samples, "tokens"),
-            self._stack(samples, "labels"),
-            self._stack(samples, "loss_mask"),
+            self._pinned(tokens_BS),
+            self._pinned(_stack(samples, "labels")),
+            self._pinned(_stack(samples, "loss_mask")),
             indices,
+            None if documents_BS is None else self._pinned(documents_BS),
+            None if positions_BS is None else self._pinned(positions_BS),
         )
 
-    def _stack(self, samples: list[dict[str, npt.NDArray[np.generic]]], key: str) -> torch.Tensor:
-        tensor = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self._pin else tensor
+
+
+def _stack(samples: list[dict[str, npt.NDArray[np.generic]]], key: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([sample[key] for sample in samples]))

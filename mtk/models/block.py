@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
 from mtk.models.attention import Attention, AttentionKernel, LayerCache
+from mtk.models.balance import BalanceLosses
 from mtk.models.mlp import MLP
+from mtk.models.moe import MoE
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -16,14 +18,19 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches.
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+    balance: the model's record; with it the MLP is a mixture of experts.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel, balance: BalanceLosses | None = None
+    ) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, kernel)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if balance is None else MoE(config, balance)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

@@ -25,6 +25,13 @@ def parameters(config: ModelConfig, vocab_size: int | None = None) -> int:
     return _t5(config, vocab)
 
 
+def active_parameters(config: ModelConfig) -> int:
+    """The parameters that a token goes through: fewer than all in a model with experts."""
+    if config.num_experts is None:
+        return parameters(config)
+    return count.active_parameter_count(config)
+
+
 def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops:
     """FLOPs of forward and backward for one token of the sample (T5: of the encoder)."""
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size

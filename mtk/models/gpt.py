@@ -5,7 +5,9 @@ Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,41 @@ from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
+from mtk.models.balance import BalanceLosses
 from mtk.models.block import Block, make_norm
 from mtk.models.rotary import rotary_table
+
+# x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
+Product = Callable[..., Tensor]
+
+
+class LayerRunner(Protocol):
+    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+
+    def __call__(
+        self,
+        blocks: Sequence[nn.Module],
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        documents: Tensor | None,
+    ) -> Tensor: ...
+
+
+def run_in_order(
+    blocks: Sequence[nn.Module],
+    x_BSE: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    caches: Sequence[LayerCache] | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """The :class:`LayerRunner` that keeps every activation."""
+    for index, block in enumerate(blocks):
+        cache = None if caches is None else caches[index]
+        x_BSE = block(x_BSE, rotary, mask, cache, documents)
+    return x_BSE
 
 
 class Embedding(nn.Module):
@@ -40,9 +75,10 @@ class OutputHead(nn.Module):
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.product: Product = F.linear
 
     def forward(self, x: Tensor, weight_VE: Tensor) -> Tensor:
-        logits = F.linear(x, weight_VE)
+        logits = self.product(x, weight_VE)
         return logits if weight_VE.shape[0] == self.vocab_size else logits[..., : self.vocab_size]
 
 
@@ -52,6 +88,9 @@ class GPT(nn.Module):
     Layers live in a dict by number, so that a pipeline stage can hold some of them and
     names in checkpoints never depend on the layout. Rows of the padded vocabulary never
     take part: the logits have exactly ``vocab_size`` columns.
+
+    A pipeline stage is this module after :meth:`keep`: ``first`` and ``last`` say whether it
+    takes tokens and whether it returns logits; elsewhere states go in and out.
     """
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> None:
@@ -59,29 +98,59 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise ValueError("the model needs a vocabulary size")
         self.config = config
-        self.embedding = Embedding(config)
+        self.first = self.last = True
+        self.embedding: Embedding | None = Embedding(config)
+        self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, kernel) for i in range(config.num_layers)}
+            {
+                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
+                for i in range(config.num_layers)
+            }
         )
-        self.final_norm = make_norm(config)
+        self.run_layers: LayerRunner = run_in_order
+        self.final_norm: nn.Module | None = make_norm(config)
         self.head = OutputHead(config.vocab_size)
         untied = config.untie_embeddings_and_output_weights
         self.output = (
             nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False) if untied else None
         )
-        if config.position_embedding_type == "rope":
+        self.fill_tables()
+
+    def fill_tables(self, device: torch.device | None = None) -> None:
+        """Compute the rotary tables on ``device``; they are no weights, and a model built on
+        the meta device has none until this is called."""
+        config = self.config
+        if config.position_embedding_type != "rope":
+            return
+        with torch.device(device) if device is not None else nullcontext():
             cos, sin = rotary_table(
                 config.positions,
                 config.head_size,
                 base=config.rotary_base,
                 percent=config.rotary_percent,
             )
-            self.register_buffer("rotary_cos", cos, persistent=False)
-            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+
+    def keep(self, layers: range, *, first: bool, last: bool) -> None:
+        """Become the pipeline stage that has these ``layers``; all else is dropped.
+
+        The last stage of a model with tied embeddings keeps the token matrix to multiply
+        with, under its own name; it is a copy of the first stage's.
+        """
+        self.first, self.last = first, last
+        self.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
+        if not first and self.embedding is not None:
+            if last and self.output is None:
+                self.embedding.positions = None
+            else:
+                self.embedding = None
+        if not last:
+            self.final_norm = self.output = None
 
     def forward(
         self,
-        tokens_BS: Tensor,
+        inputs: Tensor,
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -90,33 +159,39 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits [B, S, V] of the token after each input token.
 
-        positions: int64 [S] or [B, S], default 0..S-1. mask: bool, True where a query may
-        look, broadcastable to [B, heads, S, T]; None is causal (only right without
-        caches, or for the first tokens into empty ones). caches: one per layer. documents:
-        int64 [B, S], tokens look back inside their own document only.
+        inputs: token ids [B, S]; on a later pipeline stage the states of the stage before.
+        positions: int64 [S] or [B, S], default 0..S-1 (later stages must be told). mask:
+        bool, True where a query may look, broadcastable to [B, heads, S, T]; None is causal
+        (only right without caches, or for the first tokens into empty ones). caches: one per
+        layer. documents: int64 [B, S], tokens look back inside their own document only.
+
+        Returns states instead where a later pipeline stage follows.
         """
-        return self.logits(
-            self.hidden(tokens_BS, positions, mask=mask, caches=caches, documents=documents)
-        )
+        x = self.hidden(inputs, positions, mask=mask, caches=caches, documents=documents)
+        return self.logits(x) if self.last else x
 
     def hidden(
         self,
-        tokens_BS: Tensor,
+        inputs: Tensor,
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """States [B, S, E] after the final norm; arguments as for :meth:`forward`."""
+        """States [B, S, E] after the final norm (of a stage: after its last layer); arguments
+        as for :meth:`forward`. Raises ValueError on a later stage without ``positions``."""
         if positions is None:
-            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+            if not self.first:
+                raise ValueError("a later pipeline stage must be given the positions")
+            positions = torch.arange(inputs.shape[1], device=inputs.device)
         rotary = self._rotary(positions)
-        x_BSE = self.embedding(tokens_BS, positions)
-        for index, block in enumerate(self.layers.values()):
-            cache = None if caches is None else caches[index]
-            x_BSE = block(x_BSE, rotary, mask, cache, documents)
-        return self.final_norm(x_BSE)  # type: ignore[no-any-return]
+        x_BSE = inputs
+        if self.first and self.embedding is not None:
+            x_BSE = self.embedding(inputs, positions)
+        blocks = list(self.layers.values())
+        x_BSE = self.run_layers(blocks, x_BSE, rotary, mask, caches, documents)
+        return x_BSE if self.final_norm is None else self.final_norm(x_BSE)
 
     def logits(self, x_BSE: Tensor) -> Tensor:
         """Project states [..., E] to logits [..., V]."""
@@ -124,8 +199,13 @@ class GPT(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[padded vocabulary, E]; the token embedding when tied (Press & Wolf 2017)."""
-        return self.embedding.tokens.weight if self.output is None else self.output.weight
+        """[padded vocabulary, E]; the token embedding when tied (Press & Wolf 2017). Raises
+        ValueError on a pipeline stage that has neither."""
+        if self.output is not None:
+            return self.output.weight
+        if self.embedding is None:
+            raise ValueError("only the last pipeline stage has an output matrix")
+        return self.embedding.tokens.weight
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position_embedding_type != "rope":

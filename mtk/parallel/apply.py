@@ -1,49 +1,146 @@
-"""Apply what surrounds a model's modules, in one fixed order.
+"""From a plain model to this rank's part of it, in one fixed order.
 
-TP/SP and EP -> CP -> recompute -> per-block compile -> FSDP; pipeline stages split
-before and call this for each stage. This version has one process, so compile is the
-only technique; every other setting is refused before any work starts.
+Pipeline stages are cut first; then for each stage: tensor and sequence parallelism, experts,
+the context-parallel kernel, recomputation, compilation of each block, FSDP. All of it on the
+meta device: only what a rank holds is ever allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
 from mtk.errors import LayoutError, Problem
+from mtk.models.attention import AttentionKernel
+from mtk.models.build import build_model
 from mtk.models.gpt import GPT
+from mtk.parallel.context import context_kernel
+from mtk.parallel.deferred import Deferred, defer_weight_gradients
+from mtk.parallel.expert import shard_experts
+from mtk.parallel.fsdp import local_tensor, shard_data
+from mtk.parallel.pieces import Piece
+from mtk.parallel.ranks import Ranks
+from mtk.parallel.recompute import apply_recompute
+from mtk.parallel.schedules import SPLIT_BACKWARD
+from mtk.parallel.stages import Stages, cut, mark_tied, plan_stages
+from mtk.parallel.tensor import shard_tensors
 
-# Settings that only mean something with more than one rank, or that trade memory.
-_SINGLE_PROCESS = ParallelConfig()
+# The whole values of a parameter, by its name and shape.
+Values = Callable[[str, tuple[int, ...]], Tensor]
 
 
-def apply(model: GPT, parallel: ParallelConfig, runtime: RuntimeConfig) -> GPT:
-    """Return ``model`` ready to train under this layout. Raises LayoutError."""
-    require_supported(parallel)
+@dataclass(frozen=True)
+class Placed:
+    """This rank's part of a model.
+
+    parts: its (virtual) pipeline stages in order; without pipelining the one model. pieces:
+    what it holds of each of its parameters. shapes: of all parameters of the whole model.
+    stages: where all layers are. deferred: what delays weight gradients of each part, for
+    schedules that ask for it.
+    """
+
+    parts: tuple[GPT, ...]
+    pieces: Mapping[str, Piece]
+    shapes: Mapping[str, tuple[int, ...]]
+    stages: Stages | None = None
+    deferred: tuple[Deferred, ...] = ()
+
+    @classmethod
+    def whole(cls, model: GPT) -> Placed:
+        """A model that one process holds."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return cls((model,), {name: Piece.whole(s) for name, s in shapes.items()}, shapes)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters here by name. Where two stages hold the same one (tied embeddings in
+        the V schedule), the first stage's counts; ``Pipeline`` makes the other follow."""
+        found: dict[str, nn.Parameter] = {}
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                found.setdefault(name, parameter)
+        return found
+
+    def cast_copies(self, dtype: torch.dtype) -> None:
+        """Give second copies of a parameter the type in which the first one computes."""
+        first = {id(parameter) for parameter in self.named_parameters().values()}
+        for part in self.parts:
+            for parameter in part.parameters():
+                if id(parameter) not in first and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(dtype)
+
+
+def place(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    runtime: RuntimeConfig,
+    ranks: Ranks,
+    kernel: AttentionKernel,
+    dtype: torch.dtype,
+) -> Placed:
+    """Build the model under this layout; weights have no values yet (see :func:`fill`).
+
+    kernel: for whole sequences; context parallelism wraps it. dtype: of the computation;
+    without FSDP the weights are made in fp32 all the same.
+    """
+    kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
+    with torch.device("meta"):
+        whole = build_model(config, kernel)
+    shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
+    pieces = {name: Piece.whole(shape, copies) for name, shape in shapes.items()}
+    stages = plan_stages(config, parallel) if ranks.pp.size > 1 else None
+    parts = [whole]
+    if stages is not None:
+        parts = cut(config, stages, ranks.pp.rank, kernel)
+        pieces = mark_tied(pieces, config, stages, ranks)
+    delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
+    held: dict[str, Piece] = {}
+    deferred = []
+    for part in parts:
+        own = {name: pieces[name] for name, _ in part.named_parameters()}
+        deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
+        held |= own
+    delayed = tuple(found for found in deferred if found is not None)
+    return Placed(tuple(parts), held, shapes, stages, delayed)
+
+
+def _apply(
+    part: GPT,
+    parallel: ParallelConfig,
+    runtime: RuntimeConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    pieces: dict[str, Piece],
+    delays: bool,
+) -> Deferred | None:
+    """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
+    shard_experts(part, ranks, parallel.sequence_parallel, pieces)
+    deferred = defer_weight_gradients(part) if delays else None
+    apply_recompute(part, parallel)
     if runtime.compile:
-        for block in model.layers.values():
+        for block in part.layers.values():
             block.compile(dynamic=False)
-    return model
+    shard_data(part, ranks, parallel, dtype, pieces)
+    return deferred
 
 
-def require_supported(parallel: ParallelConfig) -> None:
-    """Raises LayoutError; for callers that have not built a model yet, which may not fit."""
-    problems = list(unsupported(parallel))
-    if problems:
-        raise LayoutError(problems)
-
-
-def unsupported(parallel: ParallelConfig) -> Iterator[Problem]:
-    """Settings that this version can plan but not run."""
-    for name in vars(_SINGLE_PROCESS):
-        value, only = getattr(parallel, name), getattr(_SINGLE_PROCESS, name)
-        if value != only:
-            rule = f"this version trains in one process and needs {only!r}"
-            fix = "mtk plan costs the layout; training it comes with the parallel core."
-            yield Problem(f"parallel.{name}", value, rule, fix)
+@torch.no_grad()
+def fill(placed: Placed, values: Values, device: torch.device) -> None:
+    """Allocate the parts on ``device`` and give every parameter its piece of ``values``."""
+    for part in placed.parts:
+        part.to_empty(device=device)
+        part.fill_tables(device)
+        for name, parameter in part.named_parameters():
+            piece = placed.pieces[name]
+            local_tensor(parameter).copy_(piece.cut(values(name, piece.shape)))
 
 
 def training_device(runtime: RuntimeConfig) -> torch.device:

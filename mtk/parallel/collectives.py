@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from mtk.parallel.compat import gather_first_dimension, scatter_sum_first_dimension
 from mtk.parallel.groups import Group
 
 # -- plain ------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ def all_gather(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    return _finish(functional.all_gather_tensor(x.contiguous(), 0, group.handle), group)
+    return _finish(gather_first_dimension(x.contiguous(), group.handle), group)
 
 
 def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
@@ -43,8 +45,7 @@ def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    out = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group.handle)
-    return _finish(out, group)
+    return _finish(scatter_sum_first_dimension(x.contiguous(), group.handle), group)
 
 
 def exchange(
@@ -62,6 +63,77 @@ def exchange(
         group.handle,
     )
     return _finish(out, group)
+
+
+class InFlight:
+    """Tensors on their way from another rank; :meth:`wait` hands them over."""
+
+    def __init__(
+        self,
+        received: Sequence[Tensor],
+        works: Sequence[dist.Work] = (),
+        sent: Sequence[Tensor] = (),
+        group: Group | None = None,
+        site: str = "",
+    ) -> None:
+        self._received, self._works = tuple(received), tuple(works)
+        # What is sent must live, and must not change, until it has left.
+        self._sent, self._group, self._site = tuple(sent), group, site
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The received tensors. On CUDA the current stream waits, the host does not."""
+        if self._group is not None:
+            _enter(self._group, self._site)
+            for work in self._works:
+                work.wait()
+            self._group.trace.leave()
+            self._works, self._sent, self._group = (), (), None
+        return self._received
+
+
+def shift(tensors: Sequence[Tensor], group: Group, site: str, step: int = 1) -> InFlight:
+    """Start to send ``tensors`` to the rank ``step`` further and to receive their like from the
+    rank ``step`` before, around the ring; what runs until ``wait()`` overlaps with it.
+
+    All ranks of the group must call it, with equal shapes. Not traceable: keep it out of
+    compiled regions.
+    """
+    if group.size == 1:
+        return InFlight(tensors)
+    _enter(group, site)
+    sent = [x.contiguous() for x in tensors]
+    received = [torch.empty_like(x) for x in sent]
+    target = group.ranks[(group.rank + step) % group.size]
+    source = group.ranks[(group.rank - step) % group.size]
+    # Point-to-point operations without coalescing on gloo, grouped on NCCL.
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x, target, group.handle) for x in sent]
+        + [dist.P2POp(dist.irecv, x, source, group.handle) for x in received]
+    )
+    group.trace.leave()
+    return InFlight(received, works, sent, group, site)
+
+
+def share_object(value: Any, group: Group, site: str) -> Any:
+    """What the group's first rank has, on every rank (small Python values)."""
+    if group.size == 1:
+        return value
+    _enter(group, site)
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    group.trace.leave()
+    return box[0]
+
+
+def gather_objects(value: Any, group: Group, site: str) -> list[Any]:
+    """What every rank has, in the group's order, on every rank (small Python values)."""
+    if group.size == 1:
+        return [value]
+    _enter(group, site)
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, value, group=group.handle)
+    group.trace.leave()
+    return found
 
 
 def _enter(group: Group, site: str) -> None:

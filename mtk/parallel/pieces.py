@@ -55,6 +55,9 @@ class Piece:
     def without_copies(self, group: Group) -> Piece:
         return replace(self, copies=tuple(g for g in self.copies if g.name != group.name))
 
+    def with_copies(self, group: Group) -> Piece:
+        return replace(self, copies=(*self.copies, group)) if group.size > 1 else self
+
     def with_partial(self, group: Group) -> Piece:
         """Each rank of ``group`` has the block, but only a part of its gradient."""
         return replace(self, partial=(*self.partial, group)) if group.size > 1 else self

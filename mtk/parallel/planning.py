@@ -5,13 +5,15 @@ Transformer Models", table 2) written term by term, so that other MLP widths, gr
 keys and 4-byte formats fit in; bytes of weights and optimizer follow the ZeRO table of
 Megatron's distributed optimizer (18 or 6 + 12/d a parameter in bf16 with fp32
 gradients). Not in it: fragmentation, workspaces, NCCL buffers, the CUDA context.
-Symbols: s sequence, b micro-batch, h hidden, a heads, t p c d the four degrees.
+Symbols: s sequence, b micro-batch, h hidden, a heads, t p c d the four degrees. A rank's
+place in the pipeline is called its stage, though it may hold several virtual ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mtk.config.layout_rules import expert_ffn, experts
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
 from mtk.models.count_families import layers_of, parameters
@@ -44,82 +46,182 @@ def fullest_rank(config: PlanConfig) -> RankMemory:
 
 
 def rank_memory(config: PlanConfig, stage: int) -> RankMemory:
-    """One rank of pipeline stage ``stage``."""
-    held = stage_parameters(config, stage)
-    weight, gradient, optimizer = BYTES[config.precision.precision]
+    """One rank at place ``stage`` of the pipeline."""
+    dense, expert = stage_parameters(config, stage)
     shards = config.data_parallel_size * config.parallel.context_parallel_size
-    sharding = config.parallel.data_parallel_sharding
-    everything = shards if sharding == "full" else 1
+    parts = [
+        _state(config, dense, shards),
+        _state(config, expert, max(1, shards // config.parallel.expert_model_parallel_size)),
+    ]
+    weights, gradients, optimizer = (sum(column) for column in zip(*parts, strict=True))
+    placed = stages_of(config, stage)
     return RankMemory(
         stage=stage,
-        parameters=held,
-        weights=held * weight / everything,
-        gradients=held * gradient / everything,
-        optimizer=held * optimizer / (1 if sharding == "replicate" else shards),
-        activations=layer_activations(config) * layers_in_flight(config, stage)
-        + (embedding_activations(config) if stage == 0 else 0),
-        logits=logits(config) if stage == config.parallel.pipeline_model_parallel_size - 1 else 0,
+        parameters=dense + expert,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=stage_activations(config, stage)
+        + (embedding_activations(config) if 0 in placed else 0),
+        logits=logits(config) if len(split_of(config)) - 1 in placed else 0,
     )
 
 
-def stage_parameters(config: PlanConfig, stage: int) -> float:
-    """Parameters a rank of this stage holds: matrices are shared over TP, norms counted so too."""
+def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer; ``ranks`` hold the same parameters and shard
+    them in groups of ranks / instances."""
+    weight, gradient, optimizer = BYTES[config.precision.precision]
+    sharding = config.parallel.data_parallel_sharding
+    shards = max(1, ranks // config.parallel.num_distributed_optimizer_instances)
+    everything = shards if sharding == "full" else 1
+    return (
+        held * weight / everything,
+        held * gradient / everything,
+        held * optimizer / (1 if sharding == "replicate" else shards),
+    )
+
+
+def split_of(config: PlanConfig) -> tuple[int, ...]:
+    """Layers of each (virtual) stage: as given, else as even as can be, the last ones shorter."""
+    parallel, layers = config.parallel, layers_of(config.model)
+    if parallel.pipeline_split is not None:
+        return parallel.pipeline_split
+    stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
+    each, more = divmod(layers, stages)
+    return tuple(each + (stage < more) for stage in range(stages))
+
+
+def stages_of(config: PlanConfig, rank: int) -> tuple[int, ...]:
+    """The (virtual) stages at a place of the pipeline: a loop, or the V of zbv."""
+    parallel = config.parallel
+    ranks, stages = parallel.pipeline_model_parallel_size, len(split_of(config))
+    if parallel.schedule(layers_of(config.model)) == "zbv":
+        return (rank, stages - 1 - rank)
+    return tuple(range(rank, stages, ranks))
+
+
+def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
+    """Parameters a rank of this stage holds, those of experts apart: matrices are shared over
+    TP (norms counted so too), experts over EP as well."""
     model, parallel = config.model, config.parallel
-    last = parallel.pipeline_model_parallel_size - 1
+    split, placed = split_of(config), stages_of(config, stage)
     table = model.padded_vocab_size * model.hidden_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
-    blocks = parameters(model) - tables * table
-    held = blocks / parallel.pipeline_model_parallel_size
-    if stage == 0:
-        held += table
+    share = sum(split[index] for index in placed) / sum(split)
+    in_experts = expert_parameters(model)
+    held = (parameters(model) - tables * table - in_experts) * share
+    first, last = 0 in placed, len(split) - 1 in placed
     # A tied output matrix is a second copy where first and last stage differ.
-    if stage == last and (last > 0 or tables == 2):
-        held += table
-    return held / parallel.tensor_model_parallel_size
+    held += table * (first + last if tables == 2 or not (first and last) else 1)
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    return held / tp, in_experts * share / tp / ep
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of all experts of all layers; they have no biases."""
+    if not experts(model):
+        return 0
+    matrices = 3 if model.activation == "swiglu" else 2
+    layers = getattr(model, "moe_layers", model.num_layers)
+    return layers * experts(model) * matrices * model.hidden_size * expert_ffn(model)
+
+
+def micro_batches(config: PlanConfig) -> int:
+    """Micro-batches of a step on each rank."""
+    return config.global_batch_size // (config.batch.micro_batch_size * config.data_parallel_size)
+
+
+def micro_batches_in_flight(config: PlanConfig, stage: int) -> float:
+    """Micro-batches whose activations are alive at once on a rank, at most.
+
+    1F1B and ZB1P fill the pipeline from a rank on (Narayanan et al. 2021, Qi et al. 2023);
+    virtual stages add a part of it; zbv holds as much on every rank (Qi et al. 2024).
+    """
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    if parallel.schedule(layers_of(config.model)) == "zbv":
+        return float(min(stages, micro_batches(config)))
+    alive = float(min(stages - stage, micro_batches(config)))
+    each = len(split_of(config)) // stages
+    return alive * (1 + (stages - 1) / (stages * each)) if each > 1 else alive
 
 
 def layers_in_flight(config: PlanConfig, stage: int) -> float:
-    """Layers x micro-batches whose activations are alive at once in 1F1B."""
+    """Layers x micro-batches whose activations are alive at once."""
+    split = split_of(config)
+    held = sum(split[index] for index in stages_of(config, stage))
+    return held * micro_batches_in_flight(config, stage)
+
+
+def stage_activations(config: PlanConfig, stage: int) -> float:
+    """Bytes of a rank's layers at the peak: what all micro-batches in flight keep, and what is
+    being recomputed."""
+    parallel, split = config.parallel, split_of(config)
+    counts = [split[index] for index in stages_of(config, stage)]
+    alive = micro_batches_in_flight(config, stage)
+    if parallel.recompute_granularity != "full":
+        return layers_in_flight(config, stage) * layer_activations(config)
+    unit = parallel.recompute_num_layers or 1
+    whole, states = whole_layer_activations(config), layer_input(config)
+    if parallel.recompute_method == "uniform":
+        kept = sum(-(-count // unit) for count in counts) * states
+        return kept * alive + min(unit, max(counts)) * whole
+    kept = sum(min(unit, count) * states + max(0, count - unit) * whole for count in counts)
+    # A layer that is kept whole is free again when a recomputed one before it needs the room.
+    return kept * alive + (whole if unit >= max(counts) else 0)
+
+
+def layer_input(config: PlanConfig) -> float:
+    """Bytes of a layer's input, for one micro-batch on one rank."""
     parallel = config.parallel
-    stages = parallel.pipeline_model_parallel_size
-    per_stage = layers_of(config.model) / stages
-    microbatches = config.global_batch_size // (
-        config.batch.micro_batch_size * config.data_parallel_size
-    )
-    alive = float(min(stages - stage, microbatches))
-    chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if chunk and stages > 1:
-        chunks = config.model.num_layers / stages / chunk
-        alive *= 1 + (stages - 1) / (stages * chunks)
-    return per_stage * alive
+    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return _tokens(config) * config.model.hidden_size * _element(config) / parts
 
 
 def layer_activations(config: PlanConfig) -> float:
-    """Bytes that one layer keeps for backward, for one micro-batch on one rank."""
+    """Bytes that a recomputed layer, or each layer without full recomputation, keeps for
+    backward, for one micro-batch on one rank; what is being recomputed not counted."""
+    if config.parallel.recompute_granularity == "full":
+        return layer_input(config)
+    return _projections(config) + attention_matrix(config) / _tp(config)
+
+
+def whole_layer_activations(config: PlanConfig) -> float:
+    """Bytes that one layer keeps, or makes anew, without recomputation."""
+    return _projections(config) + _scores(config) / _tp(config)
+
+
+def _projections(config: PlanConfig) -> float:
+    """All of a layer but the attention matrix."""
     model, parallel = config.model, config.parallel
-    tokens = model.seq_length / parallel.context_parallel_size * config.batch.micro_batch_size
-    tp = parallel.tensor_model_parallel_size
-    norms_tp = tp if parallel.sequence_parallel else 1
-    size = _element(config)
-    if parallel.recompute_granularity == "full":
-        # Only the layer's input is kept; the layer being recomputed is not counted.
-        return tokens * model.hidden_size * size / norms_tp
+    tokens, size = _tokens(config), _element(config)
+    norms_tp = _tp(config) if parallel.sequence_parallel else 1
     dropout = 1 if model.hidden_dropout else 0
     # Two norm inputs and the inputs of QKV and of the MLP, and two dropout masks.
     shared = tokens * model.hidden_size * (4 * size + 2 * dropout) / norms_tp
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
     gates = 2 if model.activation == "swiglu" else 1
-    sharded = 2 * queries + keys_values + (gates + 1) * model.ffn_size
-    return shared + (tokens * sharded * size + attention_matrix(config)) / tp
+    mlp = (gates + 1) * model.ffn_size
+    if experts(model):
+        # Each token's input and inner states, once for every expert it goes to.
+        routed: int = getattr(model, "moe_router_topk", 1)
+        mlp = routed * ((gates + 1) * expert_ffn(model) + model.hidden_size)
+    return shared + tokens * (2 * queries + keys_values + mlp) * size / _tp(config)
+
+
+def _tp(config: PlanConfig) -> int:
+    return config.parallel.tensor_model_parallel_size
 
 
 def attention_matrix(config: PlanConfig) -> float:
-    """Bytes of softmax, its mask and its dropped-out copy: the 5as/h term; 0 where a kernel
-    or selective recomputation does not keep them."""
+    """Bytes of softmax, its mask and its dropped-out copy that each layer keeps: the 5as/h
+    term; 0 where a kernel or recomputation does not keep them."""
+    return 0.0 if config.parallel.recompute_granularity is not None else _scores(config)
+
+
+def _scores(config: PlanConfig) -> float:
     model = config.model
-    unkept = config.runtime.attention_backend == "flash"
-    if unkept or config.parallel.recompute_granularity is not None:
+    if config.runtime.attention_backend == "flash":
         return 0.0
     size = _element(config)
     kept = 2 * size + 1 if model.attention_dropout else size

@@ -17,9 +17,10 @@ class Ranks:
     """Groups of one rank. With one process all of them have one member.
 
     kv: tensor-parallel ranks that hold the same key/value heads (more ranks than groups).
-    shards: data x context; shards_mesh: the same as [replicas, shards] for FSDP2, None
-    where there is one. ends: first and last pipeline stage, of which only their ranks are
-    members (elsewhere a group of one).
+    shards: data x context; shards_mesh: the same as [replicas, fsdp] for FSDP2, None where
+    there is one such rank; replicas: those that hold the same shard. expert_*: the same for
+    experts, where the mesh may be of one rank. ends: first and last pipeline stage (a group
+    of one on the stages between).
     """
 
     dims: Dims = Dims()
@@ -36,6 +37,8 @@ class Ranks:
     expert_shards: Group = Group("expert_shards")
     ends: Group = Group("ends")
     kv: Group = Group("kv")
+    replicas: Group = Group("replicas")
+    expert_replicas: Group = Group("expert_replicas")
     shards_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     trace: Trace = field(default_factory=NoTrace)
@@ -79,25 +82,23 @@ def make_ranks(
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
     groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
     trace.know({name: group.ranks for name, group in groups.items()})
-    meshes = [
-        _mesh(
-            dims.partition(axis),
-            dims.replicas if sharded else groups[axis].size,
-            rank,
-            device,
-            made,
-            groups[axis],
-        )
-        for axis in ("shards", "expert_shards")
-    ]
+    meshes: dict[str, DeviceMesh | None] = {"shards": None, "expert_shards": None}
+    replicas = {"shards": Group("replicas"), "expert_shards": Group("expert_replicas")}
+    for axis in meshes if dims.shards > 1 else ():
+        copies = dims.replicas if sharded else groups[axis].size
+        rows, columns = _rows_and_columns(dims.partition(axis), copies)
+        replicas[axis] = _group(replicas[axis].name, columns, rank, made, trace)
+        meshes[axis] = _mesh(rows, columns, rank, device, made, groups[axis])
     return Ranks(
         dims,
         rank,
         local_rank,
         device,
         **groups,
-        shards_mesh=meshes[0],
-        expert_mesh=meshes[1],
+        replicas=replicas["shards"],
+        expert_replicas=replicas["expert_shards"],
+        shards_mesh=meshes["shards"],
+        expert_mesh=meshes["expert_shards"],
         trace=trace,
     )
 
@@ -131,6 +132,15 @@ def _group(
     return mine
 
 
+def _rows_and_columns(
+    partition: list[tuple[int, ...]], copies: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Each group as ``copies`` rows: neighbours in a row shard, columns hold copies."""
+    shards = len(partition[0]) // copies
+    rows = [r[k * shards : (k + 1) * shards] for r in partition for k in range(copies)]
+    return rows, [r[k::shards] for r in partition for k in range(shards)]
+
+
 def _new_group(ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
     """With the timeout of the default group, which torch does not hand down by itself."""
     default = dist.distributed_c10d._get_default_group()
@@ -141,20 +151,14 @@ def _new_group(ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
 
 
 def _mesh(
-    partition: list[tuple[int, ...]],
-    replicas: int,
+    rows: list[tuple[int, ...]],
+    columns: list[tuple[int, ...]],
     rank: int,
     device: torch.device,
     made: dict[tuple[int, ...], dist.ProcessGroup],
     group: Group,
-) -> DeviceMesh | None:
-    """[replicas, shards] of the ranks of ``group``: neighbours shard, far ones are copies."""
-    size = len(partition[0])
-    if size == 1:
-        return None
-    shards = size // replicas
-    rows = [r[k * shards : (k + 1) * shards] for r in partition for k in range(replicas)]
-    columns = [r[k::shards] for r in partition for k in range(shards)]
+) -> DeviceMesh:
+    """[replicas, fsdp] of the ranks of ``group``."""
     handles = []
     for kind, lists in (("replicas", columns), ("fsdp", rows)):
         for ranks in lists:
@@ -162,5 +166,5 @@ def _mesh(
             if ranks not in made:
                 made[ranks] = _new_group(ranks, kind)
         handles.append(next(made[ranks] for ranks in lists if rank in ranks))
-    layout = torch.tensor(group.ranks).view(replicas, shards)
+    layout = torch.tensor(group.ranks).view(-1, len(rows[0]))
     return DeviceMesh.from_group(handles, device.type, layout, mesh_dim_names=("replicas", "fsdp"))

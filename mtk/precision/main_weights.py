@@ -1,15 +1,17 @@
 """fp32 main weights beside parameters of lower precision.
 
 The optimizer and checkpoints see the main weights only. For fp32 training they are the
-parameters themselves and nothing is copied.
+parameters themselves and nothing is copied. Under FSDP the stored shards are the main
+weights: it gathers them in lower precision and reduces gradients in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -19,52 +21,61 @@ COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
 
 
 class MainWeights:
-    """Main weights by name; ``model`` computes in ``dtype`` afterwards.
+    """Main weights by name, as plain tensors of what this rank holds.
 
     Construct it while the model still has its fp32 initial weights, so that the main
-    weights start unrounded. Buffers (rotary tables) stay fp32.
+    weights start unrounded; the model computes in ``dtype`` afterwards. Buffers (rotary
+    tables) stay fp32.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        self._parameters = dict(parameters)
         self.weights: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            if dtype == torch.float32:
+            if isinstance(parameter, DTensor):
+                self.weights[name] = parameter.to_local().detach()
+            elif dtype == torch.float32:
                 self.weights[name] = parameter
             else:
                 self.weights[name] = parameter.detach().clone().requires_grad_()
                 parameter.data = parameter.data.to(dtype)
-        self._copies = dtype != torch.float32
 
+    def _separate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, main weight) where the two are not the same object."""
+        for name, parameter in self._parameters.items():
+            if self.weights[name] is not parameter:
+                yield parameter, self.weights[name]
+
+    @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to the main ones in fp32; call after each backward."""
-        if not self._copies:
-            return
-        for name, parameter in self._parameters.items():
+        for parameter, main in self._separate():
             if parameter.grad is None:
                 continue
-            main = self.weights[name]
+            gradient = parameter.grad
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if main.grad is None:
-                main.grad = parameter.grad.float()
+                main.grad = local.float()
             else:
-                main.grad += parameter.grad
+                main.grad += local
             parameter.grad = None
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Whether every main weight is a number; waits for the device."""
+        """Whether every main weight of this rank is a number; waits for the device."""
         return all(bool(torch.isfinite(weight).all()) for weight in self.weights.values())
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the main weights into the parameters; call after each optimizer step."""
-        if self._copies:
-            for name, parameter in self._parameters.items():
-                parameter.copy_(self.weights[name])
+        for parameter, main in self._separate():
+            if not isinstance(parameter, DTensor):
+                parameter.copy_(main)
 
     @torch.no_grad()
     def restore(self, name: str, tensor: Tensor) -> None:
         """Set one main weight and its parameter from a checkpoint."""
         self.weights[name].copy_(tensor)
-        if self._copies:
-            self._parameters[name].copy_(tensor)
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(tensor)

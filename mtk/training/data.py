@@ -17,10 +17,11 @@ from mtk.artifacts.hashing import sha256_json
 from mtk.config.pretrain import DataConfig, PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
 from mtk.data.blend import parse_blend
-from mtk.data.build import SampleCounts, build_splits
+from mtk.data.build import SampleCounts, build_splits, end_of_document
 from mtk.data.dataset_artifact import DatasetInfo, open_dataset
 from mtk.data.indexed_dataset import IndexedDataset
 from mtk.data.loader import BatchLoader
+from mtk.data.packing import Packing
 from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, DataError, Problem
@@ -132,6 +133,8 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         "length": samples if options.data_order == "megatron" else None,
         "sequence": config.model.seq_length,
         "eod_mask_loss": options.eod_mask_loss,
+        "reset_attention_mask": options.reset_attention_mask,
+        "reset_position_ids": options.reset_position_ids,
         "mock": options.mock_data,
     }
     return sha256_json(content)
@@ -142,8 +145,30 @@ def _weights(items: Sequence[str]) -> list[str]:
     return [Path(item).name for item in items]
 
 
-def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: Reporter) -> RunData:
-    """Datasets, loaders and the bytes-per-token table of a run. Raises DataError."""
+@dataclass(frozen=True)
+class Share:
+    """How one of the data-parallel ranks reads.
+
+    micro: samples of a micro-batch. packing: what the documents inside a sample mean.
+    """
+
+    micro: int
+    rank: int = 0
+    size: int = 1
+    packing: Packing | None = None
+
+
+def run_data(
+    config: PretrainConfig,
+    data: OpenedData,
+    samples: int,
+    reporter: Reporter,
+    rank: int = 0,
+    size: int = 1,
+) -> RunData:
+    """Datasets, loaders and the bytes-per-token table of a run, for one of ``size``
+    data-parallel ranks. Raises DataError, and ConfigError where an option needs an EOD that is
+    not known."""
     schedule = batch_schedule(config)
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
@@ -157,39 +182,69 @@ def run_data(config: PretrainConfig, data: OpenedData, samples: int, reporter: R
         notify=reporter.info,
     )
     assert splits.train is not None
-    train, micro = splits.train, config.batch.micro_batch_size
+    packed = packing(config, data, reporter)
+    train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
     return RunData(
-        train=lambda consumed: _batches(train, consumed, samples, schedule.at, micro),
-        valid=_fixed(splits.valid, fixed, micro),
-        test=_fixed(splits.test, fixed, micro),
+        train=lambda consumed: _batches(train, consumed, samples, schedule.at, share),
+        valid=_fixed(splits.valid, fixed, share),
+        test=_fixed(splits.test, fixed, share),
         train_samples=samples,
         token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
     )
 
 
-def _fixed(dataset: SampleDataset | None, samples: int, micro: int) -> Batches | None:
-    """The first ``samples`` of a held-out split, or all it has; a last part may be smaller."""
+def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Packing | None:
+    """What the documents inside a sample mean for this run; None where they mean nothing.
+
+    Raises ConfigError if no EOD is known.
+    """
+    options = config.data
+    if not options.reset_attention_mask and not options.reset_position_ids:
+        return None
+    eod = end_of_document(options, data.eod, config.model.vocab_size)
+    assert eod is not None
+    for dataset in data.datasets:
+        if dataset.artifact is not None and not dataset.artifact.metrics.get("append_eod", True):
+            reporter.warn(
+                f"{dataset.prefix} was made without --append-eod: nothing tells where its "
+                f"documents end, and --reset-attention-mask and --reset-position-ids do nothing"
+            )
+    return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
+
+
+def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
+    """The first ``samples`` of a held-out split, or all it has.
+
+    All ranks get equally many micro-batches of the same size, which collectives and pipelines
+    need: what lacks in the last ones is filled with samples that do not count.
+    """
     if dataset is None:
         return None
     count = min(samples, len(dataset))
-    positions = [np.arange(k, min(k + micro, count)) for k in range(0, count, micro)]
+    step = share.micro * share.size
+    starts = [k + share.micro * share.rank for k in range(0, count, step)]
+    real = [np.arange(k, min(k + share.micro, count)) for k in starts]
+    filled = [np.concatenate([r, np.zeros(share.micro - len(r), dtype=r.dtype)]) for r in real]
 
     def batches() -> Iterator[GlobalBatch]:
-        with closing(BatchLoader(dataset, positions)) as loader:
-            for batch in loader:
-                yield GlobalBatch([batch], samples=len(batch.indices_B))
+        with closing(BatchLoader(dataset, filled, packing=share.packing)) as loader:
+            for positions, batch in zip(real, loader, strict=True):
+                batch.loss_mask_BS[len(positions) :] = 0.0
+                yield GlobalBatch([batch], samples=len(positions))
 
     return batches
 
 
 def _batches(
-    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], micro: int
+    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], share: Share
 ) -> Iterator[GlobalBatch]:
     """Global batches from a cursor on, read ahead by one thread."""
     consumed = start
-    with closing(BatchLoader(dataset, micro_batches(start, stop, size_at, micro))) as loader:
+    order = micro_batches(start, stop, size_at, share.micro, share.rank, share.size)
+    with closing(BatchLoader(dataset, order, packing=share.packing)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
-            yield GlobalBatch([next(loader) for _ in range(size // micro)], samples=size)
+            own = size // (share.micro * share.size)
+            yield GlobalBatch([next(loader) for _ in range(own)], samples=size)
             consumed += size
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import GateError, Interrupted
 from mtk.log import Progress, Reporter
+from mtk.parallel.collectives import all_reduce
 from mtk.training.batch import GlobalBatch
 from mtk.training.evaluate import held_out_loss
-from mtk.training.metrics import MetricsLog
+from mtk.training.metrics import Log
 from mtk.training.progress import RunProgress
 from mtk.training.step import Stepper, StepResult
 from mtk.training.stop import StopRequest
@@ -50,7 +51,7 @@ class Loop:
         stepper: Stepper,
         data: RunData,
         progress: RunProgress,
-        log: MetricsLog,
+        log: Log,
         reporter: Reporter,
         save: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -74,15 +75,23 @@ class Loop:
         with self.reporter.progress("training", target, "samples", done) as bar:
             for batch in self.data.train(done):
                 self._one_step(batch, bar)
-                if stop and progress.consumed_samples < target:
+                if self._stops(stop) and progress.consumed_samples < target:
                     self._save()
-                    assert stop.signal is not None
+                    cause = stop.signal.name if stop.signal else "a signal on another rank was"
                     raise Interrupted(
-                        f"{stop.signal.name} received: saved step {progress.step}. "
+                        f"{cause} received: saved step {progress.step}. "
                         f"The same command continues from there."
                     )
         self._finish()
         return self.metrics
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop: all of them must save the same step."""
+        world = self.stepper.ranks.world
+        if world.size == 1:
+            return bool(stop)
+        asked = torch.tensor(1 if stop else 0)
+        return all_reduce(asked, world, "loop.stop", "max").item() > 0
 
     def _one_step(self, batch: GlobalBatch, bar: Progress) -> None:
         progress, logging = self.progress, self.config.logging
@@ -137,6 +146,7 @@ class Loop:
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": result.norm.item(),
+                **{name: value.item() for name, value in result.balance.items()},
                 "loss_scale": self.stepper.loss_scale.scale,
                 "skipped_steps": progress.skipped_steps,
                 "samples": progress.consumed_samples,
@@ -162,7 +172,7 @@ class Loop:
             return
         started = time.perf_counter()
         result = held_out_loss(
-            self.stepper.model, batches(), self.stepper.device, self.data.token_bytes_V
+            self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
         )
         self.metrics[name] = result
         self.log.write(name, self.progress.step, result)
@@ -182,7 +192,7 @@ class Loop:
         if self.progress.interval_steps:
             self._check_finite(self.progress.interval_loss)
         # A loss is taken before its step's update and cannot vouch for the weights.
-        if not self.stepper.main.finite():
+        if not self.stepper.finite():
             raise GateError(
                 f"the weights are no longer finite after step {self.progress.step}. The newest "
                 f"checkpoint is step {self._saved_step}; lower --lr or check the data."

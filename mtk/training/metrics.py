@@ -18,6 +18,23 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+class Log(Protocol):
+    """Where the loop's records go."""
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoLog:
+    """For ranks other than the first."""
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        del event, step, values
+
+    def close(self) -> None:
+        return
+
+
 class MetricsLog:
     """``metrics.jsonl``: one record a log line or evaluation.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,11 +45,16 @@ class Optimizer:
             weight.grad = None
 
     @torch.no_grad()
-    def unscale_and_norm(self, scale: float) -> Tensor:
-        """Divide gradients by the loss scale; return their global L2 norm (inf if not finite)."""
+    def unscale(self, scale: float) -> None:
+        """Divide gradients by the loss scale."""
         gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-        if scale != 1.0:
+        if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, 1.0 / scale)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """L2 norm of all gradients on this rank (inf if not finite)."""
+        gradients = [w.grad for w in self._weights.values() if w.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
@@ -58,7 +63,8 @@ class Optimizer:
         if self._clip > 0:
             coefficient = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-            torch._foreach_mul_(gradients, coefficient)
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
 
     def step(self, lr: float, weight_decay: float) -> None:
         """One update with this learning rate and this decay (for what decays)."""
@@ -77,18 +83,23 @@ class Optimizer:
                     tensors[f"{key}.{name}"] = state[key]
         return tensors
 
+    def state_names(self) -> list[str]:
+        """Names of all tensors of the state once a step was taken."""
+        return [f"{key}.{name}" for name in self._weights for key in (*_STATES, "step")]
+
+    def check_names(self, found: set[str], weights: Iterable[str]) -> None:
+        """``found`` is the state of all ``weights`` of the model. Raises CheckpointError."""
+        wanted = {f"{key}.{name}" for name in weights for key in (*_STATES, "step")}
+        if found != wanted:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state does not fit the model, e.g. "
+                f"{sorted(found ^ wanted)[:5]}. Use --finetune to start with a fresh optimizer."
+            )
+
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of :meth:`state_tensors`. Raises CheckpointError."""
-        wanted = {f"{key}.{name}" for name in self._weights for key in (*_STATES, "step")}
-        if tensors and set(tensors) != wanted:
-            differing = sorted(set(tensors) ^ wanted)[:5]
-            raise CheckpointError(
-                f"the checkpoint's optimizer state does not fit the model, e.g. {differing}. "
-                f"Use --finetune to start with a fresh optimizer."
-            )
-        if not tensors:
-            return
+        self.check_names(set(tensors), self._weights)
         for name, weight in self._weights.items():
             state: dict[str, Tensor] = {}
             for key in _STATES:

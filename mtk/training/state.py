@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mtk.checkpoint.load import check_names
-from mtk.checkpoint.save import CheckpointContent
-from mtk.checkpoint.tensors import iterate_tensors, read_index, read_tensors
-from mtk.config.model import ModelConfig
+from mtk.checkpoint.sharded import Block, read_block
+from mtk.checkpoint.tensors import read_index, read_tensors
 from mtk.errors import CheckpointError
+from mtk.parallel.rng import stream_seed
 from mtk.training.progress import RunProgress
 from mtk.training.random_state import random_state, restore_random_state
 from mtk.training.step import Stepper
@@ -38,39 +41,90 @@ class Identity:
         ]
 
 
-def gather(
-    stepper: Stepper,
-    progress: RunProgress,
-    identity: Identity,
-    model_config: ModelConfig,
-    tokenizer_folder: Path | None,
-) -> CheckpointContent:
-    """The content of a checkpoint taken between two steps."""
-    return CheckpointContent(
-        model_config=model_config,
-        weights=stepper.main.weights,
-        optimizer=stepper.optimizer.state_tensors(),
-        random=random_state(stepper.device),
-        training={
-            "progress": progress.to_dict(),
-            "loss_scale": stepper.loss_scale.to_dict(),
-            "identity": vars(identity),
-        },
-        tokenizer_folder=tokenizer_folder,
-    )
+def training_record(stepper: Stepper, progress: RunProgress, identity: Identity) -> dict[str, Any]:
+    """What ``training.json`` holds; ``layout`` only where several ranks trained."""
+    record = {
+        "progress": progress.to_dict(),
+        "loss_scale": stepper.loss_scale.to_dict(),
+        "identity": vars(identity),
+    }
+    if stepper.ranks.distributed:
+        record["layout"] = vars(stepper.ranks.dims)
+    return record
+
+
+def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
+    """The blocks this rank writes, by index: model, optimizer, random."""
+    model, optimizer = {}, {}
+    for name, weight in stepper.main.weights.items():
+        piece = stepper.pieces[name]
+        if piece.owner:
+            model[name] = Block(weight, piece.shape, piece.offset)
+    for key, tensor in stepper.optimizer.state_tensors().items():
+        kind, name = key.split(".", 1)
+        piece = stepper.pieces[name]
+        # A count of steps belongs to the whole parameter: the rank of its first block writes it.
+        if kind == "step" and piece.owner and not any(piece.offset):
+            optimizer[key] = Block(tensor, (), ())
+        elif kind != "step" and piece.owner:
+            optimizer[key] = Block(tensor, piece.shape, piece.offset)
+    random = {
+        f"{_prefix(stepper)}{name}": Block(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
+        for name, tensor in random_state(stepper.device).items()
+    }
+    return {"model": model, "optimizer": optimizer, "random": random}
+
+
+def _prefix(stepper: Stepper) -> str:
+    return f"rank{stepper.ranks.rank:05}." if stepper.ranks.distributed else ""
 
 
 def restore_weights(stepper: Stepper, folder: Path) -> None:
-    """Weights only, strictly by name and shape. Raises CheckpointError."""
-    weights = stepper.main.weights
-    check_names(set(read_index(folder, "model")), set(weights), folder)
-    for name, tensor in iterate_tensors(folder, "model"):
-        if tensor.shape != weights[name].shape:
+    """Weights only, strictly by name and shape, in any layout. Raises CheckpointError."""
+    entries = read_index(folder, "model")
+    shapes = stepper.placed.shapes
+    check_names(set(entries), set(shapes), folder)
+    for name, shape in shapes.items():
+        if tuple(entries[name]["shape"]) != shape:
             raise CheckpointError(
-                f"{folder}: {name} is {list(tensor.shape)}, the model needs "
-                f"{list(weights[name].shape)}. Give the sizes it was trained with."
+                f"{folder}: {name} is {entries[name]['shape']}, the model needs "
+                f"{list(shape)}. Give the sizes it was trained with."
             )
-        stepper.main.restore(name, tensor)
+    for name, piece in stepper.pieces.items():
+        block = read_block(folder, name, entries[name], piece.offset, piece.size)
+        stepper.main.restore(name, block)
+    stepper.passes.refresh()
+
+
+def restore_optimizer(stepper: Stepper, folder: Path) -> None:
+    """Moments and step counts of this rank's weights. Raises CheckpointError."""
+    # There is no state while fp16 has skipped every step.
+    if not (folder / "optimizer.index.json").is_file():
+        return
+    entries = read_index(folder, "optimizer")
+    stepper.optimizer.check_names(set(entries), set(stepper.placed.shapes))
+    tensors: dict[str, Tensor] = {}
+    for key in stepper.optimizer.state_names():
+        kind, name = key.split(".", 1)
+        piece = stepper.pieces[name]
+        region = ((), ()) if kind == "step" else (piece.offset, piece.size)
+        tensors[key] = read_block(folder, key, entries[key], *region)
+    stepper.optimizer.restore(tensors)
+
+
+def restore_random(stepper: Stepper, folder: Path, training: Mapping[str, Any], seed: int) -> None:
+    """The generators' states where the layout is the one that saved them; else new streams."""
+    ranks = stepper.ranks
+    saved = training.get("layout")
+    if saved == (vars(ranks.dims) if ranks.distributed else None):
+        prefix = _prefix(stepper)
+        names = [name for name in read_index(folder, "random") if name.startswith(prefix)]
+        state = read_tensors(folder, "random", names)
+        restored = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        restore_random_state(restored, stepper.device)
+    else:
+        step = int(training["progress"]["step"])
+        torch.manual_seed(stream_seed(seed, ranks, stepper.sequence_parallel, step))
 
 
 def restore(stepper: Stepper, folder: Path, identity: Identity) -> RunProgress:
@@ -86,10 +140,8 @@ def restore(stepper: Stepper, folder: Path, identity: Identity) -> RunProgress:
             f"Use another --save, or --finetune --load {folder} to take over its weights only."
         )
     restore_weights(stepper, folder)
-    # There is no state while fp16 has skipped every step.
-    if (folder / "optimizer.index.json").is_file():
-        stepper.optimizer.restore(read_tensors(folder, "optimizer"))
-    restore_random_state(read_tensors(folder, "random"), stepper.device)
+    restore_optimizer(stepper, folder)
+    restore_random(stepper, folder, training, identity.seed)
     stepper.loss_scale = stepper.loss_scale.restored(training["loss_scale"])
     return RunProgress.from_dict(training["progress"])
 

@@ -2,51 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtk.models.gpt import GPT
+from mtk.models.balance import NAMES
+from mtk.parallel.apply import Placed
+from mtk.parallel.collectives import all_reduce
+from mtk.parallel.grads import squared_norm, sum_partial_gradients
+from mtk.parallel.pieces import Piece
+from mtk.parallel.ranks import Ranks
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
-from mtk.training.loss import summed_loss
 from mtk.training.optimizer import Optimizer
+from mtk.training.passes import Passes
 from mtk.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
-    on the device); applied: False when fp16 overflowed and the update was skipped."""
+    on the device, the same on every rank); applied: False when fp16 overflowed and the
+    update was skipped; balance: an MoE model's balancing losses by name, without their
+    coefficients (they are not part of loss)."""
 
     loss: Tensor
     norm: Tensor
     applied: bool
+    balance: Mapping[str, Tensor]
 
 
 class Stepper:
-    """Model, main weights and optimizer, moved one step at a time."""
+    """Passes, main weights and optimizer, moved one step at a time.
+
+    placed: what this rank holds of the model.
+    """
 
     def __init__(
         self,
-        model: GPT,
+        passes: Passes,
         main: MainWeights,
         optimizer: Optimizer,
         schedule: Schedule,
         loss_scale: LossScale,
-        device: torch.device,
+        ranks: Ranks,
+        placed: Placed,
+        sequence_parallel: bool = False,
     ) -> None:
-        self.model, self.main, self.optimizer = model, main, optimizer
-        self.schedule, self.loss_scale, self.device = schedule, loss_scale, device
+        self.passes, self.main, self.optimizer = passes, main, optimizer
+        self.schedule, self.loss_scale = schedule, loss_scale
+        self.ranks, self.placed = ranks, placed
+        self.sequence_parallel = sequence_parallel
+        self.balance = [part.balance for part in placed.parts if part.balance is not None]
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """What this rank holds of each weight."""
+        return self.placed.pieces
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
-        self.model.train()
         self.optimizer.zero_grad()
-        loss = self._forward_backward(batch)
-        norm = self.optimizer.unscale_and_norm(self.loss_scale.scale)
+        loss, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
@@ -56,20 +80,38 @@ class Stepper:
                 self.schedule.lr(scheduled_samples), self.schedule.weight_decay(scheduled_samples)
             )
             self.main.publish()
-        return StepResult(loss, norm, finite)
+            self.passes.refresh()
+        named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
+        return StepResult(loss, norm, finite, named)
 
-    def _forward_backward(self, batch: GlobalBatch) -> Tensor:
+    def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss, global gradient norm, and balancing losses as in ``balance.NAMES`` (zero
+        for a dense model); gradients stay on the main weights."""
         valid = batch.valid_tokens().to(self.device)
-        total = torch.zeros((), device=self.device)
-        for micro in batch.micro_batches:
-            logits_BSV = self.model(micro.tokens_BS.to(self.device, non_blocking=True))
-            loss = summed_loss(
-                logits_BSV,
-                micro.labels_BS.to(self.device, non_blocking=True),
-                micro.loss_mask_BS.to(self.device, non_blocking=True),
-            )
-            loss = loss / valid
-            (loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
-            self.main.collect_gradients()
-            total += loss.detach()
-        return total
+        valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
+        scale = self.loss_scale.scale
+        for record in self.balance:
+            record.begin(self.device, samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
+        loss = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
+        sum_partial_gradients(self.main.weights, self.pieces)
+        self.optimizer.unscale(scale)
+        return self._agree(loss)
+
+    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, norm and balancing losses of the whole job from what each rank has."""
+        balance = torch.zeros(len(NAMES), device=self.device)
+        for record in self.balance:
+            balance = balance + record.means()
+        if not self.ranks.distributed:
+            return loss, self.optimizer.norm(), balance
+        norm = squared_norm(self.main.weights, self.pieces, self.device)
+        # Tensor-parallel ranks all have the loss of the same tokens.
+        mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
+        parts = torch.cat((torch.stack([mine, norm]), balance.double()))
+        whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
+        return whole[0].float(), whole[1].sqrt().float(), whole[2:].float()
+
+    def finite(self) -> bool:
+        """Whether all main weights of all ranks are numbers; waits for the device."""
+        bad = torch.tensor(0 if self.main.finite() else 1)
+        return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0

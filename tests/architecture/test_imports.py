@@ -18,6 +18,7 @@ LAYERS = (
     ("flows",),
     ("stages",),
     ("serving",),
+    ("mtk.verification",),
     ("mtk.training",),
     (
         "mtk.data",

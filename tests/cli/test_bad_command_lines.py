@@ -64,7 +64,7 @@ LINES = [
     ("--swiglu --activation gelu", 2, "contradict"),
     ("--use-flash-attn", 2, "no dropout on the CPU"),
     ("--tensorboard-dir list.yaml/x", 2, "tensorboard_dir"),
-    ("--overlap-grad-reduce", 2, "overlap_grad_reduce"),
+    ("--num-distributed-optimizer-instances 2", 2, "nothing is sharded"),
     ("--nproc 2", 2, "nproc"),
     ("--bf16 --hysteresis 3", 2, "fp16"),
     ("--fp16 --loss-scale 8 --loss-scale-window 5", 2, "loss_scale_window"),

@@ -124,7 +124,7 @@ def test_plan_prints_an_estimate_and_says_so(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpus", "7", "--tp", "2"], "Nearest: 8."),
+        (["--gpus", "7", "--tp", "2"], "Nearest: 6 or 8, or --tp 1."),
         (["--gpus", "6", "--global-batch-size", "16"], "data-parallel size = 4 x 6 = 24"),
         (["--tp", "3"], "must divide model.num_attention_heads"),
         (["--gpu", "h300"], "must be one of"),

@@ -214,6 +214,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[MtkError], str]] = {
         ConfigError,
         "end-of-document",
     ),
+    "packed documents without eod, both options at once": (
+        {"data_path": "a", "reset_attention_mask": True, "reset_position_ids": True},
+        ConfigError,
+        r"(?s)data\.reset_attention_mask.*end-of-document.*data\.reset_position_ids",
+    ),
 }
 
 

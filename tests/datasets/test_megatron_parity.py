@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mtk.config.pretrain import DataConfig
 from mtk.data.blend_indices import blending_indices, exhaustive_blending_indices
 from mtk.data.build import SampleCounts, build_splits
 from mtk.data.gpt_dataset import GPTDataset
 from mtk.data.gpt_indices import build_indices, plan_indices
+from mtk.data.loader import BatchLoader
 from mtk.data.mock import MockSource
+from mtk.data.packing import Packing
+from mtk.models.attention import document_mask
 from tests.datasets.sources import MemorySource, random_lengths, unique_source
 
 pytestmark = pytest.mark.slow  # importing Megatron-core takes seconds
@@ -59,10 +63,13 @@ def config(mcore: SimpleNamespace, sequence_length: int, seed: int, **options: A
         random_seed=seed,
         sequence_length=sequence_length,
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        create_attention_mask=False,
-        **{"eod_mask_loss": False, **options},
+        **{
+            "eod_mask_loss": False,
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "create_attention_mask": False,
+            **options,
+        },
     )
 
 
@@ -143,6 +150,29 @@ def test_items(mcore: SimpleNamespace, eod_mask_loss: bool) -> None:
         assert len(found) == len(wanted)
         for k in range(len(found)):
             compare(found[k], wanted[k])
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
+def test_packed_documents(mcore: SimpleNamespace, attention: bool, positions: bool) -> None:
+    rng = np.random.default_rng(4)
+    source = MemorySource(
+        [np.append(rng.integers(1, 90, size=n), EOD) for n in rng.integers(0, 25, size=80)]
+    )
+    options = {"reset_attention_mask": attention, "reset_position_ids": positions}
+    wanted = reference(mcore, source, 32, None, 5, create_attention_mask=True, **options)
+    found = GPTDataset(source, np.arange(80), 32, None, 5, "megatron", EOD)
+    packing = Packing(EOD, attention, positions)
+    with BatchLoader(found, [np.arange(len(found))], packing=packing) as loader:
+        batch = next(loader)
+    places = torch.arange(32).expand(len(found), 32)
+    own = places if batch.positions_BS is None else batch.positions_BS
+    documents = torch.zeros_like(places) if batch.documents_BS is None else batch.documents_BS
+    masked = ~document_mask(documents)  # Megatron-core's True is mtk's False
+    assert len(found) == len(wanted) > 20
+    for k in range(len(found)):
+        assert torch.equal(own[k], wanted[k]["position_ids"])
+        assert torch.equal(masked[k], wanted[k]["attention_mask"])
 
 
 def test_one_epoch_by_epochs_is_the_same(mcore: SimpleNamespace) -> None:

@@ -27,6 +27,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide-heads": {"kv_channels": 16},
     "squared-relu": {"activation": "squared-relu"},
     "vocab-multiple": {"vocab_size": 128},
+    "experts": {"num_experts": 4, "add_bias_linear": False, "moe_ffn_hidden_size": 40},
+    "some-experts": {
+        "num_experts": 4,
+        "moe_router_topk": 1,
+        "moe_layer_freq": 2,
+        "add_bias_linear": False,
+        "activation": "swiglu",
+        "moe_expert_capacity_factor": 0.5,
+    },
 }
 
 

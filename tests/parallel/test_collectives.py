@@ -6,6 +6,7 @@ import torch
 
 from mtk.parallel import collectives
 from mtk.parallel.dims import Dims
+from mtk.parallel.groups import Group
 from mtk.parallel.ranks import AXES, make_ranks
 from tests.parallel.ranks import run_ranks
 
@@ -62,3 +63,52 @@ def _collectives(rank: int) -> None:
 
 def test_collectives() -> None:
     run_ranks(2, _collectives)
+
+
+def _shift(rank: int) -> None:
+    group = make_ranks(Dims(cp=3), rank=rank, device=torch.device("cpu")).cp
+    for step in (1, 2, -1, 4):
+        x = torch.full((2, 3), float(rank)).t()  # not contiguous
+        number = torch.tensor([rank])
+        flying = [collectives.shift((x + 10 * k, number), group, "test", step) for k in range(3)]
+        source = (rank - step) % 3
+        for k, each in enumerate(flying):
+            moved, moved_number = each.wait()
+            assert moved.shape == (3, 2) and moved.eq(source + 10 * k).all()
+            assert moved_number.tolist() == [source]
+            assert each.wait()[0] is moved
+    alone = (torch.ones(1),)
+    assert collectives.shift(alone, Group("one"), "test").wait()[0] is alone[0]
+    # Whatever follows works as before.
+    assert collectives.all_reduce(torch.ones(1), group, "test").item() == 3
+
+
+def test_shifts_around_the_ring() -> None:
+    run_ranks(3, _shift)
+
+
+class Notes:
+    """A trace that keeps all it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def enter(self, site: str, group: str) -> None:
+        self.told.append(f"{site} {group}")
+
+    def leave(self) -> None:
+        self.told.append("left")
+
+
+def _noted(rank: int) -> list[str]:
+    notes = Notes()
+    group = make_ranks(Dims(cp=2), rank=rank, device=torch.device("cpu"), trace=notes).cp
+    flying = collectives.shift((torch.ones(1),), group, "test.ring")
+    notes.told.append("meanwhile")
+    flying.wait()
+    return notes.told
+
+
+def test_a_shift_is_noted_where_it_may_hang() -> None:
+    told = ["test.ring cp", "left", "meanwhile", "test.ring cp", "left"]
+    assert run_ranks(2, _noted) == [told, told]

@@ -8,7 +8,7 @@ import pytest
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
-from mtk.models.count_families import flops_per_token, parameters
+from mtk.models.count_families import active_parameters, flops_per_token, parameters
 
 LLAMA = {
     "position_embedding_type": "rope",
@@ -75,6 +75,31 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "values", "expected"), PUBLISHED, ids=lambda v: str(v)[:12])
 def test_published_counts(name: str, values: dict[str, Any], expected: int) -> None:
     assert parameters(model(**values)) == expected, name
+
+
+MIXTRAL = {
+    **LLAMA,
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 14336,
+    "num_experts": 8,
+    "seq_length": 4096,
+    "vocab_size": 32000,
+}
+
+
+def test_mixtral_and_what_a_token_uses_of_it() -> None:
+    config = model(**MIXTRAL)
+    assert parameters(config) == 46_702_792_704  # Hugging Face's count of Mixtral-8x7B
+    assert round(active_parameters(config) / 1e9, 1) == 12.9  # Jiang et al. 2024
+    # A dense model of the active width, but for the router, does the same work.
+    twice = {**MIXTRAL, "ffn_hidden_size": 2 * 14336, "num_experts": None}
+    routers = 32 * 8 * 4096
+    dense = model(**twice)
+    assert active_parameters(config) == parameters(dense) + routers
+    assert flops_per_token(config).full == flops_per_token(dense).full + 6 * routers
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,43 @@ def test_stages_hold_the_whole_model_between_them() -> None:
     assert held == pytest.approx(parameter_count(config.model))
 
 
+MIXTRAL: dict[str, Any] = {
+    "recipe": None,
+    "num_layers": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "seq_length": 256,
+    "vocab_size": 1000,
+    "add_bias_linear": False,
+    "num_experts": 8,
+    "tensor_model_parallel_size": 1,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "attention_backend": "flash",
+}
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "optimizer", "full"])
+def test_experts_are_shared_and_less_sharded(sharding: str) -> None:
+    from mtk.models.count import expert_weights
+
+    values = {**MIXTRAL, "gpus": 8, "data_parallel_sharding": sharding}
+    whole, shared = plan(**values), plan(**values, expert_model_parallel_size=4)
+    experts = expert_weights(whole.model)
+    a, b = rank_memory(whole, 0), rank_memory(shared, 0)
+    assert a.parameters - b.parameters == pytest.approx(experts * 3 / 4)
+    # Sharding over fewer ranks takes back what sharing the experts out has saved.
+    saved = experts * 3 / 4 * 12 if sharding == "replicate" else 0.0
+    assert a.optimizer - b.optimizer == pytest.approx(saved)
+
+
+def test_activations_of_experts() -> None:
+    dense = plan(**MIXTRAL | {"num_experts": None})
+    moe = plan(**MIXTRAL | {"moe_router_topk": 1})
+    token = 2 * 512 * 2 + 2 * 4 * 8
+    assert layer_activations(moe) - layer_activations(dense) == pytest.approx(256 * token)
+
+
 def test_first_stage_of_1f1b_keeps_one_microbatch_a_stage() -> None:
     config = plan(pipeline_model_parallel_size=4, global_batch_size=8)
     assert [layers_in_flight(config, stage) for stage in range(4)] == [96, 72, 48, 24]

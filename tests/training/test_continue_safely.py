@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import stages.pretrain
+import mtk.training.run
+import mtk.training.saving
 from mtk.checkpoint import complete_steps, read_tensors
 from mtk.config import make
 from mtk.config.tokenizer import TokenizerConfig
@@ -187,14 +188,14 @@ def test_a_run_that_comes_between_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs may pass the first look at an empty folder; the lock alone lets both train."""
-    plain = stages.pretrain.run_data
+    plain = mtk.training.run.run_data
 
     def slow(*arguments: Any) -> Any:
-        monkeypatch.setattr(stages.pretrain, "run_data", plain)
+        monkeypatch.setattr(mtk.training.run, "run_data", plain)
         run(config(tmp_path, train_iters=4), QUIET)
         return plain(*arguments)
 
-    monkeypatch.setattr(stages.pretrain, "run_data", slow)
+    monkeypatch.setattr(mtk.training.run, "run_data", slow)
     with pytest.raises(CheckpointError, match="another run"):
         run(config(tmp_path, train_iters=4), QUIET)
     assert complete_steps(tmp_path) == [4]
@@ -274,7 +275,7 @@ def test_kill_between_publishing_and_pruning(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages.pretrain, "prune_steps", die)
+        patched.setattr(mtk.training.saving, "prune_steps", die)
         with pytest.raises(KeyboardInterrupt):
             run(config(tmp_path, train_iters=8), QUIET)
     run(config(tmp_path, train_iters=8), QUIET)
@@ -285,13 +286,13 @@ def test_a_stop_while_the_run_is_prepared_is_an_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Building the index of a large dataset takes minutes."""
-    plain = stages.pretrain.run_data
+    plain = mtk.training.run.run_data
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
-    monkeypatch.setattr(stages.pretrain, "run_data", signalled)
+    monkeypatch.setattr(mtk.training.run, "run_data", signalled)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(Interrupted):
@@ -312,7 +313,7 @@ def test_a_stop_during_the_last_evaluation_or_plots_still_ends_the_run(
 
     monkeypatch.setattr(Loop, "_finish", signalled)
     monkeypatch.setattr(
-        stages.pretrain, "write_plots", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        mtk.training.run, "write_plots", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     )
     artifact = run(config(tmp_path, train_iters=8, plots=True), QUIET)
     assert artifact.metrics["step"] == 8 and weights(tmp_path) == weights(short)

@@ -48,14 +48,14 @@ def test_counters_survive_a_checkpoint() -> None:
 
 def test_fp32_main_weights_are_the_parameters() -> None:
     model = small_model(llama_config())
-    main = MainWeights(model, torch.float32)
+    main = MainWeights(dict(model.named_parameters()), torch.float32)
     assert all(main.weights[name] is p for name, p in model.named_parameters())
 
 
 def test_bf16_keeps_unrounded_main_weights_and_adds_gradients_in_fp32() -> None:
     config = llama_config()
     model, reference = small_model(config), small_model(config)
-    main = MainWeights(model, torch.bfloat16)
+    main = MainWeights(dict(model.named_parameters()), torch.bfloat16)
     exact = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16

@@ -257,8 +257,8 @@ def test_finetune_takes_weights_only(straight: Path, tmp_path: Path) -> None:
     ("changes", "error", "part"),
     [
         ({"family": "bert"}, ConfigError, "family"),
-        ({"tensor_model_parallel_size": 2}, LayoutError, "one process"),
-        ({"recompute_granularity": "selective"}, LayoutError, "recompute"),
+        ({"tensor_model_parallel_size": 2, "nproc": 2}, LayoutError, "one process"),
+        ({"recompute_granularity": "full"}, ConfigError, "needs a method"),
         (
             {"train_iters": None, "train_samples": 3, "lr_warmup_iters": None},
             ConfigError,

@@ -12,16 +12,19 @@ from torch import Tensor
 from mtk.config import make
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig
 from mtk.models.gpt import GPT
+from mtk.parallel.apply import Placed
+from mtk.parallel.ranks import Ranks
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.batch import GlobalBatch
 from mtk.training.evaluate import held_out_loss
+from mtk.training.feed import Feed
+from mtk.training.loss import token_losses
 from mtk.training.optimizer import Optimizer, decays
+from mtk.training.passes import Accumulation
 from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 from tests.models.sizes import llama_config, small_model
-
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Micro:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
+    documents_BS: Tensor | None = None
+    positions_BS: Tensor | None = None
 
 
 def batch(seed: int, micro_batches: int) -> GlobalBatch:
@@ -64,11 +69,23 @@ def constant(lr: float, weight_decay: float) -> Schedule:
 
 
 def stepper(model: GPT, precision: str = "fp32", **scale: float) -> Stepper:
-    main = MainWeights(model, COMPUTE_DTYPES[precision])
+    main = MainWeights(dict(model.named_parameters()), COMPUTE_DTYPES[precision])
     config = make(OptimizerConfig, lr=1e-2, weight_decay=0.1, clip_grad=0.5)
     loss_scale = LossScale.start(make(PrecisionConfig, precision=precision, **scale))
     optimizer = Optimizer(main.weights, config)
-    return Stepper(model, main, optimizer, constant(1e-2, 0.1), loss_scale, CPU)
+    return Stepper(
+        passes(model),
+        main,
+        optimizer,
+        constant(1e-2, 0.1),
+        loss_scale,
+        Ranks(),
+        Placed.whole(model),
+    )
+
+
+def passes(model: GPT) -> Accumulation:
+    return Accumulation(model, token_losses, Feed(Ranks()))
 
 
 def plain_loop(model: GPT, steps: int) -> list[float]:
@@ -162,8 +179,8 @@ def test_held_out_loss_is_exact_and_counts_bytes() -> None:
     model = small_model(llama_config())
     whole, cut = batch(5, 1), batch(5, 4)
     lengths = torch.arange(97) % 5
-    a = held_out_loss(model, [whole], CPU, lengths)
-    b = held_out_loss(model, [cut], CPU, lengths)
+    a = held_out_loss(passes(model), [whole], Ranks(), lengths)
+    b = held_out_loss(passes(model), [cut], Ranks(), lengths)
     assert a == pytest.approx(b)
     micro = whole.micro_batches[0]
     nats = a["loss"] * micro.loss_mask_BS.sum().item()

@@ -1,0 +1,254 @@
+"""Rules that tie a layout to the model: each violation with the nearest legal values.
+
+A value that breaks one rule is answered with values that keep all rules of its kind, so
+that one correction is enough. No torch, no processes: a layout that breaks a rule is
+refused before any rank starts, and ``mtk plan`` refuses the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import lcm
+from typing import TYPE_CHECKING
+
+from mtk.errors import Problem
+
+if TYPE_CHECKING:
+    from mtk.config.model import ModelConfig
+    from mtk.config.parallel import ParallelConfig
+
+
+def nearest(value: int, legal: Iterable[int]) -> str:
+    """``Nearest: 2 or 4.``: the closest legal values on both sides; empty without any."""
+    values = sorted(set(legal))
+    below = [v for v in values if v < value]
+    above = [v for v in values if v > value]
+    closest = [*below[-1:], *above[:1]]
+    return f"Nearest: {' or '.join(map(str, closest))}." if closest else ""
+
+
+def divisors(whole: int) -> list[int]:
+    """All divisors of ``whole``, smallest first; of 0 none."""
+    return [d for d in range(1, whole + 1) if whole % d == 0]
+
+
+def multiples(value: int, unit: int) -> tuple[int, int]:
+    """The multiples of ``unit`` (at least one) around ``value``."""
+    below = value // unit * unit
+    return (max(unit, below), below + unit)
+
+
+def stacked_layers(model: ModelConfig) -> int:
+    """Layers that stages share out: T5 stacks an encoder and a decoder of num_layers."""
+    return model.num_layers * (2 if model.family == "t5" else 1)
+
+
+def experts(model: ModelConfig) -> int:
+    """Experts of a mixture; 0 for a dense model."""
+    return getattr(model, "num_experts", None) or 0
+
+
+def expert_ffn(model: ModelConfig) -> int:
+    """Width of one expert's MLP."""
+    return getattr(model, "moe_ffn_hidden_size", None) or model.ffn_size
+
+
+# -- tensor, sequence ---------------------------------------------------------------------
+
+
+def shares_heads(tp: int, model: ModelConfig) -> bool:
+    return model.num_attention_heads % tp == 0
+
+
+def shares_groups(tp: int, model: ModelConfig) -> bool:
+    """Ranks split the key/value heads, or several ranks hold the same one."""
+    return model.query_groups % tp == 0 or tp % model.query_groups == 0
+
+
+def shares_ffn(tp: int, model: ModelConfig) -> bool:
+    return model.ffn_size % tp == 0
+
+
+def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
+    """Grouped products read rows of 16 bytes, 8 values in bf16."""
+    return tp == 1 or not experts(model) or expert_ffn(model) % (8 * tp) == 0
+
+
+def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
+    """The padded vocabulary divides, whatever tokenizer decides it where it is open."""
+    known = model.vocab_size is not None
+    return (model.padded_vocab_size if known else model.make_vocab_size_divisible_by) % tp == 0
+
+
+TP_RULES = (shares_heads, shares_groups, shares_ffn, shares_experts_ffn)
+
+
+def tensor_degrees(model: ModelConfig) -> list[int]:
+    """Every legal tensor-parallel size; the vocabulary's padding can follow any of them."""
+    return [
+        tp
+        for tp in range(1, model.num_attention_heads + 1)
+        if all(rule(tp, model) for rule in TP_RULES)
+    ]
+
+
+def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    tp, name = parallel.tensor_model_parallel_size, "parallel.tensor_model_parallel_size"
+    fix = nearest(tp, tensor_degrees(model))
+    heads, groups = model.num_attention_heads, model.query_groups
+    if tp > heads:
+        yield Problem(name, tp, f"must not exceed model.num_attention_heads = {heads}", fix)
+    elif not shares_heads(tp, model):
+        yield Problem(name, tp, f"must divide model.num_attention_heads = {heads}", fix)
+    if not shares_groups(tp, model):
+        rule = f"must divide or be a multiple of model.num_query_groups = {groups}"
+        yield Problem(name, tp, rule, fix)
+    if not shares_ffn(tp, model):
+        rule = f"must divide model.ffn_hidden_size = {model.ffn_size}"
+        yield Problem(name, tp, rule, fix)
+    if not shares_experts_ffn(tp, model):
+        rule = f"must divide the width of an expert's MLP, {expert_ffn(model)}, in parts of 8"
+        yield Problem(name, tp, rule, fix)
+    if not shares_vocabulary(tp, model):
+        unit = model.make_vocab_size_divisible_by
+        known = f" ({model.padded_vocab_size} now)" if model.vocab_size is not None else ""
+        rule = f"the padded vocabulary{known} must be a multiple of TP = {tp}"
+        fix = nearest(unit, multiples(unit, tp))
+        yield Problem("model.make_vocab_size_divisible_by", unit, rule, fix)
+
+
+def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """Context parallelism cuts each sequence in 2 x CP chunks, sequence parallelism each
+    rank's tokens in TP rows."""
+    cp, seq = parallel.context_parallel_size, model.seq_length
+    rows = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    chunks = 2 * cp if cp > 1 else 1
+    fix = nearest(seq, multiples(seq, lcm(cp * rows, chunks)))
+    if seq % chunks:
+        rule = f"must be a multiple of 2 x context_parallel_size = {chunks}"
+        yield Problem("model.seq_length", seq, rule, fix)
+    elif seq // cp % rows:
+        rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
+        rule += f"to be a multiple of TP = {rows}"
+        yield Problem("model.seq_length", seq, rule, fix)
+    if cp > 1 and parallel.cp_comm_type == "p2p" and model.attention_dropout:
+        rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
+        fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
+        yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
+    if cp > 1 and parallel.cp_comm_type == "a2a":
+        yield from _heads_over_context(parallel, model)
+
+
+def _heads_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """All-to-all; key/value heads need no rule, as they are replicated where too few."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads = model.num_attention_heads // tp
+    if shares_heads(tp, model) and heads % cp:
+        rule = f"all-to-all shares the {heads} heads of a rank over CP"
+        fix = f"{nearest(cp, divisors(heads))} Or use --cp-comm-type p2p or all_gather."
+        yield Problem("parallel.context_parallel_size", cp, rule, fix)
+
+
+# -- pipeline -----------------------------------------------------------------------------
+
+
+def pipeline_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    pp, layers = parallel.pipeline_model_parallel_size, stacked_layers(model)
+    if pp == 1:
+        return
+    if parallel.pipeline_split is not None:
+        yield from _split_problems(parallel.pipeline_split, layers)
+    elif parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield from _virtual_problems(parallel, layers)
+    elif pp * parallel.stages_per_rank(layers) > layers:
+        each = parallel.stages_per_rank(layers)
+        rule = f"makes {pp * each} stages of {layers} layers; each needs at least one"
+        fix = nearest(pp, range(1, layers // each + 1))
+        yield Problem("parallel.pipeline_model_parallel_size", pp, rule, fix)
+    yield from _schedule_problems(parallel, layers)
+
+
+def _split_problems(split: tuple[int, ...], layers: int) -> Iterator[Problem]:
+    if min(split, default=1) >= 1 and sum(split) != layers:
+        rule = f"must add up to the model's {layers} layers, not {sum(split)}"
+        fix = ""
+        if len(split) <= layers:
+            base, more = divmod(layers, len(split))
+            balanced = tuple(base + (index < more) for index in range(len(split)))
+            fix = f"For example {' '.join(map(str, balanced))}."
+        yield Problem("parallel.pipeline_split", split, rule, fix)
+
+
+def _virtual_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
+    pp, chunk = (
+        parallel.pipeline_model_parallel_size,
+        parallel.num_layers_per_virtual_pipeline_stage,
+    )
+    assert chunk is not None
+    if layers == pp * chunk:
+        rule = f"makes one stage a rank of {layers} layers, which is no virtual stage"
+        fix = nearest(chunk, virtual_chunks(parallel, layers))
+        yield Problem("parallel.num_layers_per_virtual_pipeline_stage", chunk, rule, fix)
+    if layers % (pp * chunk) == 0:
+        return
+    if layers < pp:
+        rule = f"makes {pp} stages of {layers} layers; each needs at least one"
+        fix = nearest(pp, range(1, layers + 1))
+        yield Problem("parallel.pipeline_model_parallel_size", pp, rule, fix)
+        return
+    rule = f"x pipeline_model_parallel_size = {pp} must divide the model's {layers} layers"
+    fix = nearest(chunk, virtual_chunks(parallel, layers))
+    fix = f"{fix} Or give the layers of each virtual stage with --pipeline-split.".strip()
+    yield Problem("parallel.num_layers_per_virtual_pipeline_stage", chunk, rule, fix)
+
+
+def virtual_chunks(parallel: ParallelConfig, layers: int) -> list[int]:
+    """Legal layers per virtual stage that make at least two of them a rank."""
+    per_rank, rest = divmod(layers, parallel.pipeline_model_parallel_size)
+    return [] if rest else divisors(per_rank)[:-1]
+
+
+def _schedule_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
+    each, schedule = parallel.stages_per_rank(layers), parallel.pipeline_schedule
+    name = "parallel.pipeline_schedule"
+    if schedule == "interleaved" and each < 2:
+        rule = f"runs at least 2 stages a rank; this layout has {each}"
+        yield Problem(name, schedule, rule, "Nearest: 1f1b.")
+    if schedule == "1f1b" and each > 1:
+        rule = f"runs one stage a rank; this layout has {each}"
+        yield Problem(name, schedule, rule, "Nearest: interleaved.")
+    if schedule == "zbv" and each != 2:
+        rule = f"runs exactly 2 stages a rank; this layout has {each}"
+        yield Problem(name, schedule, rule, "Leave out the virtual stages: zbv makes two.")
+
+
+# -- experts, recomputation ---------------------------------------------------------------
+
+
+def expert_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    ep, name = parallel.expert_model_parallel_size, "parallel.expert_model_parallel_size"
+    if ep == 1:
+        return
+    if not experts(model):
+        yield Problem(name, ep, "the model has no experts to share", "Nearest: 1.")
+    elif experts(model) % ep:
+        rule = f"must divide model.num_experts = {experts(model)}"
+        yield Problem(name, ep, rule, nearest(ep, divisors(experts(model))))
+
+
+def recompute_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    count, layers = parallel.recompute_num_layers, stacked_layers(model)
+    if count is None or parallel.recompute_method is None:
+        return
+    most = longest_stage(parallel, layers)
+    if count > most:
+        rule = f"exceeds the {most} layers of the longest stage"
+        yield Problem("parallel.recompute_num_layers", count, rule, f"Nearest: {most}.")
+
+
+def longest_stage(parallel: ParallelConfig, layers: int) -> int:
+    """Layers of the longest (virtual) stage: the given one, else an even share rounded up."""
+    if parallel.pipeline_split:
+        return max(parallel.pipeline_split)
+    stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
+    return -(-layers // stages)

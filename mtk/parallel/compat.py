@@ -1,0 +1,43 @@
+"""What differs between the supported versions of torch, or has no public name in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+
+
+def gather_first_dimension(x: Tensor, group: Any) -> Tensor:
+    """All-gather; torch 2.13 has it under a new name and warns of the old one."""
+    name = "all_gather_single" if hasattr(functional, "all_gather_single") else "all_gather_tensor"
+    out: Tensor = getattr(functional, name)(x, 0, group)
+    return out
+
+
+def scatter_sum_first_dimension(x: Tensor, group: Any) -> Tensor:
+    """Reduce-scatter; likewise."""
+    new = hasattr(functional, "reduce_scatter_single")
+    name = "reduce_scatter_single" if new else "reduce_scatter_tensor"
+    out: Tensor = getattr(functional, name)(x, "sum", 0, group)
+    return out
+
+
+def finish_backward(model: nn.Module) -> None:
+    """Run FSDP2's end of backward for every unit of its root ``model``.
+
+    torch's own pipeline stages do the same after backward passes that reduced nothing;
+    2.13 may have several parameter groups in a unit, 2.11 has at most one.
+    """
+    state: Any = model._get_fsdp_state()  # type: ignore[operator]
+    for unit in state._state_ctx.all_states:
+        for group in _parameter_groups(unit):
+            group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return list(groups)

@@ -1,0 +1,174 @@
+"""Activation recomputation: what backward needs is computed again instead of kept.
+
+Selective (Korthikanti et al. 2022, section 5) recomputes the core of the attention: scores,
+softmax, its dropout. Full keeps the input of a unit of layers only: ``uniform`` makes units of
+``recompute_num_layers`` from all layers of a stage; ``block`` recomputes that many first layers
+of each stage, one by one, and keeps the others whole. Nothing is recomputed unless asked for.
+
+A fused attention kernel (flash, memory-efficient, cuDNN) keeps no scores. Where one runs,
+selective recomputation has nothing to save and therefore does nothing, so that
+``--use-flash-attn --recompute-activations`` costs no second attention.
+
+Random numbers are the same the second time, on CPU and CUDA, so that results do not depend on
+what is recomputed. Works with blocks that are compiled or are FSDP units of their own: units
+lie around them, and what recomputes a unit calls its blocks as the first forward did.
+
+Shape suffixes: B batch, S tokens, E hidden size, H query heads, G key/value heads, D channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
+
+from mtk.config.parallel import ParallelConfig
+from mtk.models.attention import AttentionKernel, LayerCache, flash_kernel, sdpa_kernel
+from mtk.models.gpt import GPT, run_in_order
+
+
+def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
+    """Make ``model``, or the stage of one, recompute as ``parallel`` says.
+
+    To be called once, after the attention kernel is in place and before compile and FSDP.
+    """
+    if parallel.recompute_granularity == "selective":
+        for block in model.layers.values():
+            attention: Any = block.attention
+            attention.kernel = recomputed(attention.kernel)
+    elif parallel.recompute_granularity == "full":
+        units = units_of(
+            len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1
+        )
+        dropout = model.config.hidden_dropout or model.config.attention_dropout
+        model.run_layers = RecomputedLayers(units, random=bool(dropout))
+
+
+# -- full ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``layers`` of a stage by position; ``recomputed``: only the input of the first is kept."""
+
+    layers: range
+    recomputed: bool
+
+
+def units_of(layers: int, method: str | None, size: int) -> tuple[Unit, ...]:
+    """A stage of ``layers`` layers cut into units."""
+    if method == "uniform":
+        starts = range(0, layers, size)
+        return tuple(Unit(range(start, min(start + size, layers)), True) for start in starts)
+    return tuple(Unit(range(layer, layer + 1), layer < size) for layer in range(layers))
+
+
+@dataclass(frozen=True)
+class RecomputedLayers:
+    """The :class:`mtk.models.gpt.LayerRunner` of full recomputation.
+
+    random: layers draw random numbers, whose state is kept with each unit's input; reading it
+    makes the host wait for the GPU, so it is left where nothing is drawn.
+    """
+
+    units: tuple[Unit, ...]
+    random: bool
+
+    def __call__(
+        self,
+        blocks: Sequence[nn.Module],
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        if caches is not None or not torch.is_grad_enabled():
+            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents)
+        for unit in self.units:
+            chosen = [blocks[layer] for layer in unit.layers]
+            run = partial(_checkpointed, random=self.random) if unit.recomputed else _plain
+            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents)
+        return x_BSE
+
+
+def _plain(function: Any, *inputs: Any) -> Any:
+    return function(*inputs)
+
+
+def _checkpointed(function: Any, *inputs: Any, random: bool) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+# -- selective ----------------------------------------------------------------------------
+
+
+def recomputed(kernel: AttentionKernel) -> AttentionKernel:
+    """``kernel`` without its scores kept. A dataclass that wraps another (``inner``) keeps its
+    own collectives outside; one that never keeps scores says so by ``keeps_scores = False``."""
+    if kernel is flash_kernel or not getattr(kernel, "keeps_scores", True):
+        return kernel
+    inner = getattr(kernel, "inner", None)
+    if inner is not None:
+        wrapping: Any = kernel
+        wrapped: AttentionKernel = dataclasses.replace(wrapping, inner=recomputed(inner))
+        return wrapped
+    return RecomputedKernel(kernel)
+
+
+@dataclass(frozen=True)
+class RecomputedKernel:
+    """An attention kernel that keeps queries, keys and values only."""
+
+    kernel: AttentionKernel
+
+    def __call__(
+        self,
+        q_BHSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        run = partial(self.kernel, mask=mask, dropout=dropout, documents=documents)
+        if not torch.is_grad_enabled() or self._fused(
+            q_BHSD, k_BGTD, v_BGTD, mask, dropout, documents
+        ):
+            return run(q_BHSD, k_BGTD, v_BGTD)
+        out: Tensor = _checkpointed(run, q_BHSD, k_BGTD, v_BGTD, random=dropout > 0)
+        return out
+
+    def _fused(
+        self,
+        q_BHSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        documents: Tensor | None,
+    ) -> bool:
+        """PyTorch would choose an implementation that keeps no scores."""
+        if self.kernel is not sdpa_kernel or torch.compiler.is_compiling():
+            return False
+        if documents is not None:
+            size = (*documents.shape, documents.shape[1])
+            mask = torch.empty(size, dtype=torch.bool, device=documents.device)[:, None]
+        choice: int = torch._fused_sdp_choice(
+            q_BHSD,
+            k_BGTD,
+            v_BGTD,
+            mask,
+            dropout,
+            mask is None,
+            enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
+        )
+        return choice != SDPBackend.MATH.value

@@ -1,0 +1,58 @@
+"""Random numbers of dropout: equal where ranks hold the same activations, else different.
+
+Ranks that see other tokens or other layers draw from streams of their own. Tensor-parallel
+ranks share a stream where they hold copies of the residual stream; inside attention each has
+its own heads, and with sequence parallelism its own rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from mtk.models.attention import AttentionKernel
+from mtk.parallel.groups import Group
+from mtk.parallel.ranks import Ranks
+
+
+def stream_seed(seed: int, ranks: Ranks, sequence_parallel: bool, step: int = 0) -> int:
+    """Seed of this rank's default generator; ``step`` where a run continues without the
+    saved state of the generators. One process keeps ``seed`` itself at step 0."""
+    if not ranks.distributed and step == 0:
+        return seed
+    place = [ranks.pp.rank, ranks.dp.rank, ranks.cp.rank]
+    if sequence_parallel:
+        place.append(ranks.tp.rank)
+    digest = hashlib.sha256(f"{seed}:{place}:{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def own_heads_dropout(kernel: AttentionKernel, group: Group) -> AttentionKernel:
+    """``kernel`` with dropout masks that differ between the ranks of ``group``.
+
+    The shared stream gives one number; each rank's own masks start from it, so that
+    recomputation repeats them and the shared stream stays the same on all ranks.
+    """
+
+    def attend(
+        q_BHSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        if dropout == 0.0:
+            return kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=0.0, documents=documents)
+        start = int(torch.randint(2**31, (1,)).item()) + group.rank
+        devices = [q_BHSD.device] if q_BHSD.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(start)
+            return kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout, documents=documents)
+
+    # Generators are swapped on the host, which cannot be traced.
+    disabled: AttentionKernel = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
+    return disabled

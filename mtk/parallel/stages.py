@@ -1,0 +1,157 @@
+"""Pipeline stages: which layers each has, where it runs, and the modules of this rank.
+
+A rank may hold several (virtual) stages. In a loop stage ``s`` runs on rank ``s % pp``; in
+the V of zbv the second half comes back in reverse, so that the first and the last stage
+share rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from mtk.config.model import ModelConfig
+from mtk.config.parallel import ParallelConfig
+from mtk.models.attention import AttentionKernel, sdpa_kernel
+from mtk.models.build import build_model
+from mtk.models.count import flops_per_token
+from mtk.models.gpt import GPT
+from mtk.parallel.pieces import Piece
+from mtk.parallel.ranks import Ranks
+
+# The look-up does no FLOPs worth counting, but moves each state and its gradient through
+# memory (about 12 bytes an element): at some 200 FLOPs a byte that is this many an element.
+LOOKUP_FLOPS = 2400
+TIED = "embedding.tokens.weight"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where the layers are. layers: of each stage, first to last. ranks: of each stage, its
+    place in the pipeline group."""
+
+    layers: tuple[range, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.layers)
+
+    def of(self, rank: int) -> tuple[int, ...]:
+        """The stages on a rank, in order."""
+        return tuple(stage for stage, place in enumerate(self.ranks) if place == rank)
+
+
+def plan_stages(config: ModelConfig, parallel: ParallelConfig) -> Stages:
+    """Cut the layers as ``pipeline_split`` says, else by cost; the rules of
+    ``ParallelConfig`` must hold."""
+    ranks = parallel.pipeline_model_parallel_size
+    count = ranks * parallel.stages_per_rank(config.num_layers)
+    split = parallel.pipeline_split
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if split is None and chunk is not None:
+        split = (chunk,) * count
+    if split is None:
+        split = balance(config, count)
+    v_shape = parallel.schedule(config.num_layers) == "zbv"
+    return Stages(ranges(split), placement(ranks, count, v_shape=v_shape))
+
+
+def placement(ranks: int, stages: int, *, v_shape: bool) -> tuple[int, ...]:
+    """The rank of each stage."""
+    if v_shape:
+        return (*range(ranks), *reversed(range(ranks)))
+    return tuple(stage % ranks for stage in range(stages))
+
+
+def ranges(split: Sequence[int]) -> tuple[range, ...]:
+    """Numbers of layers per stage -> the layers."""
+    starts = [sum(split[:stage]) for stage in range(len(split) + 1)]
+    return tuple(range(a, b) for a, b in pairwise(starts))
+
+
+def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
+    """Layers per stage so that the dearest stage is as cheap as can be.
+
+    Costs are FLOPs per token: the output matrix counts with the last stage, the look-up with
+    the first. Raises ValueError for more stages than layers.
+    """
+    none = flops_per_token(replace(config, num_layers=0)).causal
+    layer = flops_per_token(replace(config, num_layers=1)).causal - none
+    first = float(LOOKUP_FLOPS * config.hidden_size)
+    return partition(config.num_layers, stages, layer=layer, first=first, last=none)
+
+
+def partition(
+    layers: int, stages: int, *, layer: float, first: float, last: float
+) -> tuple[int, ...]:
+    """Cut ``layers`` equal layers into ``stages`` contiguous parts of at least one.
+
+    first, last: extra cost of the first and the last stage. The highest cost is the lowest
+    possible one; among those cuts the most even one is taken.
+    """
+    if stages > layers:
+        raise ValueError(f"{layers} layers do not fill {stages} stages")
+    extra = [0.0] * stages
+    extra[0] += first
+    extra[-1] += last
+
+    @cache
+    def lowest(stage: int, left: int) -> float:
+        """The highest cost among the stages from ``stage`` on, at best."""
+        if stage == stages - 1:
+            return left * layer + extra[stage]
+        takes = range(1, left - (stages - stage - 1) + 1)
+        return min(max(n * layer + extra[stage], lowest(stage + 1, left - n)) for n in takes)
+
+    limit = lowest(0, layers) * (1 + 1e-12)
+
+    @cache
+    def evenest(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """The least sum of squared costs with none above the limit, and its cut."""
+        if stage == stages - 1:
+            cost = left * layer + extra[stage]
+            return (cost**2 if cost <= limit else float("inf")), (left,)
+        best: tuple[float, tuple[int, ...]] = (float("inf"), ())
+        for n in range(1, left - (stages - stage - 1) + 1):
+            cost = n * layer + extra[stage]
+            if cost > limit:
+                break
+            squares, rest = evenest(stage + 1, left - n)
+            best = min(best, (squares + cost**2, (n, *rest)))
+        return best
+
+    return evenest(0, layers)[1]
+
+
+def cut(
+    config: ModelConfig, stages: Stages, rank: int, kernel: AttentionKernel = sdpa_kernel
+) -> list[GPT]:
+    """The stage modules of pipeline rank ``rank``, in order, on the meta device."""
+    modules = []
+    for stage in stages.of(rank):
+        with torch.device("meta"):
+            model = build_model(config, kernel)
+        first, last = stage == 0, stage == stages.count - 1
+        model.keep(stages.layers[stage], first=first, last=last)
+        modules.append(model)
+    return modules
+
+
+def mark_tied(
+    pieces: Mapping[str, Piece], config: ModelConfig, stages: Stages, ranks: Ranks
+) -> dict[str, Piece]:
+    """Note in ``pieces`` that first and last stage both hold the tied matrix, and that each
+    has a part of its gradient only. Where they share a rank (zbv) nothing is to be noted:
+    ``Pipeline`` keeps such copies equal."""
+    marked = dict(pieces)
+    one_rank = stages.ranks[0] == stages.ranks[-1] or ranks.ends.size == 1
+    if config.untie_embeddings_and_output_weights or one_rank:
+        return marked
+    piece = marked[TIED]
+    marked[TIED] = replace(piece, copies=(*piece.copies, ranks.ends)).with_partial(ranks.ends)
+    return marked

@@ -1,0 +1,191 @@
+"""Tensor parallelism (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022).
+
+Matrices that read the residual stream are cut by output rows, those that write to it by input
+columns; key/value heads are copied where there are fewer of them than ranks. With sequence
+parallelism the residual stream is cut too: of the B x S tokens of a micro-batch each rank has
+an equal run of rows, so that norms and dropout work on 1/tp of them.
+
+Shape suffixes: B batch, S local sequence, R rows of this rank, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtk.models.attention import Attention
+from mtk.models.block import Block
+from mtk.models.gpt import GPT, Embedding, Product
+from mtk.models.mlp import MLP
+from mtk.parallel.collectives import (
+    copy_to_parts,
+    gather_rows,
+    scatter_sum_of_parts,
+    sum_of_parts,
+)
+from mtk.parallel.groups import Group
+from mtk.parallel.pieces import Piece
+from mtk.parallel.ranks import Ranks
+from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+
+Pieces = dict[str, Piece]
+
+
+class Region:
+    """The way into and out of the modules that are shared by tensor-parallel ranks.
+
+    sequence: tokens of a sample on this rank, to give gathered rows their shape back; None
+    without sequence parallelism.
+    """
+
+    def __init__(self, group: Group, sequence: int | None) -> None:
+        self.group, self.sequence = group, sequence
+
+    def enter(self, x: Tensor, site: str) -> Tensor:
+        """Residual stream -> [B, S, E] of which every rank computes a part."""
+        if self.sequence is None:
+            return copy_to_parts(x, self.group, site)
+        gathered = gather_rows(x, self.group, site)
+        return gathered.view(-1, self.sequence, gathered.shape[-1])
+
+    def leave(self, x_BSE: Tensor, site: str) -> Tensor:
+        """Partial results [B, S, E] -> the residual stream."""
+        if self.sequence is None:
+            return sum_of_parts(x_BSE, self.group, site)
+        return scatter_sum_of_parts(x_BSE.flatten(0, 1), self.group, site)
+
+
+class RowParallelLinear(nn.Linear):
+    """A linear layer cut by input columns; the bias is added once, after the sum."""
+
+    def __init__(self, linear: nn.Linear, region: Region, site: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.region, self.site = region, site
+        self.product: Product = F.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.region.leave(self.product(x, self.weight), self.site)
+        return out if self.bias is None else out + self.bias
+
+
+def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pieces) -> None:
+    """Cut the parameters of ``model`` (best on the meta device) and hook in the collectives.
+
+    pieces: updated to what this rank holds. Sizes must divide (``ParallelConfig``'s rules).
+    MoE layers are left to :mod:`mtk.parallel.expert`.
+    """
+    if ranks.tp.size == 1:
+        return
+    sequence = model.config.seq_length // ranks.cp.size
+    region = Region(ranks.tp, sequence if sequence_parallel else None)
+    cutter = _Cutter(ranks, pieces)
+    for index, block in model.layers.items():
+        assert isinstance(block, Block)
+        name = f"layers.{index}"
+        _shard_attention(block.attention, f"{name}.attention", region, cutter)
+        if isinstance(block.mlp, MLP):
+            _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
+    if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
+        _shard_embedding(model.embedding, region, cutter)
+    if model.output is not None:
+        cutter.cut(model.output, "weight", 0, "output.weight")
+    model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
+    if sequence_parallel:
+        _sum_gradients_of_rows(model, ranks.tp, pieces)
+
+
+def _shard_attention(attention: Attention, name: str, region: Region, cutter: _Cutter) -> None:
+    attention.register_forward_pre_hook(_entering(region, "tp.attention"), with_kwargs=False)
+    cutter.rows(attention.query, f"{name}.query")
+    for part in ("key", "value"):
+        cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
+    cutter.cut(attention.output, "weight", 1, f"{name}.output.weight")
+    attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
+
+
+def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: _Cutter) -> None:
+    mlp.register_forward_pre_hook(_entering(region, "tp.mlp"))
+    for part in ("gate", "up"):
+        linear = getattr(mlp, part)
+        if linear is not None:
+            cutter.rows(linear, f"{name}.{part}")
+    cutter.cut(mlp.down, "weight", 1, f"{name}.down.weight")
+    mlp.down = RowParallelLinear(mlp.down, region, "tp.mlp.down")
+
+
+def _shard_embedding(embedding: Embedding, region: Region, cutter: _Cutter) -> None:
+    cutter.cut(embedding.tokens, "weight", 0, "embedding.tokens.weight")
+    shared = VocabParallelEmbedding(embedding.tokens, region.leave, region.group)
+    embedding.tokens = shared  # type: ignore[assignment]
+    if region.sequence is not None:
+        embedding.register_forward_pre_hook(_rows_of_positions(region.group))
+
+
+def _entering(region: Region, site: str) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        return (region.enter(inputs[0], site), *inputs[1:])
+
+    return hook
+
+
+def _rows_of_positions(group: Group) -> Any:
+    """Learned positions are added to this rank's rows only."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        tokens_BS, positions = inputs
+        rows = positions.expand_as(tokens_BS).flatten()
+        return tokens_BS, rows.chunk(group.size)[group.rank]
+
+    return hook
+
+
+def _sum_gradients_of_rows(model: GPT, tp: Group, pieces: Pieces) -> None:
+    """What is applied to a rank's rows alone has a partial gradient on each rank."""
+    for name, _ in model.named_parameters():
+        piece = pieces[name]
+        if any(group.name == tp.name for group in piece.copies) and not piece.partial:
+            pieces[name] = piece.with_partial(tp)
+
+
+class _Cutter:
+    """Replaces parameters by this rank's part and notes it in the table."""
+
+    def __init__(self, ranks: Ranks, pieces: Pieces) -> None:
+        self.ranks, self.pieces = ranks, pieces
+
+    def cut(self, module: nn.Module, attribute: str, dim: int, name: str) -> None:
+        self._replace(module, attribute, name, self.pieces[name].sharded(dim, self.ranks.tp))
+
+    def rows(self, linear: nn.Linear, name: str) -> None:
+        """Output rows of weight and bias."""
+        self.cut(linear, "weight", 0, f"{name}.weight")
+        if linear.bias is not None:
+            self.cut(linear, "bias", 0, f"{name}.bias")
+
+    def heads(self, linear: nn.Linear, name: str, head_size: int) -> None:
+        """As :meth:`rows`, but one whole head where there are fewer heads than ranks; the
+        ranks that share a head each see only some of its queries."""
+        kv = self.ranks.kv
+        if kv.size == 1:
+            self.rows(linear, name)
+            return
+        start = self.ranks.tp.rank // kv.size * head_size
+        for attribute in ("weight", "bias"):
+            if getattr(linear, attribute) is not None:
+                full = f"{name}.{attribute}"
+                piece = self.pieces[full].narrow(0, start, head_size)
+                piece = piece.without_copies(self.ranks.tp).with_copies(kv).with_partial(kv)
+                self._replace(linear, attribute, full, piece)
+
+    def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
+        old = getattr(module, attribute)
+        local = torch.empty(piece.size, dtype=old.dtype, device=old.device)
+        setattr(module, attribute, nn.Parameter(local))
+        self.pieces[name] = piece

@@ -1,0 +1,95 @@
+"""Embedding, output matrix and cross-entropy over a vocabulary shared by ranks.
+
+Each tensor-parallel rank has an equal run of the padded vocabulary; logits are never
+gathered. Shape suffixes: B batch, S sequence, E hidden size, L local vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtk.models.gpt import OutputHead
+from mtk.parallel.collectives import all_reduce
+from mtk.parallel.groups import Group
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Looks up the ids of this rank's range; ``leave`` sums over ranks."""
+
+    def __init__(
+        self, whole: nn.Embedding, leave: Callable[[Tensor, str], Tensor], group: Group
+    ) -> None:
+        super().__init__()
+        self.weight = whole.weight
+        self.leave, self.group = leave, group
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        rows = self.weight.shape[0]
+        local = tokens_BS - self.group.rank * rows
+        foreign = (local < 0) | (local >= rows)
+        found_BSE = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        return self.leave(found_BSE.masked_fill(foreign[..., None], 0.0), "tp.embedding")
+
+
+class VocabParallelHead(OutputHead):
+    """Logits [B, S, L] of this rank's range, without the padded columns it may hold."""
+
+    def __init__(
+        self, vocab_size: int, enter: Callable[[Tensor, str], Tensor], group: Group
+    ) -> None:
+        super().__init__(vocab_size)
+        self.enter, self.group = enter, group
+
+    def forward(self, x: Tensor, weight_LE: Tensor) -> Tensor:
+        logits = self.product(self.enter(x, "tp.head"), weight_LE)
+        rows = weight_LE.shape[0]
+        used = min(max(self.vocab_size - self.group.rank * rows, 0), rows)
+        return logits if used == rows else logits[..., :used]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax of the target over the whole vocabulary, by three reductions of [B, S]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BSL: Tensor, labels_BS: Tensor, start: int, group: Group
+    ) -> Tensor:
+        logits = logits_BSL.float()
+        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(labels_BS.shape, -1e30)
+        highest = all_reduce(highest, group, "tp.loss.max", "max")
+        logits = logits - highest[..., None]
+        local = labels_BS - start
+        foreign = (local < 0) | (local >= logits.shape[-1])
+        local = local.masked_fill(foreign, 0)
+        target = logits.new_zeros(labels_BS.shape)
+        if logits.shape[-1]:
+            target = logits.gather(-1, local[..., None])[..., 0].masked_fill(foreign, 0.0)
+        target = all_reduce(target, group, "tp.loss.target")
+        exponentials = logits.exp_()
+        total = all_reduce(exponentials.sum(-1), group, "tp.loss.sum")
+        ctx.save_for_backward(exponentials.div_(total[..., None]), local, foreign)
+        ctx.dtype = logits_BSL.dtype
+        return total.log() - target
+
+    @staticmethod
+    def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, local, foreign = ctx.saved_tensors
+        grad = softmax * grad_BS[..., None]
+        if grad.shape[-1]:
+            own = grad_BS.masked_fill(foreign, 0.0)
+            grad.scatter_add_(-1, local[..., None], -own[..., None])
+        return grad.to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_losses(
+    logits_BSL: Tensor, labels_BS: Tensor, group: Group, padded_vocab_size: int
+) -> Tensor:
+    """Cross-entropy in nats of every token, fp32 [B, S], the same on every rank."""
+    start = group.rank * (padded_vocab_size // group.size)
+    losses: Tensor = _CrossEntropy.apply(logits_BSL, labels_BS, start, group)  # type: ignore[no-untyped-call]
+    return losses

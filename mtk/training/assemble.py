@@ -1,0 +1,103 @@
+"""A stepper for one rank, from the configuration."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from mtk.config.model import ModelConfig
+from mtk.config.pretrain import PretrainConfig
+from mtk.errors import LayoutError, Problem
+from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
+from mtk.models.init import initial_value
+from mtk.parallel.apply import Placed, fill, place
+from mtk.parallel.pipeline import Pipeline, states_boundary
+from mtk.parallel.ranks import Ranks
+from mtk.parallel.rng import own_heads_dropout
+from mtk.parallel.vocabulary import vocab_parallel_losses
+from mtk.precision.loss_scale import LossScale
+from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
+from mtk.training.feed import Feed
+from mtk.training.loss import token_losses
+from mtk.training.optimizer import Optimizer
+from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined, TokenLosses
+from mtk.training.schedule import Schedule
+from mtk.training.step import Stepper
+
+
+def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
+    """Model with initial weights, optimizer and schedule of this rank.
+
+    samples: of the whole run, for the schedule. Raises LayoutError.
+    """
+    dtype = COMPUTE_DTYPES[config.precision.precision]
+    kernel = attention_kernel(config, ranks.device)
+    if ranks.tp.size > 1 and not config.parallel.sequence_parallel:
+        kernel = own_heads_dropout(kernel, ranks.tp)
+    placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
+    fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)
+    main = MainWeights(placed.named_parameters(), dtype)
+    placed.cast_copies(dtype)
+    return Stepper(
+        make_passes(config, placed, ranks),
+        main,
+        Optimizer(main.weights, config.optimizer),
+        Schedule.from_config(config, samples),
+        LossScale.start(config.precision),
+        ranks,
+        placed,
+        config.parallel.sequence_parallel,
+    )
+
+
+def _initial(model: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return initial_value(name, shape, model, seed)
+
+
+def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
+    """How this rank runs its part of the model."""
+    parallel = config.parallel
+    overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
+    losses, feed = losses_of(config.model, ranks), Feed(ranks)
+    if placed.stages is None:
+        return Accumulation(placed.parts[0], losses, feed, overlap)
+    rows = ranks.tp.size if parallel.sequence_parallel else 1
+    dtype = COMPUTE_DTYPES[config.precision.precision]
+    pipeline = Pipeline(
+        placed.parts,
+        placed.stages.ranks,
+        ranks.pp,
+        parallel.schedule(config.model.num_layers),
+        states_boundary(config.model.hidden_size, dtype, sequence_ranks=rows),
+        device=ranks.device,
+        deferred=placed.deferred,
+        reshard=parallel.data_parallel_sharding == "full",
+        overlap=overlap.reduce,
+    )
+    return Pipelined(pipeline, losses, feed, overlap)
+
+
+def losses_of(model: ModelConfig, ranks: Ranks) -> TokenLosses:
+    """Cross-entropy from whole logits, or from this rank's part of the vocabulary."""
+    if ranks.tp.size == 1:
+        return token_losses
+    size = model.padded_vocab_size
+    return partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
+
+
+def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
+    """The kernel asked for. Raises LayoutError where flash attention has none for this run."""
+    if config.runtime.attention_backend != "flash":
+        return sdpa_kernel
+    rule = ""
+    if device.type == "cpu" and config.model.attention_dropout:
+        rule = "flash attention has no dropout on the CPU"
+    if device.type == "cuda" and config.precision.precision == "fp32":
+        rule = "flash attention needs bf16 or fp16 on CUDA"
+    if device.type == "cuda" and config.data.reset_attention_mask:
+        rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+    if rule:
+        fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
+        raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
+    return flash_kernel

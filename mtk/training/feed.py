@@ -1,0 +1,35 @@
+"""From a micro-batch of the data to this rank's tokens on its device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtk.parallel.context import cut, local_positions
+from mtk.parallel.ranks import Ranks
+from mtk.training.batch import MicroBatch
+from mtk.training.passes import LocalBatch
+
+
+class Feed:
+    """Moves micro-batches to the device and keeps this rank's part of each sequence."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.device, self.cp = ranks.device, ranks.cp
+
+    def __call__(self, batch: MicroBatch) -> LocalBatch:
+        positions = self._part(batch.positions_BS)
+        if positions is None and self.cp.size > 1:
+            positions = local_positions(batch.tokens_BS.shape[1], self.cp).to(self.device)
+        return LocalBatch(
+            tokens_BS=self._own(batch.tokens_BS),
+            labels_BS=self._own(batch.labels_BS),
+            loss_mask_BS=self._own(batch.loss_mask_BS),
+            positions=positions,
+            documents_BS=self._part(batch.documents_BS),
+        )
+
+    def _own(self, whole_BS: Tensor) -> Tensor:
+        return cut(whole_BS, self.cp).to(self.device, non_blocking=True)
+
+    def _part(self, whole_BS: Tensor | None) -> Tensor | None:
+        return None if whole_BS is None else self._own(whole_BS)

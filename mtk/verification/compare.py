@@ -1,0 +1,109 @@
+"""How far a layout's step is from that of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtk.verification.observe import Observation, join
+
+# Share of the model's greatest gradient below which a parameter's own scale says nothing.
+FLOOR = 1e-3
+# Share below which a gradient is nothing but rounding.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Greatest accepted relative errors; of a tensor: the greatest difference over the
+    greatest value of the reference (weights: absolute, a step moves them by about lr)."""
+
+    loss: float = 1e-6
+    norm: float = 1e-6
+    gradient: float = 1e-5
+    weight: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """gradients, weights: error of each parameter by name; failures: what is over.
+
+    vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
+    lr from the sign of that rounding, so their updated weights are not compared.
+    """
+
+    loss: float
+    norm: float
+    gradients: Mapping[str, float]
+    weights: Mapping[str, float]
+    tolerance: Tolerance
+    vanishing: tuple[str, ...] = ()
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        return _worst(self.gradients)
+
+    @property
+    def worst_weight(self) -> tuple[str, float]:
+        return _worst(self.weights)
+
+    @property
+    def failures(self) -> list[str]:
+        found = []
+        for what in ("loss", "norm"):
+            error, limit = getattr(self, what), getattr(self.tolerance, what)
+            if not error <= limit:
+                found.append(f"{what}: relative error {error:.2e} > {limit:.0e}")
+        for what in ("gradient", "weight"):
+            limit = getattr(self.tolerance, what)
+            for name, error in sorted(getattr(self, f"{what}s").items()):
+                if not error <= limit:
+                    found.append(f"{what} of {name}: error {error:.2e} > {limit:.0e}")
+        return found
+
+
+def compare(
+    one: Observation, ranks: Sequence[Observation], tolerance: Tolerance = Tolerance()
+) -> Difference:
+    """``ranks`` against one process. Raises ValueError when the ranks' blocks do not make up
+    the model, or ranks disagree about loss or norm."""
+    reference = {name: torch.from_numpy(array) for name, _, array in one.gradients}
+    weights = {name: torch.from_numpy(array) for name, _, array in one.weights}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if len({(rank.loss, rank.norm) for rank in ranks}) != 1:
+        found = [(rank.loss, rank.norm) for rank in ranks]
+        raise ValueError(f"ranks disagree about (loss, norm): {found}")
+    gradients = join((rank.gradients for rank in ranks), shapes)
+    updated = join((rank.weights for rank in ranks), shapes)
+    # Some gradients are zero but for rounding (a key bias shifts all scores of a query alike);
+    # their error is measured on the scale of the model's gradients instead.
+    top = max(_largest(gradient) for gradient in reference.values())
+    floor = FLOOR * top
+    vanishing = tuple(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
+    return Difference(
+        loss=_relative(ranks[0].loss, one.loss),
+        norm=_relative(ranks[0].norm, one.norm),
+        gradients={n: _error(gradients[n], reference[n], floor) for n in shapes},
+        weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
+        tolerance=tolerance,
+        vanishing=vanishing,
+    )
+
+
+def _relative(value: float, reference: float) -> float:
+    return abs(value - reference) / max(abs(reference), 1e-30)
+
+
+def _error(value: Tensor, reference: Tensor, floor: float) -> float:
+    return _largest(value - reference) / max(_largest(reference), floor, 1e-30)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _worst(errors: Mapping[str, float]) -> tuple[str, float]:
+    return max(errors.items(), key=lambda item: item[1], default=("-", 0.0))

@@ -1,0 +1,88 @@
+"""Tiny configurations and one step of them on ranks, for the parity tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mtk.config import make
+from mtk.config.pretrain import PretrainConfig
+from mtk.parallel.dims import Dims
+from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.verification.compare import Difference, compare
+from mtk.verification.observe import Observation, observe, random_sample
+from tests.parallel.ranks import run_ranks
+
+DENSE: dict[str, Any] = {
+    "model.num_layers": 4,
+    "model.hidden_size": 32,
+    "model.num_attention_heads": 8,
+    "model.num_query_groups": 2,
+    "model.ffn_hidden_size": 48,
+    "model.seq_length": 16,
+    "model.vocab_size": 61,
+    "model.make_vocab_size_divisible_by": 16,
+    "model.hidden_dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "model.add_qkv_bias": True,
+    "data.mock_data": True,
+    "batch.micro_batch_size": 1,
+    "batch.global_batch_size": 8,
+    "length.train_iters": 10,
+    "optimizer.lr": 1e-3,
+    "checkpoint.save": "unused",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {
+        "model.position_embedding_type": "rope",
+        "model.normalization": "RMSNorm",
+        "model.activation": "swiglu",
+        "model.add_bias_linear": False,
+        "model.untie_embeddings_and_output_weights": True,
+    },
+}
+
+
+def configure(
+    kind: str = "gpt2", world: int = 1, changes: Mapping[str, Any] | None = None, /, **layout: Any
+) -> PretrainConfig:
+    """A tiny run on ``world`` ranks; ``layout`` are fields of ParallelConfig, ``changes`` any
+    others."""
+    layout |= {"nproc": world}
+    values = (
+        DENSE
+        | KINDS[kind]
+        | dict(changes or {})
+        | {f"parallel.{name}": v for name, v in layout.items()}
+    )
+    return make(PretrainConfig, **values)
+
+
+def step_on_rank(rank: int, config: PretrainConfig, world: int, steps: int = 1) -> Observation:
+    dims = Dims.of(config.parallel, world)
+    ranks = make_ranks(
+        dims,
+        rank=rank,
+        device=torch.device("cpu"),
+        kv_groups=config.model.query_groups,
+        sharded=config.parallel.data_parallel_sharding != "replicate",
+    )
+    return observe(config, random_sample(config), ranks, steps)
+
+
+@lru_cache(maxsize=8)
+def one_process(config: PretrainConfig, steps: int) -> Observation:
+    return observe(config, random_sample(config), Ranks(), steps)
+
+
+def difference(config: PretrainConfig, steps: int = 1) -> Difference:
+    """A step in the configured layout against one process."""
+    world = config.parallel.nproc
+    single = dataclasses.replace(config, parallel=make(type(config.parallel)))
+    one = one_process(single, steps)
+    return compare(one, run_ranks(world, step_on_rank, config, world, steps))

@@ -1,0 +1,133 @@
+"""The memory formulas under uneven splits, virtual stages, experts, hybrid sharding and
+recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import fields, make_dataclass, replace
+from typing import Any
+
+import pytest
+
+from mtk.config import make
+from mtk.config.model import ModelConfig
+from mtk.config.plan import PlanConfig
+from mtk.models.count import parameter_count
+from mtk.parallel import planning
+
+MODEL: dict[str, Any] = {
+    "num_layers": 10,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "vocab_size": 256,
+    "untie_embeddings_and_output_weights": True,
+    "precision": "bf16",
+    "lr": 1e-4,
+}
+
+
+def plan(**values: Any) -> PlanConfig:
+    return make(PlanConfig, **{**MODEL, **values})
+
+
+def test_uneven_stages_hold_the_whole_model() -> None:
+    config = plan(pipeline_model_parallel_size=4, pipeline_split=(1, 4, 3, 2))
+    held = [planning.rank_memory(config, stage).parameters for stage in range(4)]
+    assert sum(held) == pytest.approx(parameter_count(config.model))
+    layer = (held[1] - held[2]) / 1
+    assert held[1] == pytest.approx(4 * layer) and held[0] < held[3]
+    assert planning.split_of(plan(pipeline_model_parallel_size=4)) == (3, 3, 2, 2)
+
+
+def test_the_v_of_zbv_has_both_ends_on_the_first_rank() -> None:
+    config = plan(
+        pipeline_model_parallel_size=2,
+        pipeline_schedule="zbv",
+        pipeline_split=(4, 3, 2, 1),
+        global_batch_size=2,
+    )
+    assert [planning.stages_of(config, rank) for rank in range(2)] == [(0, 3), (1, 2)]
+    first, last = (planning.rank_memory(config, rank) for rank in range(2))
+    assert first.logits and not last.logits
+    assert first.parameters - last.parameters == 2 * 256 * 64
+    assert planning.layers_in_flight(config, 0) == planning.layers_in_flight(config, 1) == 10
+    tied = plan(
+        pipeline_model_parallel_size=2,
+        pipeline_schedule="zbv",
+        untie_embeddings_and_output_weights=False,
+    )
+    held = sum(planning.rank_memory(tied, rank).parameters for rank in range(2))
+    assert held == pytest.approx(parameter_count(tied.model))  # one matrix, on one rank
+
+
+def test_a_loop_of_virtual_stages() -> None:
+    config = plan(pipeline_model_parallel_size=2, pipeline_split=(3, 3, 2, 2), global_batch_size=2)
+    assert [planning.stages_of(config, rank) for rank in range(2)] == [(0, 2), (1, 3)]
+    assert planning.layers_in_flight(config, 0) == 5 * 2 * (1 + 1 / 4)
+
+
+def test_hybrid_sharding_divides_by_one_instance() -> None:
+    both = {"gpus": 8, "num_distributed_optimizer_instances": 2}
+    memory = planning.rank_memory(plan(data_parallel_sharding="full", **both), 0)
+    state = memory.weights + memory.gradients + memory.optimizer
+    assert state / memory.parameters == pytest.approx(18 / 4)
+    memory = planning.rank_memory(plan(data_parallel_sharding="optimizer", **both), 0)
+    state = memory.weights + memory.gradients + memory.optimizer
+    assert state / memory.parameters == pytest.approx(6 + 12 / 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "unit", "inputs", "recomputed", "kept_whole"),
+    [
+        ("uniform", 1, 10, 1, 0),
+        ("uniform", 2, 5, 2, 0),
+        ("uniform", 4, 3, 4, 0),
+        ("block", 1, 1, 0, 9),
+        ("block", 4, 4, 0, 6),
+        ("block", 10, 10, 1, 0),
+    ],
+)
+def test_full_recomputation(
+    method: str, unit: int, inputs: int, recomputed: int, kept_whole: int
+) -> None:
+    config = plan(recompute_granularity="full", recompute_method=method, recompute_num_layers=unit)
+    whole = planning.whole_layer_activations(plan())
+    assert whole == planning.layer_activations(plan())
+    expected = inputs * 2 * 32 * 64 + (recomputed + kept_whole) * whole
+    assert planning.stage_activations(config, 0) == pytest.approx(expected)
+
+
+def test_recomputation_counts_every_micro_batch_in_flight() -> None:
+    config = plan(
+        pipeline_model_parallel_size=2,
+        global_batch_size=8,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=5,
+    )
+    whole = planning.whole_layer_activations(config)
+    expected = [2 * 2 * 32 * 64 + 5 * whole, 2 * 32 * 64 + 5 * whole]
+    assert [planning.stage_activations(config, stage) for stage in range(2)] == expected
+
+
+def with_experts(config: PlanConfig, count: int, width: int) -> PlanConfig:
+    """As ``config``, whose model has experts whether or not this version's options know them."""
+    known = {field.name for field in fields(ModelConfig)}
+    extra = {"num_experts": count, "moe_ffn_hidden_size": width, "moe_router_topk": 2}
+    more = [(name, Any) for name in extra if name not in known]
+    mixture = make_dataclass("Mixture", more, bases=(ModelConfig,), frozen=True, kw_only=True)
+    return replace(config, model=mixture(**{**vars(config.model), **extra}))
+
+
+def test_experts_are_shared_over_their_ranks() -> None:
+    base = plan(gpus=8, data_parallel_sharding="optimizer")
+    config = with_experts(base, 8, 96)
+    config = replace(config, parallel=replace(config.parallel, expert_model_parallel_size=4))
+    dense, held = planning.stage_parameters(config, 0)
+    assert held == 10 * 8 * 2 * 64 * 96 / 4
+    # Experts shard over the 2 ranks that hold the same ones, the rest over all 8.
+    memory = planning.rank_memory(config, 0)
+    assert memory.optimizer == pytest.approx(12 * (dense / 8 + held / 2))
+    routed = 2 * (2 * 96 + 64) - 2 * 256
+    more = planning.layer_activations(config) - planning.layer_activations(base)
+    assert more == 32 * routed * 2
