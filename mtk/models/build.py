@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mtk.config.model import ModelConfig
 from mtk.errors import ConfigError, Problem
@@ -20,13 +21,17 @@ def build_model(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> G
     return GPT(config, kernel)
 
 
-def restore_buffers(model: GPT, config: ModelConfig, device: torch.device | str) -> None:
-    """Recompute non-persistent buffers (rotary tables), which stay fp32 in any dtype."""
-    fresh = dict(build_model(small_like(config)).named_buffers())
-    for name, buffer in fresh.items():
-        model.register_buffer(name, buffer.to(device), persistent=False)
+def build_on_meta(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:
+    """As :func:`build_model` on the meta device, without torch's own initial weights: these
+    mean nothing there, cost most of the time and make torch load its compiler."""
+    with torch.device("meta"), _NoInitialWeights():
+        return build_model(config, kernel)
 
 
-def small_like(config: ModelConfig) -> ModelConfig:
-    """The same model without its large weights: buffers depend on the remaining sizes."""
-    return replace(config, num_layers=0, vocab_size=1, make_vocab_size_divisible_by=1)
+class _NoInitialWeights(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -6,7 +6,6 @@ Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -117,20 +116,22 @@ class GPT(nn.Module):
         self.fill_tables()
 
     def fill_tables(self, device: torch.device | None = None) -> None:
-        """Compute the rotary tables on ``device``; they are no weights, and a model built on
-        the meta device has none until this is called."""
+        """Put the rotary tables on ``device`` (default: where modules are made). They are no
+        weights: a model built on the meta device has none until this is called."""
         config = self.config
         if config.position_embedding_type != "rope":
             return
-        with torch.device(device) if device is not None else nullcontext():
-            cos, sin = rotary_table(
+        # Computed on the CPU, so that they are the same wherever the model is.
+        with torch.device("cpu"):
+            tables = rotary_table(
                 config.positions,
                 config.head_size,
                 base=config.rotary_base,
                 percent=config.rotary_percent,
             )
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
+        for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
+            place = torch.get_default_device() if device is None else device
+            self.register_buffer(name, table.to(place), persistent=False)
 
     def keep(self, layers: range, *, first: bool, last: bool) -> None:
         """Become the pipeline stage that has these ``layers``; all else is dropped.

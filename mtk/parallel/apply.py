@@ -19,7 +19,7 @@ from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel
-from mtk.models.build import build_model
+from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 from mtk.parallel.context import context_kernel
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
@@ -90,8 +90,7 @@ def place(
     without FSDP the weights are made in fp32 all the same.
     """
     kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
-    with torch.device("meta"):
-        whole = build_model(config, kernel)
+    whole = build_on_meta(config, kernel)
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
     pieces = {name: Piece.whole(shape, copies) for name, shape in shapes.items()}

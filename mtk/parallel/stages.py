@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
-import torch
-
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.models.attention import AttentionKernel, sdpa_kernel
-from mtk.models.build import build_model
+from mtk.models.build import build_on_meta
 from mtk.models.count import flops_per_token
 from mtk.models.gpt import GPT
 from mtk.parallel.pieces import Piece
@@ -134,8 +132,7 @@ def cut(
     """The stage modules of pipeline rank ``rank``, in order, on the meta device."""
     modules = []
     for stage in stages.of(rank):
-        with torch.device("meta"):
-            model = build_model(config, kernel)
+        model = build_on_meta(config, kernel)
         first, last = stage == 0, stage == stages.count - 1
         model.keep(stages.layers[stage], first=first, last=last)
         modules.append(model)
