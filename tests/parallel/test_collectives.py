@@ -6,8 +6,7 @@ import torch
 
 from mtk.parallel import collectives
 from mtk.parallel.dims import Dims
-from mtk.parallel.groups import Group
-from mtk.parallel.groups import NoTrace
+from mtk.parallel.groups import Group, NoTrace
 from mtk.parallel.ranks import AXES, make_ranks
 from tests.parallel.ranks import run_ranks
 
