@@ -15,7 +15,7 @@ from mtk.checkpoint.tensors import iterate_tensors, read_index
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.errors import CheckpointError, MtkError
-from mtk.models.build import build_on_meta, restore_buffers
+from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 
 MODEL_FORMAT, MODEL_VERSION = "mtk-model", 1
@@ -55,9 +55,8 @@ def load_model(
 
 def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> GPT:
     """The module with memory for its weights but nothing in it yet; buffers are right."""
-    model = build_on_meta(config)
-    model = model.to_empty(device=device).to(dtype)
-    restore_buffers(model, config, device)
+    model = build_on_meta(config).to_empty(device=device).to(dtype)
+    model.fill_tables(torch.device(device))
     return model
 
 

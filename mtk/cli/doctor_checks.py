@@ -150,7 +150,8 @@ def _backends() -> Iterator[Check]:
     if not torch.cuda.is_available():
         yield Check("nccl", "absent", "no CUDA device", "only ranks on GPUs need it")
     elif dist.is_available() and dist.is_nccl_available():
-        yield Check("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
+        version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        yield Check("nccl", "ok", ".".join(map(str, version)))
     else:
         yield Check("nccl", "wrong", "absent", fix)
 

@@ -43,16 +43,6 @@ def stacked_layers(model: ModelConfig) -> int:
     return model.num_layers * (2 if model.family == "t5" else 1)
 
 
-def experts(model: ModelConfig) -> int:
-    """Experts of a mixture; 0 for a dense model."""
-    return getattr(model, "num_experts", None) or 0
-
-
-def expert_ffn(model: ModelConfig) -> int:
-    """Width of one expert's MLP."""
-    return getattr(model, "moe_ffn_hidden_size", None) or model.ffn_size
-
-
 # -- tensor, sequence ---------------------------------------------------------------------
 
 
@@ -71,7 +61,7 @@ def shares_ffn(tp: int, model: ModelConfig) -> bool:
 
 def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
     """Grouped products read rows of 16 bytes, 8 values in bf16."""
-    return tp == 1 or not experts(model) or expert_ffn(model) % (8 * tp) == 0
+    return tp == 1 or not model.num_experts or model.moe_ffn_size % (8 * tp) == 0
 
 
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
@@ -107,7 +97,7 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
         rule = f"must divide model.ffn_hidden_size = {model.ffn_size}"
         yield Problem(name, tp, rule, fix)
     if not shares_experts_ffn(tp, model):
-        rule = f"must divide the width of an expert's MLP, {expert_ffn(model)}, in parts of 8"
+        rule = f"must divide the width of an expert's MLP, {model.moe_ffn_size}, in parts of 8"
         yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by
@@ -229,11 +219,11 @@ def expert_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
     ep, name = parallel.expert_model_parallel_size, "parallel.expert_model_parallel_size"
     if ep == 1:
         return
-    if not experts(model):
+    if not model.num_experts:
         yield Problem(name, ep, "the model has no experts to share", "Nearest: 1.")
-    elif experts(model) % ep:
-        rule = f"must divide model.num_experts = {experts(model)}"
-        yield Problem(name, ep, rule, nearest(ep, divisors(experts(model))))
+    elif model.num_experts % ep:
+        rule = f"must divide model.num_experts = {model.num_experts}"
+        yield Problem(name, ep, rule, nearest(ep, divisors(model.num_experts)))
 
 
 def recompute_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:

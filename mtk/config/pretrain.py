@@ -11,7 +11,7 @@ from mtk.config.model import ModelConfig, nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.schema import group, option
-from mtk.config.world_rules import launch_problems, smallest_batch, world_size
+from mtk.config.world_rules import launch_problems, launched, smallest_batch, world_size
 from mtk.errors import Problem
 
 DEFAULT_SPLIT = "969,30,1"
@@ -211,7 +211,7 @@ class PretrainConfig:
 
     @property
     def world(self) -> int:
-        """Ranks of the run: what the launcher started, else --nproc."""
+        """Ranks of the run: those that are started already, else --nproc."""
         return world_size(self.parallel.nproc)
 
     @property
@@ -246,7 +246,8 @@ class PretrainConfig:
     def _layout_problems(self) -> Iterator[Problem]:
         """The layout against the ranks there will be."""
         yield from launch_problems(self.parallel.nproc)
-        key = "parallel.nproc" if self.world == self.parallel.nproc else "WORLD_SIZE"
+        started = launched()
+        key = "parallel.nproc" if started is None else started.variable
         yield from self.parallel.problems_with_world(self.model, self.batch, self.world, key)
 
     def _kernel_problems(self) -> Iterator[Problem]:

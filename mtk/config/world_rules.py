@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
 from mtk.config.layout_rules import (
     divisors,
-    experts,
     multiples,
     nearest,
     stacked_layers,
@@ -29,20 +29,50 @@ DEGREES = {
 }
 
 
+@dataclass(frozen=True)
+class Launched:
+    """Ranks that somebody has started: how many, here and in all, and the variable that says so."""
+
+    world: int
+    local: int
+    variable: str
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """What mtk's own launcher, torchrun or Slurm's srun has started; None: nobody has.
+
+    A Slurm step of one task may start its ranks by ``--nproc``, as an interactive shell does.
+    """
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    for variable in (
+        "MTK_WORLD_SIZE",
+        "WORLD_SIZE",
+        *([tasks] if "SLURM_PROCID" in environment else ()),
+    ):
+        world = _number(environment, variable)
+        if world and (world > 1 or variable != tasks):
+            local = _number(environment, "LOCAL_WORLD_SIZE") if variable == "WORLD_SIZE" else 0
+            return Launched(world, local or world, variable)
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    found = environment.get(name, "")
+    return int(found) if found.isdecimal() else 0
+
+
 def world_size(nproc: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks of the run: what torchrun or Slurm's srun started, else ``nproc``."""
-    started = environment.get("WORLD_SIZE", "")
-    if not started and "SLURM_PROCID" in environment:
-        started = environment.get("SLURM_NTASKS", "")
-    return int(started) if started.isdecimal() and int(started) else nproc
+    """Ranks of the run: those that are started already, else ``nproc``."""
+    found = launched(environment)
+    return nproc if found is None else found.world
 
 
 def launch_problems(nproc: int, environment: Mapping[str, str] = os.environ) -> Iterator[Problem]:
     """``--nproc`` beside a launcher that has already started the ranks."""
-    local = environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", ""))
-    if nproc > 1 and local.isdecimal() and int(local) != nproc:
-        rule = f"the launcher has already started {local} ranks on this machine"
-        yield Problem("parallel.nproc", nproc, rule, f"Leave it out, or give {local}.")
+    found = launched(environment)
+    if found is not None and nproc > 1 and found.local != nproc:
+        rule = f"{found.local} ranks are already started here ({found.variable} is set)"
+        yield Problem("parallel.nproc", nproc, rule, f"Leave it out, or give {found.local}.")
 
 
 def world_problems(
@@ -60,7 +90,7 @@ def world_problems(
     ep = parallel.expert_model_parallel_size
     if shards % ep:
         rule = f"must divide the data x context ranks, {shards}"
-        fix = nearest(ep, divisors(gcd(shards, experts(model) or shards)))
+        fix = nearest(ep, divisors(gcd(shards, model.num_experts or shards)))
         yield Problem("parallel.expert_model_parallel_size", ep, rule, fix)
     elif parallel.num_distributed_optimizer_instances > 1:
         yield from _instances(parallel, shards)

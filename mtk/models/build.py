@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,15 +35,3 @@ class _NoInitialWeights(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def restore_buffers(model: GPT, config: ModelConfig, device: torch.device | str) -> None:
-    """Recompute non-persistent buffers (rotary tables), which stay fp32 in any dtype."""
-    fresh = dict(build_model(small_like(config)).named_buffers())
-    for name, buffer in fresh.items():
-        model.register_buffer(name, buffer.to(device), persistent=False)
-
-
-def small_like(config: ModelConfig) -> ModelConfig:
-    """The same model without its large weights: buffers depend on the remaining sizes."""
-    return replace(config, num_layers=0, vocab_size=1, make_vocab_size_divisible_by=1)

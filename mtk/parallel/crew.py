@@ -7,7 +7,6 @@ import pickle
 import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -41,15 +40,13 @@ def pickle_call(function: Callable[..., Any], arguments: Sequence[Any]) -> bytes
 class Crew:
     """The children that do one job together; rank = place in ``children``.
 
-    timeout: seconds that a collective may last. folder: for the trace, of this job alone.
+    timeout: seconds that a collective may last.
     """
 
-    def __init__(
-        self, server: RankServer, children: Sequence[Child], timeout: float, folder: Path
-    ) -> None:
+    def __init__(self, server: RankServer, children: Sequence[Child], timeout: float) -> None:
         self._server, self._children, self._timeout = server, children, timeout
         self._store = loopback_store(len(children), timeout)
-        self._trace_file = folder / "trace"
+        self._trace_file = server.folder / f"trace-{self._store.port}"
         self._trace = TraceFile.create(self._trace_file, len(children))
         self._records = {rank: Record(rank) for rank in range(len(children))}
         self._values: dict[int, bytes] = {}
@@ -106,7 +103,7 @@ class Crew:
         """Let the ranks go and drop what the job needed."""
         for child in self._children:
             child.close()
-        self._trace.close()
+        self._trace.remove()
 
     def _listen(self, seconds: float) -> None:
         """Take in answers, deaths and output for up to ``seconds``."""
@@ -150,12 +147,10 @@ class Crew:
         record.status = child.status
         if record.died:
             # NCCL's watchdog ends the process of the rank that waits, not of the missing one.
-            seen = self._trace.sight(rank)
             record.timed_out = (
                 os.WIFSIGNALED(child.status)
                 and os.WTERMSIG(child.status) == signal.SIGABRT
-                and seen.inside
-                and seen.age >= 0.9 * self._timeout
+                and self._trace.sight(rank).age >= 0.9 * self._timeout
             )
             self._order.append(record)
 

@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -31,11 +32,12 @@ PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "t
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def serve(descriptor: int, launcher: int, preload: Sequence[str]) -> None:
+def serve(descriptor: int, launcher: int, preload: Sequence[str], folder: str) -> None:
     """Serve requests on the socket ``descriptor`` until its other end closes. Never returns.
 
     A request is one byte with one or two file descriptors: a rank's connection and, for ranks
     that do not own the terminal, where their output goes. Answers are ``EVENT`` records.
+    folder: removed at the end.
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -64,7 +66,7 @@ def serve(descriptor: int, launcher: int, preload: Sequence[str]) -> None:
     except OSError:
         pass  # the launcher is gone
     finally:
-        _kill_all(ranks)
+        _end(ranks, folder)
 
 
 def _fork(ranks: set[int], requests: socket.socket, own: tuple[int, int]) -> bool:
@@ -113,10 +115,11 @@ def _collect(ranks: set[int], requests: socket.socket) -> None:
             requests.sendall(EVENT.pack(ENDED, process, status))
 
 
-def _kill_all(ranks: set[int]) -> None:
+def _end(ranks: set[int], folder: str) -> None:
     """End the ranks, then the session with whatever they started, and this process."""
     for process in ranks:
         os.kill(process, signal.SIGKILL)
     for process in ranks:
         os.waitpid(process, 0)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

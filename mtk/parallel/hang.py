@@ -127,17 +127,29 @@ def _by_phase(states: Mapping[int, RankState]) -> str:
         return "no rank is in a named collective; " + "; ".join(seen) if known else ""
     ahead = [rank for rank in states if rank not in behind]
     first = min(ahead, key=lambda rank: _sight(states[rank]).phases)
+    far, near = _sight(states[first]), _sight(states[behind[0]])
+    reached = f"'{far.phase}'" if far.phases > near.phases else _call(states[first])
     shown = [f"rank {rank} is behind: {last_seen(states[rank])}" for rank in behind[:LISTED]]
-    return "; ".join(shown) + f"; {_ranks(ahead)} went on to '{_sight(states[first]).phase}'"
+    return "; ".join(shown) + f"; {_ranks(ahead)} went on to {reached}"
 
 
 def _behind(states: Mapping[int, RankState]) -> list[int]:
-    """The ranks that began fewest phases, where others began more."""
-    counts = {rank: state.sight.phases for rank, state in states.items() if state.sight}
-    least = min(counts.values(), default=0)
-    behind = sorted(rank for rank, count in counts.items() if count == least)
+    """The ranks that began fewest phases or, all in the same one, made fewest calls in their
+    common group: on GPUs a rank leaves a collective before it is done."""
     gone = sorted(rank for rank, state in states.items() if state.gone)
-    return gone or (behind if 0 < len(behind) < len(states) else [])
+    if gone:
+        return gone
+    seen = {rank: state.sight for rank, state in states.items() if state.sight}
+    for counts in (
+        {rank: sight.phases for rank, sight in seen.items()},
+        {rank: sight.call for rank, sight in seen.items()}
+        if len({sight.group for sight in seen.values()}) == 1
+        else {},
+    ):
+        behind = sorted(r for r, count in counts.items() if count == min(counts.values()))
+        if 0 < len(behind) < len(states):
+            return behind
+    return []
 
 
 def _ranks(ranks: Iterable[int]) -> str:

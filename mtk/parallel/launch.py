@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -45,20 +43,19 @@ def launch(
     call = pickle_call(function, arguments)
     if device == "cuda":
         require_gpus(nproc)
-    with tempfile.TemporaryDirectory(prefix="mtk-job-") as folder:
-        server = RankServer([function.__module__], rank_variables(nproc))
+    server = RankServer([function.__module__], rank_variables(nproc))
+    try:
+        children = [server.fork(owns_terminal=rank == 0) for rank in range(nproc)]
+        crew = Crew(server, children, timeout)
         try:
-            children = [server.fork(owns_terminal=rank == 0) for rank in range(nproc)]
-            crew = Crew(server, children, timeout, Path(folder))
-            try:
-                with _forwarding(crew):
-                    server.settle()
-                    crew.start(call, device)
-                    return crew.wait()[0]
-            finally:
-                crew.release()
+            with _forwarding(crew):
+                server.settle()
+                crew.start(call, device)
+                return crew.wait()[0]
         finally:
-            server.close()
+            crew.release()
+    finally:
+        server.close()
 
 
 def rank_variables(ranks: int) -> dict[str, str]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtk.config.layout_rules import expert_ffn, experts
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
+from mtk.models.count import expert_weights
 from mtk.models.count_families import layers_of, parameters
 
 # Bytes a parameter: (weight, gradient, optimizer with main weights).
@@ -82,11 +82,16 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
-    """Layers of each (virtual) stage: as given, else as even as can be, the last ones shorter."""
+    """Layers of each (virtual) stage: of a GPT exactly those that training gives it, else as
+    even as can be."""
     parallel, layers = config.parallel, layers_of(config.model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
+    if stages > 1 and config.model.family == "gpt":
+        from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
+
+        return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
     each, more = divmod(layers, stages)
     return tuple(each + (stage < more) for stage in range(stages))
 
@@ -108,22 +113,13 @@ def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
     table = model.padded_vocab_size * model.hidden_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     share = sum(split[index] for index in placed) / sum(split)
-    in_experts = expert_parameters(model)
+    in_experts = expert_weights(model)
     held = (parameters(model) - tables * table - in_experts) * share
     first, last = 0 in placed, len(split) - 1 in placed
     # A tied output matrix is a second copy where first and last stage differ.
     held += table * (first + last if tables == 2 or not (first and last) else 1)
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     return held / tp, in_experts * share / tp / ep
-
-
-def expert_parameters(model: ModelConfig) -> int:
-    """Parameters of all experts of all layers; they have no biases."""
-    if not experts(model):
-        return 0
-    matrices = 3 if model.activation == "swiglu" else 2
-    layers = getattr(model, "moe_layers", model.num_layers)
-    return layers * experts(model) * matrices * model.hidden_size * expert_ffn(model)
 
 
 def micro_batches(config: PlanConfig) -> int:
@@ -201,12 +197,17 @@ def _projections(config: PlanConfig) -> float:
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
     gates = 2 if model.activation == "swiglu" else 1
-    mlp = (gates + 1) * model.ffn_size
-    if experts(model):
-        # Each token's input and inner states, once for every expert it goes to.
-        routed: int = getattr(model, "moe_router_topk", 1)
-        mlp = routed * ((gates + 1) * expert_ffn(model) + model.hidden_size)
-    return shared + tokens * (2 * queries + keys_values + mlp) * size / _tp(config)
+    moe = model.moe_layers / model.num_layers
+    width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
+    sharded = 2 * queries + keys_values + (gates + 1) * width
+    return shared + tokens * (sharded * size / _tp(config) + moe * _routing(model, size))
+
+
+def _routing(model: ModelConfig, size: int) -> float:
+    """Bytes a token of an MoE layer: a row into and one out of each chosen expert, which tensor
+    parallelism does not cut, and fp32 logits and probabilities."""
+    rows = 2 * model.moe_router_topk * model.hidden_size * size
+    return rows + 2 * 4 * (model.num_experts or 0)
 
 
 def _tp(config: PlanConfig) -> int:

@@ -8,9 +8,7 @@ taking down gloo groups in order costs more than a fork.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -44,18 +42,17 @@ class RankPool:
         if not 1 <= world <= self.ranks:
             raise ValueError(f"world = {world}: this pool has up to {self.ranks} ranks")
         call = pickle_call(function, arguments)
-        with tempfile.TemporaryDirectory(prefix="mtk-job-") as folder:
-            server = self._started()
-            crew = Crew(server, self._take(server, world), self._timeout, Path(folder))
-            finished = False
-            try:
-                crew.start(call, "cpu", joined=True)
-                values = crew.wait(limit)
-                finished = True
-            finally:
-                if not finished:
-                    crew.end(0.0)
-                crew.release()
+        server = self._started()
+        crew = Crew(server, self._take(server, world), self._timeout)
+        finished = False
+        try:
+            crew.start(call, "cpu", joined=True)
+            values = crew.wait(limit)
+            finished = True
+        finally:
+            if not finished:
+                crew.end(0.0)
+            crew.release()
         self._spare += [server.fork() for _ in range(world)]
         return values
 

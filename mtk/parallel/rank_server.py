@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from mtk.parallel.fork_server import EVENT, FORKED
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
     "from mtk.parallel.fork_server import serve; "
-    "serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[4]))"
+    "serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[4]), sys.argv[5])"
 )
 KEPT_LINES = 100
 # How long the server may take to kill its ranks and end.
@@ -75,9 +77,12 @@ class Child:
 
 
 class RankServer:
-    """A running fork server. preload: modules that the ranks will need; variables: added to
-    its environment, which the ranks inherit.
-    events: readable when :meth:`hear` has something to hear."""
+    """A running fork server.
+
+    preload: modules that the ranks will need; variables: added to its environment, which the
+    ranks inherit. folder: temporary, for the jobs; it goes with the server. events: readable
+    when :meth:`hear` has something to hear.
+    """
 
     def __init__(
         self, preload: Sequence[str] = (), variables: Mapping[str, str] | None = None
@@ -86,10 +91,12 @@ class RankServer:
         self._waiting: deque[Child] = deque()
         self._children: dict[int, Child] = {}
         self._bytes = b""
+        self.folder = Path(tempfile.mkdtemp(prefix="mtk-job-"))
         arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
+        arguments += [json.dumps(list(preload)), str(self.folder)]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *arguments, json.dumps(list(preload))],
+                [sys.executable, "-c", _START, *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **(variables or {})},
@@ -150,6 +157,7 @@ class RankServer:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
         for child in (*self._children.values(), *self._waiting):
             child.close()
 

@@ -145,9 +145,12 @@ class TraceFile:
             return {}
         return {name: tuple(ranks) for name, ranks in found.items()}
 
-    def close(self) -> None:
+    def remove(self) -> None:
+        """Close the file and delete it, with what stands beside it."""
         self._view.release()
         self._content.close()
+        for path in self._path.parent.glob(f"{self._path.name}*"):
+            path.unlink(missing_ok=True)
 
     def _slot(self, rank: int) -> memoryview:
         return self._view[rank * SLOT : (rank + 1) * SLOT]

@@ -18,14 +18,14 @@ from mtk.config.layout_rules import divisors, nearest
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.plan import PlanConfig
-from mtk.config.pretrain import PretrainConfig
+from mtk.config.pretrain import BatchConfig, PretrainConfig
 from mtk.config.world_rules import launch_problems, smallest_batch, world_size
 from mtk.errors import ConfigError
 
 GOOD = (
     "pretrain --num-layers 6 --hidden-size 48 --num-attention-heads 12 --num-query-groups 4 "
     "--ffn-hidden-size 96 --seq-length 48 --vocab-size 50 --mock-data --micro-batch-size 2 "
-    "--lr 1e-2 --save run --device cpu --no-plots"
+    "--attention-dropout 0 --lr 1e-2 --save run --device cpu --no-plots"
 )
 
 # Options, then one text a violation; " .. " stands between parts of it.
@@ -46,6 +46,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--cp 2 --nproc 2 --seq-length 50", ["= 4. Nearest: 48 or 52"]),
     ("--cp-comm-type a2a", ["of which there is one. Raise --cp"]),
     ("--cp 8 --nproc 8 --cp-comm-type a2a", ["the 12 heads .. Nearest: 6 or 12. Or use --cp-c"]),
+    ("--cp 2 --nproc 2 --set model.attention_dropout=0.1", ["p2p. Use --attention-dropout 0, or"]),
     # pipeline
     ("--pp 7 --nproc 7", ["7 stages of 6 layers .. Nearest: 6"]),
     ("--pp 4 --nproc 4 --pipeline-schedule zbv", ["8 stages of 6 layers .. Nearest: 3"]),
@@ -155,7 +156,7 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr(os, "fork", refuse)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("MTK_WORLD_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -203,6 +204,7 @@ MODEL: dict[str, Any] = {
     "ffn_hidden_size": 96,
     "seq_length": 48,
     "vocab_size": 50,
+    "attention_dropout": 0.0,
 }
 RUN: dict[str, Any] = {"mock_data": True, "train_iters": 4, "lr": 1e-2, "save": "run"}
 
@@ -242,11 +244,27 @@ def test_the_launcher_decides_the_number_of_ranks() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({"MTK_WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_NTASKS": "8"}, 3),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 3),  # an interactive shell
+        ({"WORLD_SIZE": "many"}, 3),
+    ],
+    ids=str,
+)
+def test_every_launcher_is_known(environment: dict[str, str], world: int) -> None:
+    assert world_size(3, environment) == world
+
+
 def test_under_a_launcher_its_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE = 6: must be a multiple of .* = 4"):
         make(PretrainConfig, **MODEL, **RUN, tensor_model_parallel_size=4)
-    with pytest.raises(ConfigError, match="already started 6 ranks"):
+    with pytest.raises(ConfigError, match="6 ranks are already started"):
         make(PretrainConfig, **MODEL, **RUN, nproc=2)
 
 
@@ -297,3 +315,45 @@ def test_nearest_names_both_sides() -> None:
     assert nearest(5, [1, 2, 4, 8]) == "Nearest: 4 or 8."
     assert nearest(9, [4, 8]) == "Nearest: 8."
     assert nearest(9, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "parts"),
+    [
+        ({"expert_model_parallel_size": 4}, 4, ["model.num_experts = 6. Nearest: 3 or 6"]),
+        (
+            {"expert_model_parallel_size": 3, "context_parallel_size": 2},
+            4,
+            ["data x context ranks, 4. Nearest: 2"],
+        ),
+        (
+            {
+                "expert_model_parallel_size": 2,
+                "data_parallel_sharding": "full",
+                "num_distributed_optimizer_instances": 4,
+            },
+            8,
+            [],
+        ),
+        (
+            {
+                "expert_model_parallel_size": 6,
+                "data_parallel_sharding": "full",
+                "num_distributed_optimizer_instances": 4,
+            },
+            12,
+            ["the ranks with the same experts, 2. Nearest: 2"],
+        ),
+        ({"tensor_model_parallel_size": 4}, 4, ["an expert's MLP, 48, in parts of 8. Nearest: 2"]),
+    ],
+    ids=str,
+)
+def test_experts(layout: dict[str, Any], world: int, parts: list[str]) -> None:
+    model = ModelConfig(**MODEL, num_experts=6, moe_ffn_hidden_size=48)
+    parallel = ParallelConfig(**layout)
+    batch = BatchConfig()
+    found = [*parallel.problems(), *parallel.problems_with(model)]
+    found += parallel.problems_with_world(model, batch, world)
+    assert len(found) == len(parts), found
+    for problem, part in zip(found, parts, strict=True):
+        assert part in str(problem)

@@ -35,11 +35,19 @@ def test_every_script_plans(script: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f", {PARAMETERS[script.name]}" in capsys.readouterr().out
 
 
+def as_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one task of the Slurm script's job sees of its number of ranks."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1024")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_is_a_configuration_of_pretrain(
-    script: Path, capsys: pytest.CaptureFixture[str]
+    script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What plan accepts here, pretrain accepts too, but for the machine's options."""
+    if script.suffix == ".slurm":
+        as_under_srun(monkeypatch)
     _, *options = commands(script.read_text())[0]
     if "--gpus" in options:
         at = options.index("--gpus")
@@ -95,6 +103,7 @@ def test_comment_about_layouts_is_true(
     """The Slurm script is refused before a model is built that no memory holds."""
     import stages.pretrain
 
+    as_under_srun(monkeypatch)
     monkeypatch.setattr(stages.pretrain, "build_model", lambda *_: pytest.fail("built a model"))
     script = next(path for path in SCRIPTS if "175b" in path.name)
     _, *options = commands(script.read_text())[0]

@@ -40,7 +40,9 @@ def ranks_of(place: Place, trace: Trace) -> Ranks:
 
 def total(ranks: Ranks) -> float:
     """A collective: the sum of rank + 1."""
-    return all_reduce(torch.tensor(ranks.rank + 1.0), ranks.tp, "tp.row").item()
+    return all_reduce(
+        torch.tensor(ranks.rank + 1.0, device=ranks.device), ranks.tp, "tp.row"
+    ).item()
 
 
 def add_up(place: Place, timeout: float, *steps: str) -> dict[str, Any]:
@@ -120,7 +122,10 @@ def train(place: Place, timeout: float, folder: str, save: str) -> None:
                 time.sleep(float(save))
                 Path(folder, f"saved{place.rank}").write_text(f"{step} {len(asked)}")
                 raise Interrupted(f"saved step {step}.")
-            Path(folder, f"pid{place.rank}").write_text(str(os.getpid()))
+            if step == 0:
+                pid = Path(folder, f"{place.rank}.tmp")
+                pid.write_text(str(os.getpid()))
+                pid.rename(Path(folder, f"pid{place.rank}"))
             time.sleep(0.02)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from mtk.parallel import collectives
 from mtk.parallel.dims import Dims
-from mtk.parallel.groups import Group
+from mtk.parallel.groups import Group, NoTrace
 from mtk.parallel.ranks import AXES, make_ranks
 from tests.parallel.ranks import run_ranks
 
@@ -87,7 +87,7 @@ def test_shifts_around_the_ring() -> None:
     run_ranks(3, _shift)
 
 
-class Notes:
+class Notes(NoTrace):
     """A trace that keeps all it is told."""
 
     def __init__(self) -> None:

@@ -60,6 +60,12 @@ def members_of(session: int) -> list[int]:
     return found
 
 
+def job_folders(server: int) -> list[str]:
+    """The temporary folders on the command line of a fork server."""
+    words = Path(f"/proc/{server}/cmdline").read_text().split("\0")
+    return [word for word in words if "mtk-job-" in word]
+
+
 def session_of_ranks(folder: Path) -> int:
     """The session in which the ranks of ``jobs.train`` run."""
     wait_for(lambda: all((folder / f"pid{rank}").exists() for rank in (0, 1)))
@@ -117,8 +123,11 @@ def test_no_rank_survives_a_killed_launcher(
     program = start("train", 2, 60, tmp_path, 0)
     session = session_of_ranks(tmp_path)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGSTOP)
+    folders = [Path(line) for line in job_folders(session)]
+    assert folders and all(folder.is_dir() for folder in folders)
     program.kill()
     wait_for(lambda: members_of(session) == [], 2.0)
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_no_rank_survives_a_killed_server(

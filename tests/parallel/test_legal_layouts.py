@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -26,15 +27,8 @@ DENSE = ModelConfig(
 BATCH = BatchConfig(micro_batch_size=1, global_batch_size=24)
 
 
-class Mixture(ModelConfig):
-    """A model with experts, whether or not this version's configuration knows them."""
-
-    num_experts = 8
-    moe_ffn_size = 192
-
-
 def mixture() -> ModelConfig:
-    return Mixture(**vars(DENSE))
+    return replace(DENSE, num_experts=8, moe_ffn_hidden_size=192)
 
 
 def names(world: int, model: ModelConfig = DENSE) -> list[str]:

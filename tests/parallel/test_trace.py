@@ -123,6 +123,12 @@ def test_outside_named_collectives_phases_tell() -> None:
     assert text.startswith("rank 1 is behind: it was last seen in 'data.next' 61 s ago")
     assert text.endswith("ranks 0, 2 went on to 'backward 3'")
     assert missing({0: ahead, 1: away(1), 2: ahead}) == [1]
+    called = RankState(Sight("tp.row", "tp", 7, False, 50.0))
+    late = RankState(Sight("tp.row", "tp", 6, False, 55.0))
+    assert explain({0: called, 1: late}) == (
+        "rank 1 is behind: it was last seen leaving 'tp.row' (group tp, call 6) 55 s ago; "
+        "rank 0 went on to 'tp.row' (group tp, call 7)"
+    )
     assert explain({0: ahead, 1: ahead}).startswith("no rank is in a named collective; rank 0: ")
     assert explain({0: RankState()}) == ""
 
