@@ -6,6 +6,7 @@ import typer
 
 from mtk.cli import (
     artifact_commands,
+    bench_commands,
     config_commands,
     doctor_commands,
     flow_commands,
@@ -20,6 +21,7 @@ GROUPS = {
     "corpus": "Corpora that every machine can make.",
     "flow": "Prefect flows: chains of stages.",
     "config": "See what a command would run with.",
+    "bench": "How fast, and how much memory, on the machine at hand.",
     "checkpoint": "Look into checkpoints and check them.",
 }
 
@@ -32,6 +34,7 @@ TOPICS = (
     config_commands,
     doctor_commands,
     serving_commands,
+    bench_commands,
 )
 
 
