@@ -13,12 +13,14 @@ from mtk.cli import (
     serving_commands,
     stage_commands,
     tokenizer_commands,
+    verify_commands,
 )
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
     "flow": "Prefect flows: chains of stages.",
+    "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
     "checkpoint": "Look into checkpoints and check them.",
 }
@@ -32,6 +34,7 @@ TOPICS = (
     config_commands,
     doctor_commands,
     serving_commands,
+    verify_commands,
 )
 
 
