@@ -14,12 +14,14 @@ from mtk.cli import (
     serving_commands,
     stage_commands,
     tokenizer_commands,
+    verify_commands,
 )
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
     "flow": "Prefect flows: chains of stages.",
+    "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
     "bench": "How fast, and how much memory, on the machine at hand.",
     "checkpoint": "Look into checkpoints and check them.",
@@ -35,6 +37,7 @@ TOPICS = (
     doctor_commands,
     serving_commands,
     bench_commands,
+    verify_commands,
 )
 
 

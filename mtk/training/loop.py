@@ -67,8 +67,8 @@ class Loop:
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the end; returns the last metrics.
 
-        Raises Interrupted after saving when ``stop`` is set, GateError when the loss is
-        no longer finite (the last good checkpoint stays).
+        Raises Interrupted after saving when ``stop`` is set, GateError when the loss is no
+        longer finite or copies on different ranks differ (the last good checkpoint stays).
         """
         progress, target = self.progress, self.data.train_samples
         done = progress.consumed_samples
@@ -98,6 +98,7 @@ class Loop:
         lr = self.stepper.schedule.lr(progress.scheduled_samples)
         result = self.stepper.step(batch, progress.scheduled_samples)
         self._count(batch, result)
+        self._check_copies()
         last = progress.consumed_samples >= self.data.train_samples
         if progress.step % logging.log_interval == 0 or last:
             self._log(lr, result)
@@ -158,6 +159,17 @@ class Loop:
         progress.interval_steps = 0
         self._interval_loss = torch.zeros((), dtype=torch.float64)
         self._interval_start, self._interval_tokens = now, 0
+
+    def _check_copies(self) -> None:
+        interval, step = self.config.parallel.replica_check_interval, self.progress.step
+        if not interval or step % interval:
+            return
+        try:
+            self.stepper.check_copies()
+        except GateError as error:
+            raise GateError(
+                f"step {step}: {error} The newest is step {self._saved_step}."
+            ) from None
 
     def _check_finite(self, loss: float) -> None:
         # With a dynamic scale an overflow is skipped, so a bad loss may be passing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,13 @@ class Tolerance:
     norm: float = 1e-6
     gradient: float = 1e-5
     weight: float = 1e-5
+    balance: float = 1e-6
 
 
 @dataclass(frozen=True)
 class Difference:
-    """gradients, weights: error of each parameter by name; failures: what is over.
+    """loss, norm: relative errors; balance: the greatest of the experts' balancing losses;
+    gradients, weights: error of each parameter by name; failures: what is over.
 
     vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
     lr from the sign of that rounding, so their updated weights are not compared.
@@ -41,6 +44,7 @@ class Difference:
     weights: Mapping[str, float]
     tolerance: Tolerance
     vanishing: tuple[str, ...] = ()
+    balance: float = 0.0
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -53,7 +57,7 @@ class Difference:
     @property
     def failures(self) -> list[str]:
         found = []
-        for what in ("loss", "norm"):
+        for what in ("loss", "norm", "balance"):
             error, limit = getattr(self, what), getattr(self.tolerance, what)
             if not error <= limit:
                 found.append(f"{what}: relative error {error:.2e} > {limit:.0e}")
@@ -69,13 +73,13 @@ def compare(
     one: Observation, ranks: Sequence[Observation], tolerance: Tolerance = Tolerance()
 ) -> Difference:
     """``ranks`` against one process. Raises ValueError when the ranks' blocks do not make up
-    the model, or ranks disagree about loss or norm."""
+    the model, or ranks disagree about loss, norm or balancing losses."""
     reference = {name: torch.from_numpy(array) for name, _, array in one.gradients}
     weights = {name: torch.from_numpy(array) for name, _, array in one.weights}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if len({(rank.loss, rank.norm) for rank in ranks}) != 1:
-        found = [(rank.loss, rank.norm) for rank in ranks]
-        raise ValueError(f"ranks disagree about (loss, norm): {found}")
+    found = [(rank.loss, rank.norm, *rank.balance) for rank in ranks]
+    if len(set(found)) != 1 and not all(math.isnan(sum(values)) for values in found):
+        raise ValueError(f"ranks disagree about (loss, norm, balancing losses): {found}")
     gradients = join((rank.gradients for rank in ranks), shapes)
     updated = join((rank.weights for rank in ranks), shapes)
     # Some gradients are zero but for rounding (a key bias shifts all scores of a query alike);
@@ -90,6 +94,7 @@ def compare(
         weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
         tolerance=tolerance,
         vanishing=vanishing,
+        balance=max(map(_relative, ranks[0].balance, one.balance), default=0.0),
     )
 
 
