@@ -1,6 +1,7 @@
 #!/bin/bash
 # GPT-345M on one node, in the style of Megatron-LM's README. Runs as it is on one GPU (or,
-# slowly, on a CPU). First make the dataset:
+# slowly, on a CPU); on eight GPUs with --nproc 8 --global-batch-size 32, and --tp 2 or --pp 2 to
+# share the model. Several nodes: see docs/launch.md. First make the dataset:
 #   mtk preprocess --input my_corpus.jsonl --output-prefix my-gpt2 \
 #     --tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json \
 #     --merge-file gpt2-merges.txt --append-eod

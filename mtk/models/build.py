@@ -23,9 +23,18 @@ def build_model(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> G
 
 def build_on_meta(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:
     """As :func:`build_model` on the meta device, without torch's own initial weights: these
-    mean nothing there, cost most of the time and make torch load its compiler."""
-    with torch.device("meta"), _NoInitialWeights():
-        return build_model(config, kernel)
+    mean nothing there, cost most of the time and make torch load its compiler. Also raises
+    ConfigError for weights that no machine could address."""
+    try:
+        with torch.device("meta"), _NoInitialWeights():
+            return build_model(config, kernel)
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ConfigError(
+            "a weight of these sizes has more elements than torch can count. Lower "
+            "--hidden-size, --ffn-hidden-size or --vocab-size."
+        ) from error
 
 
 class _NoInitialWeights(TorchFunctionMode):

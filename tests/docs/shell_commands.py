@@ -39,6 +39,8 @@ def commands(text: str) -> list[list[str]]:
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words = words[1:]
         if words and words[0] == "mtk":
-            end = next((i for i, w in enumerate(words) if w in ("|", ">", "&", "&&")), len(words))
+            end = next(
+                (i for i, w in enumerate(words) if w in ("|", "||", ">", "&", "&&")), len(words)
+            )
             found.append([word for word in words[1:end] if word != "$@" and word])
     return found

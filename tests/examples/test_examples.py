@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from flows.steps import registered_stages
 from mtk.cli.main import main
 from tests.docs.shell_commands import ROOT, SCRIPTS, commands
 
+SLURM = ROOT / "examples" / "pretrain_gpt3_175b.slurm"
+BOOKED = ("nodes", "ntasks-per-node")
 PARAMETERS = {
     "pretrain_gpt.sh": "354,",
     "pretrain_bert.sh": "336,",
@@ -72,9 +75,8 @@ def test_slurm_script_previews_as_its_comment_says(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    script = str(ROOT / "examples" / "pretrain_gpt3_175b.slurm")
     done = subprocess.run(
-        ["bash", script, "--gpus", "1024", "--gpu", "a100"],
+        ["bash", str(SLURM), "--gpus", "1024", "--gpu", "a100"],
         env=environment,
         capture_output=True,
         text=True,
@@ -97,20 +99,35 @@ def test_comments_about_untrained_families_are_true(family: str) -> None:
     assert "does not train it" in script
 
 
-def test_comment_about_layouts_is_true(
+def test_slurm_script_books_the_ranks_of_its_layout(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The Slurm script is refused before a model is built that no memory holds."""
-    import stages.pretrain
+    text = SLURM.read_text()
+    nodes, tasks = (int(re.search(rf"--{name}=(\d+)", text)[1]) for name in BOOKED)  # type: ignore[index]
+    _, *options = commands(text)[0]
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    for ranks, code in ((nodes * tasks, 0), (nodes * tasks - 24, 2)):
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(ranks))
+        assert main(["config", "show", "pretrain", *options]) == code
+    assert "must be a multiple of TP x PP x CP = 128" in capsys.readouterr().err
 
-    as_under_srun(monkeypatch)
-    monkeypatch.setattr(stages.pretrain, "build_model", lambda *_: pytest.fail("built a model"))
-    script = next(path for path in SCRIPTS if "175b" in path.name)
-    _, *options = commands(script.read_text())[0]
-    del options[options.index("--split") : options.index("--split") + 2]
-    options += ["--mock-data", "--vocab-size", "50257", "--set", "data.data_path=[]"]
-    assert main(["pretrain", *options]) == 2
-    assert "one process" in capsys.readouterr().err
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (6, False), (130, True)])
+def test_slurm_script_is_queued_again_when_its_time_is_up(
+    tmp_path: Path, code: int, queued: bool
+) -> None:
+    for name, line in {
+        "srun": '"$@"',
+        "mtk": f"exit {code}",
+        "scontrol": f"echo $* > {tmp_path}/queued",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", str(SLURM)], env=environment).returncode == code
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize("name", ["end_to_end.yaml", "end_to_end_own_corpus.yaml"])
