@@ -73,8 +73,11 @@ class Loop:
         progress, target = self.progress, self.data.train_samples
         done = progress.consumed_samples
         with self.reporter.progress("training", target, "samples", done) as bar:
+            trace = self.stepper.ranks.trace
+            trace.phase("data")
             for batch in self.data.train(done):
                 self._one_step(batch, bar)
+                trace.phase("data")
                 if self._stops(stop) and progress.consumed_samples < target:
                     self._save()
                     cause = stop.signal.name if stop.signal else "a signal on another rank was"
@@ -183,6 +186,7 @@ class Loop:
         if batches is None:
             return
         started = time.perf_counter()
+        self.stepper.ranks.trace.phase(f"{name} evaluation")
         result = held_out_loss(
             self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
         )
@@ -200,6 +204,7 @@ class Loop:
         if self._saved_step == self.progress.step:
             return
         started = time.perf_counter()
+        self.stepper.ranks.trace.phase("saving")
         self.progress.interval_loss = self._interval_loss.item()
         if self.progress.interval_steps:
             self._check_finite(self.progress.interval_loss)

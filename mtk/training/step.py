@@ -70,11 +70,13 @@ class Stepper:
 
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
+        self.ranks.trace.phase("forward and backward")
         self.optimizer.zero_grad()
         loss, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
+        self.ranks.trace.phase("optimizer")
         if finite:
             self.optimizer.clip_(norm)
             self.optimizer.step(
