@@ -13,8 +13,10 @@ from mtk.verification.observe import Observation, join
 
 # Share of the model's greatest gradient below which a parameter's own scale says nothing.
 FLOOR = 1e-3
-# Share below which a gradient is nothing but rounding.
+# Share below which a gradient is nothing but rounding, and the scale of that rounding: it is
+# that of the terms that cancel, not of what is left of them.
 ROUNDING = 1e-6
+CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,17 @@ def compare(
     # their error is measured on the scale of the model's gradients instead.
     top = max(_largest(gradient) for gradient in reference.values())
     floor = FLOOR * top
-    vanishing = tuple(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
+    vanishing = frozenset(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
     return Difference(
         loss=_relative(ranks[0].loss, one.loss),
         norm=_relative(ranks[0].norm, one.norm),
-        gradients={n: _error(gradients[n], reference[n], floor) for n in shapes},
+        gradients={
+            n: _error(gradients[n], reference[n], CANCELLED * top if n in vanishing else floor)
+            for n in shapes
+        },
         weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
         tolerance=tolerance,
-        vanishing=vanishing,
+        vanishing=tuple(sorted(vanishing)),
         balance=max(map(_relative, ranks[0].balance, one.balance), default=0.0),
     )
 
