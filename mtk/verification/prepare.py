@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TypeVar
 
-from mtk.config.pretrain import PretrainConfig, ScheduleConfig
+from mtk.config.optimization import ScheduleConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.count_families import ASSUMED_VOCAB_SIZE
 from mtk.verification.compare import Tolerance
