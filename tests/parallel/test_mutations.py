@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mtk.training.evaluate import held_out_loss
 from mtk.verification.compare import compare
 from mtk.verification.observe import Observation, observe, random_sample, share
 from tests.parallel.layouts import configure, one_process
-from tests.parallel.mutants import OTHER, StandIn, other_fault
+from tests.parallel.mutants import StandIn, other_fault
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_expert import moe_run
 
@@ -152,7 +152,7 @@ def _played(rank: int, layout: Layout) -> tuple[set[str], dict[Fault | None, Obs
     return live, found
 
 
-@lru_cache(maxsize=None)
+@cache
 def played(name: str) -> tuple[set[str], dict[Fault | None, list[str]]]:
     """What the layout calls, and the failures that the comparison reports for each fault."""
     layout = LAYOUTS[name]
