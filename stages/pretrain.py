@@ -9,6 +9,7 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import LayoutError, Problem
 from mtk.parallel.apply import training_device
+from mtk.parallel.compat import fitting_warnings
 from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.dims import Dims
 from mtk.parallel.launch import launch
@@ -52,7 +53,7 @@ def train_here(place: Place, config: PretrainConfig, session: Session) -> Artifa
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     set_deterministic(config.runtime)
-    with join(place, timeout_of(config)) as trace:
+    with fitting_warnings(first=place.rank == 0), join(place, timeout_of(config)) as trace:
         ranks = make_ranks(
             Dims.of(config.parallel, place.world),
             rank=place.rank,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed._functional_collectives as functional
@@ -21,6 +24,18 @@ def scatter_sum_first_dimension(x: Tensor, group: Any) -> Tensor:
     name = "reduce_scatter_single" if new else "reduce_scatter_tensor"
     out: Tensor = getattr(functional, name)(x, "sum", 0, group)
     return out
+
+
+@contextmanager
+def fitting_warnings(*, first: bool) -> Iterator[None]:
+    """Inside the block the first rank alone shows warnings, and of torch's only those that
+    apply: 2.13 warns of in-place operations on what a module returns, and mtk has none."""
+    with warnings.catch_warnings():
+        if not first:
+            warnings.simplefilter("ignore")
+        view = "FSDP2-wrapped module .* returned a view tensor"
+        warnings.filterwarnings("ignore", message=view, category=UserWarning)
+        yield
 
 
 def finish_backward(model: nn.Module) -> None:

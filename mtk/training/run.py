@@ -14,8 +14,10 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
 from mtk.parallel.collectives import share_object
+from mtk.parallel.describe import describe_layout
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import stream_seed
+from mtk.precision.main_weights import COMPUTE_DTYPES
 from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.data import (
@@ -84,11 +86,20 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
         config.precision.precision,
     )
     prepared = Run(config, session, stepper, data, batches, identity, save, start)
+    _tell_layout(prepared)
     with exclusive(save) if world.first else nullcontext():
         if world.first:
             _still_so(prepared, samples)
         share_object(None, world, "run.locked")
         return train(prepared, begin(prepared))
+
+
+def _tell_layout(run: Run) -> None:
+    config, stepper = run.config, run.stepper
+    dtype, layers = COMPUTE_DTYPES[config.precision.precision], config.model.num_layers
+    text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
+    run.session.reporter.info(text)
+    run.session.reporter.event("layout", **fields)
 
 
 def _batches(
