@@ -1,10 +1,10 @@
 """``mtk bench optimizer-memory``: bytes a parameter on each data-parallel rank, counted.
 
-The CPU allocator reports every allocation to the profiler, so that both figures are exact:
-steady is what stays from one step to the next (weights, gradients, main weights, moments);
-peak is the most that was alive at once in a step of one micro-batch, and held_peak in a step
-of several, whose gradients are held until the last. Both include temporaries: those of the few
-layers under way. Sequences are so short that activations hardly count.
+Every storage counts once, as long as it is alive. steady is what stays from one step to the
+next (weights, gradients, main weights, moments); peak is the most that was alive at once in a
+step of one micro-batch, and held_peak in a step of several, whose gradients are held until the
+last. Both include temporaries: those of the few layers under way. Sequences are so short that
+activations hardly count.
 
 Theory: Megatron-Core's table of its distributed optimizer over d ranks. fp16 parameters with
 fp16 gradients: 20, or 4 + 16/d; bf16 parameters with fp32 gradients: 18, or 6 + 12/d; fp32:
@@ -14,15 +14,15 @@ fp16 gradients: 20, or 4 + 16/d; bf16 parameters with fp32 gradients: 18, or 6 +
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
+from mtk.benchmarks.alive import Alive
 from mtk.benchmarks.measured_run import prepare, training_ranks
 from mtk.benchmarks.record import surroundings, write_json
 from mtk.config import make, to_dict
@@ -34,7 +34,6 @@ from mtk.training.batch import GlobalBatch
 
 SEQUENCE = 8
 MICRO_BATCHES = 2
-MARK = 1_234_577
 # AdamW's counters of steps, a scalar a tensor, are no bytes a parameter.
 COUNTERS = 1e-3
 # Bytes a parameter: what every rank keeps, and what the ranks share out.
@@ -136,47 +135,25 @@ def training_config(
 def measure(place: Place, config: BenchConfig) -> list[RankBytes]:
     """Three steps; the first one makes the moments."""
     with training_ranks(place, config) as ranks:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with Alive() as alive:
             config, stepper, batches = prepare(config, ranks, steps=3)
             whole = next(batches)
             single = GlobalBatch(whole.micro_batches[:1], whole.samples // MICRO_BATCHES)
             stepper.step(whole, 0)
+            peaks = []
             for batch in (single, whole):
-                # An allocation of a size that nothing else has marks where a step begins.
-                torch.empty(MARK, dtype=torch.uint8)
+                alive.begin()
                 stepper.step(batch, config.batch.full)
-        steady, peak, held_peak = steady_and_peaks(_changes(profiler))
+                peaks.append(alive.peak)
+            gc.collect()
+            steady = alive.bytes()
         sizes = (math.prod(shape) for shape in stepper.placed.shapes.values())
-        own = RankBytes(sum(sizes), steady, peak, held_peak)
+        own = RankBytes(sum(sizes), steady, *peaks)
         if not ranks.distributed:
             return [own]
         found: list[Any] = [None] * ranks.world.size
         dist.all_gather_object(found, own)
         return found
-
-
-def _changes(profiler: profile) -> Iterator[int]:
-    """Bytes of every allocation (freed: negative) in their order."""
-    recorded: Any = profiler.profiler
-    for event in recorded.kineto_results.events():
-        if event.name() == "[memory]":
-            yield event.nbytes()
-
-
-def steady_and_peaks(changes: Iterable[int]) -> tuple[int, int, int]:
-    """Bytes alive at the end, and the most after each of the two marks; from the changes since
-    nothing was alive. Raises ValueError where a mark is missing."""
-    alive = 0
-    peaks: list[int] = []
-    for change in changes:
-        alive += change
-        if change == -MARK:
-            peaks.append(alive)
-        elif peaks and change != MARK:
-            peaks[-1] = max(peaks[-1], alive)
-    if len(peaks) != 2:
-        raise ValueError(f"the profiler has seen {len(peaks)} of 2 marks")
-    return alive, *peaks
 
 
 # -- output -------------------------------------------------------------------------------

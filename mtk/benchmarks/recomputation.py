@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -128,13 +128,14 @@ def _formula(config: RecomputeBenchConfig, attention: str) -> float:
 
 def _plan(config: RecomputeBenchConfig, attention: str) -> PlanConfig:
     """The planner's view: without the math kernel no scores are kept."""
-    backend = "auto" if attention == "math" else "flash"
+    backend: Literal["auto", "flash"] = "auto" if attention == "math" else "flash"
+    runtime = dataclasses.replace(config.runtime, attention_backend=backend)
     return PlanConfig(
         model=config.model,
         batch=config.batch,
         precision=config.precision,
         parallel=config.parallel,
-        runtime=dataclasses.replace(config.runtime, attention_backend=backend),
+        runtime=runtime,
     )
 
 

@@ -38,6 +38,7 @@ def config(*layouts: str, **changes: Any) -> LayoutsBenchConfig:
     return make(LayoutsBenchConfig, **TINY, layout=layouts, **changes)
 
 
+@pytest.mark.slow
 def test_rows_of_real_trainings(tmp_path: Path) -> None:
     output = tmp_path / "layouts.json"
     rows = bench_layouts(config("dp2.optimizer", output=str(output)), Reporter(quiet=True))

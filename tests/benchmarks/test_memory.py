@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from mtk.benchmarks.optimizer_memory import MARK, bench_optimizer_memory, steady_and_peaks, theory
+from mtk.benchmarks.alive import Alive
+from mtk.benchmarks.optimizer_memory import bench_optimizer_memory, theory
 from mtk.benchmarks.recomputation import bench_recompute, variants
 from mtk.config import make
 from mtk.config.bench import OptimizerMemoryConfig, RecomputeBenchConfig
@@ -14,10 +16,16 @@ from tests.benchmarks.test_layouts import TINY
 
 
 def test_counting() -> None:
-    changes = [100, 50, -50, MARK, -MARK, 10, 20, -30, MARK, -MARK, 70, -60]
-    assert steady_and_peaks(changes) == (110, 130, 170)
-    with pytest.raises(ValueError, match="1 of 2 marks"):
-        steady_and_peaks([1, MARK, -MARK])
+    with Alive() as alive:
+        kept = torch.zeros(10_000)
+        view = kept[5:]
+        assert alive.bytes() == 40_000
+        alive.begin()
+        torch.ones(20_000)
+        assert (alive.bytes(), alive.peak) == (40_000, 120_000)
+        kept.untyped_storage().resize_(0)
+        alive.begin()
+        assert (alive.bytes(), alive.peak, view.storage_offset()) == (0, 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,7 @@ def test_theory(precision: str, sharding: str, ranks: int, expected: float) -> N
     assert theory(precision, sharding, ranks) == expected
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_what_theory_says() -> None:
     config = make(
         OptimizerMemoryConfig,
@@ -59,6 +68,7 @@ def test_what_is_refused() -> None:
         make(RecomputeBenchConfig, **TINY, nproc=2)
 
 
+@pytest.mark.slow
 def test_recompute_times_on_the_cpu() -> None:
     names = [name for name, _ in variants(4)]
     assert names == [
