@@ -9,6 +9,7 @@ import pytest
 from tests.verification.runs import DENSE, verify
 
 
+@pytest.mark.slow
 def test_two_ranks_continue_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["resume", *DENSE, "--tp", "2", "--steps", "3", "--stop-at", "2"]
     code, found, text = verify(capsys, *words)
