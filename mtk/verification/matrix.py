@@ -29,7 +29,7 @@ from mtk.verification.matrix_report import Outcome, Record, Report
 from mtk.verification.observe import Observation, observe, random_sample
 
 # Layouts of one job: enough that starting it hardly counts.
-TOGETHER = 16
+TOGETHER = 32
 # Seconds that one layout may take on a busy machine.
 LIMIT = 60.0
 References = dict[tuple[str, int], Observation]

@@ -62,6 +62,8 @@ def comparable(config: Config) -> tuple[Config, list[str]]:
     if precision.precision == "fp16" and precision.loss_scale is None:
         precision = dataclasses.replace(precision, initial_loss_scale=LOSS_SCALE, min_loss_scale=1)
         notes.append(f"loss scale: starts at {LOSS_SCALE:g}, so that no step is skipped")
+    if precision.precision in SPACING:
+        notes.append(f"tolerances: those of {precision.precision}; --precision fp32 tells far more")
     optimizer = dataclasses.replace(
         optimizer,
         weight_decay_incr_style="constant",

@@ -131,6 +131,7 @@ def test_no_global_state() -> None:
         ("import mtk", ("torch", "numpy", "typer")),
         ("from mtk.cli.main import main; main(['--help'])", ("torch", "prefect", "flask", "numpy")),
         ("from mtk.cli.main import main; main(['pretrain', '--help'])", ("torch", "prefect")),
+        ("from mtk.cli.main import main; main(['verify', 'layout', '--help'])", ("torch", "numpy")),
     ],
 )
 def test_imports_are_lazy(code: str, absent: tuple[str, ...]) -> None:
