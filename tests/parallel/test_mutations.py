@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mtk.training.evaluate import held_out_loss
 from mtk.verification.compare import compare
 from mtk.verification.observe import Observation, observe, random_sample, share
 from tests.parallel.layouts import configure, one_process
-from tests.parallel.mutants import OTHER, StandIn, other_fault
+from tests.parallel.mutants import StandIn, other_fault
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_expert import moe_run
 
@@ -101,7 +101,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "cp2-tp2": Layout(4, {CP: 2, TP: 2}, fresh=("step.",)),
 }
-FAST = ("tp2.sp", "dp2.optimizer", "pp2.1f1b")
+FAST = ("tp2", "dp2.optimizer", "pp2.1f1b")
 # Calls that are made wrong in other ways than by leaving them out and doubling what comes.
 WAYS: dict[str, tuple[str, ...]] = {
     # Numbers of rows: any other sum, and ranks would wait for rows that nobody sends.
@@ -152,7 +152,7 @@ def _played(rank: int, layout: Layout) -> tuple[set[str], dict[Fault | None, Obs
     return live, found
 
 
-@lru_cache(maxsize=None)
+@cache
 def played(name: str) -> tuple[set[str], dict[Fault | None, list[str]]]:
     """What the layout calls, and the failures that the comparison reports for each fault."""
     layout = LAYOUTS[name]
