@@ -101,7 +101,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "cp2-tp2": Layout(4, {CP: 2, TP: 2}, fresh=("step.",)),
 }
-FAST = ("tp2.sp", "dp2.optimizer", "pp2.1f1b")
+FAST = ("tp2", "dp2.optimizer", "pp2.1f1b")
 # Calls that are made wrong in other ways than by leaving them out and doubling what comes.
 WAYS: dict[str, tuple[str, ...]] = {
     # Numbers of rows: any other sum, and ranks would wait for rows that nobody sends.
