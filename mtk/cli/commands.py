@@ -6,6 +6,7 @@ import typer
 
 from mtk.cli import (
     artifact_commands,
+    bench_commands,
     config_commands,
     doctor_commands,
     flow_commands,
@@ -13,13 +14,16 @@ from mtk.cli import (
     serving_commands,
     stage_commands,
     tokenizer_commands,
+    verify_commands,
 )
 
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
     "flow": "Prefect flows: chains of stages.",
+    "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
+    "bench": "How fast, and how much memory, on the machine at hand.",
     "checkpoint": "Look into checkpoints and check them.",
 }
 
@@ -32,6 +36,8 @@ TOPICS = (
     config_commands,
     doctor_commands,
     serving_commands,
+    bench_commands,
+    verify_commands,
 )
 
 

@@ -64,6 +64,9 @@ def rank_variables(ranks: int) -> dict[str, str]:
     if sys.platform == "linux":
         # Also where the host's own name leads nowhere, as in many containers.
         variables["GLOO_SOCKET_IFNAME"] = "lo"
+    # Before it ends a rank that waits too long, NCCL's watchdog would gather debug files for a
+    # minute; the launcher knows already who is missing.
+    variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     return {name: text for name, text in variables.items() if name not in os.environ}
 
 

@@ -1,6 +1,6 @@
 """Pipeline parallelism: run this rank's stages on the micro-batches of a step.
 
-Torch's own schedules were tried first and are not used: they allocate receive buffers for
+Torch's own schedules were read first and are not used: they allocate receive buffers for
 all micro-batches of a step at once, refuse 1F1B with fewer micro-batches than stages and
 interleaving with counts that are no multiple of the rounds, split backward with a graph
 search per micro-batch that recomputes checkpointed layers once per group of weights (and on

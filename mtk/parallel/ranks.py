@@ -68,17 +68,19 @@ def make_ranks(
     kv_groups: int | None = None,
     sharded: bool = True,
     trace: Trace | None = None,
+    made: dict[tuple[int, ...], dist.ProcessGroup] | None = None,
 ) -> Ranks:
     """Build all groups of a layout; every rank of the job must call it at the same time.
 
     The default process group must exist when ``dims.world`` > 1 and have that size.
     kv_groups: key/value heads of the model. sharded: FSDP shards over ``shards`` (else it
-    keeps whole copies on each of them).
+    keeps whole copies on each of them). made: groups by their ranks that earlier layouts of
+    this process have made; they are used again, and new ones added.
     """
     trace = trace or NoTrace()
     if dims.world == 1:
         return Ranks(dims, rank, local_rank, device, trace=trace)
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made = {} if made is None else made
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
     groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
     trace.know({name: group.ranks for name, group in groups.items()})

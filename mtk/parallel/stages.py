@@ -24,6 +24,9 @@ from mtk.parallel.ranks import Ranks
 # The look-up does no FLOPs worth counting, but moves each state and its gradient through
 # memory (about 12 bytes an element): at some 200 FLOPs a byte that is this many an element.
 LOOKUP_FLOPS = 2400
+# Likewise each logit is written, widened to fp32, and read and written again by softmax and its
+# backward: some 30 bytes.
+LOGIT_FLOPS = 6000
 TIED = "embedding.tokens.weight"
 
 
@@ -75,13 +78,14 @@ def ranges(split: Sequence[int]) -> tuple[range, ...]:
 def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     """Layers per stage so that the dearest stage is as cheap as can be.
 
-    Costs are FLOPs per token: the output matrix counts with the last stage, the look-up with
-    the first. Raises ValueError for more stages than layers.
+    Costs are FLOPs per token: the output matrix and the loss count with the last stage, the
+    look-up with the first. Raises ValueError for more stages than layers.
     """
     none = flops_per_token(replace(config, num_layers=0)).causal
     layer = flops_per_token(replace(config, num_layers=1)).causal - none
     first = float(LOOKUP_FLOPS * config.hidden_size)
-    return partition(config.num_layers, stages, layer=layer, first=first, last=none)
+    last = none + float(LOGIT_FLOPS * config.padded_vocab_size)
+    return partition(config.num_layers, stages, layer=layer, first=first, last=last)
 
 
 def partition(

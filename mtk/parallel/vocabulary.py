@@ -53,37 +53,43 @@ class VocabParallelHead(OutputHead):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax of the target over the whole vocabulary, by three reductions of [B, S]."""
+    """-log softmax of the target over the whole vocabulary, by three reductions of [B, S].
+
+    [B, S, L] is read and written as few times as plain torch allows: logits stay in their own
+    type until they are shifted, and the division by the sum waits for backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits_BSL: Tensor, labels_BS: Tensor, start: int, group: Group
     ) -> Tensor:
-        logits = logits_BSL.float()
-        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(labels_BS.shape, -1e30)
-        highest = all_reduce(highest, group, "tp.loss.max", "max")
-        logits = logits - highest[..., None]
+        used = logits_BSL.shape[-1]
+        # A rank may hold nothing but padding.
+        highest = logits_BSL.amax(-1) if used else logits_BSL.new_full(labels_BS.shape, -1e30)
+        highest = all_reduce(highest.float(), group, "tp.loss.max", "max")
+        shifted = logits_BSL - highest[..., None]
         local = labels_BS - start
-        foreign = (local < 0) | (local >= logits.shape[-1])
+        foreign = (local < 0) | (local >= used)
         local = local.masked_fill(foreign, 0)
-        target = logits.new_zeros(labels_BS.shape)
-        if logits.shape[-1]:
-            target = logits.gather(-1, local[..., None])[..., 0].masked_fill(foreign, 0.0)
+        target = highest.new_zeros(labels_BS.shape)
+        if used:
+            target = shifted.gather(-1, local[..., None])[..., 0].masked_fill(foreign, 0.0)
         target = all_reduce(target, group, "tp.loss.target")
-        exponentials = logits.exp_()
+        exponentials = shifted.exp_()
         total = all_reduce(exponentials.sum(-1), group, "tp.loss.sum")
-        ctx.save_for_backward(exponentials.div_(total[..., None]), local, foreign)
+        ctx.save_for_backward(exponentials, total, local, foreign)
         ctx.dtype = logits_BSL.dtype
         return total.log() - target
 
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, local, foreign = ctx.saved_tensors
-        grad = softmax * grad_BS[..., None]
+        exponentials, total, local, foreign = ctx.saved_tensors
+        grad = torch.empty_like(exponentials, dtype=ctx.dtype)
+        torch.mul(exponentials, (grad_BS / total)[..., None], out=grad)
         if grad.shape[-1]:
-            own = grad_BS.masked_fill(foreign, 0.0)
+            own = grad_BS.masked_fill(foreign, 0.0).to(ctx.dtype)
             grad.scatter_add_(-1, local[..., None], -own[..., None])
-        return grad.to(ctx.dtype), None, None, None
+        return grad, None, None, None
 
 
 def vocab_parallel_losses(

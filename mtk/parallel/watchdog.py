@@ -1,4 +1,5 @@
-"""The replica watchdog: what ranks hold as copies must be the same bytes.
+"""The replica watchdog (``--replica-check-interval``): what ranks hold as copies must be the same
+bytes.
 
 Ranks that share a block of a parameter (``Piece.copies``) compute the same updates; if a
 collective is missing, doubled or a memory chip flips a bit, they drift apart in silence. The
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtk.errors import GateError
-from mtk.parallel.collectives import all_gather
+from mtk.parallel.collectives import all_gather, gather_objects
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 
@@ -27,13 +28,31 @@ CHUNK = 1 << 24
 NAMED = 8
 
 
-def compare_copies(pieces: Mapping[str, Piece], tensors: Mapping[str, Tensor]) -> None:
+def compare_copies(
+    pieces: Mapping[str, Piece], tensors: Mapping[str, Tensor], world: Group | None = None
+) -> None:
     """Check that every rank of every group in ``Piece.copies`` has the same bytes.
 
     tensors: local blocks by name (of a dtype whose elements have 1, 2, 4 or 8 bytes); those
     without a piece are not compared. All ranks of a group must hold the same names, and all
-    ranks call this at the same time. Raises GateError naming tensors and global ranks.
+    ranks call this at the same time. world: all ranks; with it those that hold good copies
+    raise as well, with the same message. Raises GateError naming tensors and global ranks.
     """
+    wrong = differences(pieces, tensors)
+    if world is not None:
+        found = gather_objects(wrong, world, "watchdog.agree")
+        wrong = list(dict.fromkeys(text for texts in found for text in texts))
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise GateError(
+            f"copies that must be equal differ: {'; '.join(wrong[:NAMED])}{more}. A rank computed "
+            f"or stored something else: continue from the last checkpoint (without that machine, "
+            f"if it happens again), and check the layout with mtk verify layout."
+        )
+
+
+def differences(pieces: Mapping[str, Piece], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What to say of each tensor whose copies differ in a group of this rank."""
     shared = sorted(name for name in tensors if name in pieces)
     hashes = {name: tensor_hash(tensors[name]) for name in shared if _compared(pieces[name])}
     wrong: list[str] = []
@@ -42,13 +61,7 @@ def compare_copies(pieces: Mapping[str, Piece], tensors: Mapping[str, Tensor]) -
         all_RN = all_gather(mine[None], group, f"watchdog.{group.name}").cpu()
         for column, name in enumerate(names):
             wrong += _differing(name, all_RN[:, column].tolist(), group)
-    if wrong:
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise GateError(
-            f"copies that must be equal differ: {'; '.join(wrong[:NAMED])}{more}. A rank computed "
-            f"or stored something else: continue from the last checkpoint (without that machine, "
-            f"if it happens again), and check the layout with mtk verify layout."
-        )
+    return wrong
 
 
 def _compared(piece: Piece) -> bool:

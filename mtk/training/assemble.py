@@ -61,7 +61,8 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
     losses, feed = losses_of(config.model, ranks), Feed(ranks)
     if placed.stages is None:
-        return Accumulation(placed.parts[0], losses, feed, overlap)
+        each = parallel.data_parallel_sharding == "full"
+        return Accumulation(placed.parts[0], losses, feed, overlap, reduce_each=each)
     rows = ranks.tp.size if parallel.sequence_parallel else 1
     dtype = COMPUTE_DTYPES[config.precision.precision]
     pipeline = Pipeline(

@@ -67,14 +67,17 @@ class Loop:
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the end; returns the last metrics.
 
-        Raises Interrupted after saving when ``stop`` is set, GateError when the loss is
-        no longer finite (the last good checkpoint stays).
+        Raises Interrupted after saving when ``stop`` is set, GateError when the loss is no
+        longer finite or copies on different ranks differ (the last good checkpoint stays).
         """
         progress, target = self.progress, self.data.train_samples
         done = progress.consumed_samples
         with self.reporter.progress("training", target, "samples", done) as bar:
+            trace = self.stepper.ranks.trace
+            trace.phase("data")
             for batch in self.data.train(done):
                 self._one_step(batch, bar)
+                trace.phase("data")
                 if self._stops(stop) and progress.consumed_samples < target:
                     self._save()
                     cause = stop.signal.name if stop.signal else "a signal on another rank was"
@@ -98,6 +101,7 @@ class Loop:
         lr = self.stepper.schedule.lr(progress.scheduled_samples)
         result = self.stepper.step(batch, progress.scheduled_samples)
         self._count(batch, result)
+        self._check_copies()
         last = progress.consumed_samples >= self.data.train_samples
         if progress.step % logging.log_interval == 0 or last:
             self._log(lr, result)
@@ -159,6 +163,17 @@ class Loop:
         self._interval_loss = torch.zeros((), dtype=torch.float64)
         self._interval_start, self._interval_tokens = now, 0
 
+    def _check_copies(self) -> None:
+        interval, step = self.config.parallel.replica_check_interval, self.progress.step
+        if not interval or step % interval:
+            return
+        try:
+            self.stepper.check_copies()
+        except GateError as error:
+            raise GateError(
+                f"step {step}: {error} The newest is step {self._saved_step}."
+            ) from None
+
     def _check_finite(self, loss: float) -> None:
         # With a dynamic scale an overflow is skipped, so a bad loss may be passing.
         if not math.isfinite(loss) and not self.stepper.loss_scale.dynamic:
@@ -171,6 +186,7 @@ class Loop:
         if batches is None:
             return
         started = time.perf_counter()
+        self.stepper.ranks.trace.phase(f"{name} evaluation")
         result = held_out_loss(
             self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
         )
@@ -188,6 +204,7 @@ class Loop:
         if self._saved_step == self.progress.step:
             return
         started = time.perf_counter()
+        self.stepper.ranks.trace.phase("saving")
         self.progress.interval_loss = self._interval_loss.item()
         if self.progress.interval_steps:
             self._check_finite(self.progress.interval_loss)

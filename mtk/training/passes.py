@@ -67,7 +67,9 @@ class Overlap:
 class Accumulation:
     """One micro-batch after the other through the whole model.
 
-    local: moves a micro-batch to the device and cuts this rank's tokens out.
+    local: moves a micro-batch to the device and cuts this rank's tokens out. reduce_each:
+    gradients are reduced after every micro-batch and weights freed, so that no rank ever holds
+    all of either (full sharding); else both stay whole until the last one.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Accumulation:
         token_losses: TokenLosses,
         local: Callable[[MicroBatch], LocalBatch],
         overlap: Overlap = Overlap(),
+        reduce_each: bool = False,
     ) -> None:
         self.model, self.token_losses, self.local = model, token_losses, local
-        self.overlap = overlap
+        self.overlap, self.reduce_each = overlap, reduce_each
 
     def train(
         self,
@@ -92,13 +95,13 @@ class Accumulation:
             gather_weights(self.model)
         total = torch.zeros((), device=valid.device)
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            hold_gradients(self.model, reduce=last and self.overlap.reduce)
+            due = self.reduce_each or index == len(batches) - 1
+            hold_gradients(self.model, reduce=due and self.overlap.reduce)
             local = self.local(batch)
             losses_BS = self.losses(local)
             loss = (losses_BS * local.loss_mask_BS).sum() / valid
             (loss * scale).backward()  # type: ignore[no-untyped-call]
-            if last and not self.overlap.reduce:
+            if due and not self.overlap.reduce:
                 reduce_held(self.model)
             collect()
             total += loss.detach()

@@ -14,6 +14,7 @@ from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.watchdog import compare_copies
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
@@ -69,11 +70,13 @@ class Stepper:
 
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
+        self.ranks.trace.phase("forward and backward")
         self.optimizer.zero_grad()
         loss, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
+        self.ranks.trace.phase("optimizer")
         if finite:
             self.optimizer.clip_(norm)
             self.optimizer.step(
@@ -115,3 +118,11 @@ class Stepper:
         """Whether all main weights of all ranks are numbers; waits for the device."""
         bad = torch.tensor(0 if self.main.finite() else 1)
         return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0
+
+    def check_copies(self) -> None:
+        """Compare the main weights and the optimizer's state with every copy of them on other
+        ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        tensors, pieces = dict(self.main.weights), dict(self.pieces)
+        for key, tensor in self.optimizer.state_tensors().items():
+            tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
+        compare_copies(pieces, tensors, self.ranks.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from mtk.verification.observe import Observation, join
 
 # Share of the model's greatest gradient below which a parameter's own scale says nothing.
 FLOOR = 1e-3
-# Share below which a gradient is nothing but rounding.
+# Share below which a gradient is nothing but rounding, and the scale of that rounding: it is
+# that of the terms that cancel, not of what is left of them.
 ROUNDING = 1e-6
+CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Tolerance:
     norm: float = 1e-6
     gradient: float = 1e-5
     weight: float = 1e-5
+    balance: float = 1e-6
 
 
 @dataclass(frozen=True)
 class Difference:
-    """gradients, weights: error of each parameter by name; failures: what is over.
+    """loss, norm: relative errors; balance: the greatest of the experts' balancing losses;
+    gradients, weights: error of each parameter by name; failures: what is over.
 
     vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
     lr from the sign of that rounding, so their updated weights are not compared.
@@ -41,6 +46,7 @@ class Difference:
     weights: Mapping[str, float]
     tolerance: Tolerance
     vanishing: tuple[str, ...] = ()
+    balance: float = 0.0
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -53,7 +59,7 @@ class Difference:
     @property
     def failures(self) -> list[str]:
         found = []
-        for what in ("loss", "norm"):
+        for what in ("loss", "norm", "balance"):
             error, limit = getattr(self, what), getattr(self.tolerance, what)
             if not error <= limit:
                 found.append(f"{what}: relative error {error:.2e} > {limit:.0e}")
@@ -69,27 +75,31 @@ def compare(
     one: Observation, ranks: Sequence[Observation], tolerance: Tolerance = Tolerance()
 ) -> Difference:
     """``ranks`` against one process. Raises ValueError when the ranks' blocks do not make up
-    the model, or ranks disagree about loss or norm."""
+    the model, or ranks disagree about loss, norm or balancing losses."""
     reference = {name: torch.from_numpy(array) for name, _, array in one.gradients}
     weights = {name: torch.from_numpy(array) for name, _, array in one.weights}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if len({(rank.loss, rank.norm) for rank in ranks}) != 1:
-        found = [(rank.loss, rank.norm) for rank in ranks]
-        raise ValueError(f"ranks disagree about (loss, norm): {found}")
+    found = [(rank.loss, rank.norm, *rank.balance) for rank in ranks]
+    if len(set(found)) != 1 and not all(math.isnan(sum(values)) for values in found):
+        raise ValueError(f"ranks disagree about (loss, norm, balancing losses): {found}")
     gradients = join((rank.gradients for rank in ranks), shapes)
     updated = join((rank.weights for rank in ranks), shapes)
     # Some gradients are zero but for rounding (a key bias shifts all scores of a query alike);
     # their error is measured on the scale of the model's gradients instead.
     top = max(_largest(gradient) for gradient in reference.values())
     floor = FLOOR * top
-    vanishing = tuple(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
+    vanishing = frozenset(n for n, g in reference.items() if _largest(g) < ROUNDING * top)
     return Difference(
         loss=_relative(ranks[0].loss, one.loss),
         norm=_relative(ranks[0].norm, one.norm),
-        gradients={n: _error(gradients[n], reference[n], floor) for n in shapes},
+        gradients={
+            n: _error(gradients[n], reference[n], CANCELLED * top if n in vanishing else floor)
+            for n in shapes
+        },
         weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
         tolerance=tolerance,
-        vanishing=vanishing,
+        vanishing=tuple(sorted(vanishing)),
+        balance=max(map(_relative, ranks[0].balance, one.balance), default=0.0),
     )
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("flows",),
     ("stages",),
     ("serving",),
-    ("mtk.verification",),
+    ("mtk.verification", "mtk.benchmarks"),
     ("mtk.training",),
     (
         "mtk.data",

@@ -26,9 +26,11 @@ def test_gradients_come_later_and_are_the_same(recompute: bool) -> None:
     deferred = defer_weight_gradients(late)
     assert [name for name, _ in late.named_parameters()] == names
     for micro, batch in enumerate(make_batches(2)):
-        plain(batch.tokens).square().sum().backward()
+        plain(batch.tokens_BS).square().sum().backward()
         out = (
-            checkpoint(late, batch.tokens, use_reentrant=False) if recompute else late(batch.tokens)
+            checkpoint(late, batch.tokens_BS, use_reentrant=False)
+            if recompute
+            else late(batch.tokens_BS)
         )
         deferred.micro = micro
         out.square().sum().backward()

@@ -7,7 +7,6 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from mtk.config.pipeline import problems
 
 from mtk.config.parallel import ParallelConfig
 from mtk.models.build import build_model
@@ -117,51 +116,14 @@ def test_a_middle_stage_wants_positions_and_has_no_output() -> None:
 def test_tied_copies_are_noted() -> None:
     ends = Group("ends", (0, 2), 1, None)
     ranks = Ranks(Dims(pp=2, dp=2), rank=2, ends=ends)
-    marked = mark_tied({TIED: Piece.whole((32, 16)), "x": Piece.whole((2,))}, TINY, ranks)
+    pieces = {TIED: Piece.whole((32, 16)), "x": Piece.whole((2,))}
+    loop, v = (plan_stages(TINY, pipeline(2, pipeline_schedule=s)) for s in ("1f1b", "zbv"))
+    marked = mark_tied(pieces, TINY, loop, ranks)
     assert marked[TIED].copies == marked[TIED].partial == (ends,)
     assert not marked[TIED].owner
-    assert marked["x"] == Piece.whole((2,))
+    assert marked["x"] == pieces["x"]
+    # Both stages on one rank, a middle rank, or nothing tied: nothing to note.
+    assert mark_tied(pieces, TINY, v, ranks) == pieces
+    assert mark_tied(pieces, TINY, loop, Ranks()) == pieces
     untied = replace(TINY, untie_embeddings_and_output_weights=True)
-    assert mark_tied({TIED: Piece.whole((32, 16))}, untied, ranks)[TIED].copies == ()
-    assert mark_tied({TIED: Piece.whole((32, 16))}, TINY, Ranks())[TIED].copies == ()
-
-
-BAD = [
-    (pipeline(9), "is more than model.num_layers = 8. Nearest: 8."),
-    (pipeline(1, pipeline_schedule="zbv"), "only means something with more than one"),
-    (pipeline(1, pipeline_split=(8,)), "only means something with more than one"),
-    (pipeline(2, pipeline_split=(4, 3)), "adds up to 7, not to model.num_layers = 8"),
-    (pipeline(2, pipeline_split=(8, 0)), "at least one layer"),
-    (pipeline(2, pipeline_split=(3, 3, 2)), "makes 3 stages for 2 ranks. Give 2 or 4 numbers."),
-    (pipeline(2, pipeline_split=(8,)), "makes 1 stages for 2 ranks"),
-    (
-        pipeline(2, num_layers_per_virtual_pipeline_stage=3),
-        "must divide the layers per rank, 4. Nearest: 2.",
-    ),
-    (pipeline(3, num_layers_per_virtual_pipeline_stage=1), "= 8 to divide by 3 ranks"),
-    (pipeline(2, num_layers_per_virtual_pipeline_stage=4), "with nothing to interleave"),
-    (
-        pipeline(2, num_layers_per_virtual_pipeline_stage=2, pipeline_schedule="1f1b"),
-        "1f1b runs one",
-    ),
-    (
-        pipeline(2, num_layers_per_virtual_pipeline_stage=1, pipeline_schedule="zbv"),
-        "exactly 2. Give 2 layers",
-    ),
-    (pipeline(5, pipeline_schedule="zbv"), "10 stages need as many layers"),
-    (pipeline(2, pipeline_split=(4, 4), num_layers_per_virtual_pipeline_stage=4), "already"),
-]
-
-
-@pytest.mark.parametrize(("parallel", "message"), BAD)
-def test_bad_pipelines(parallel: ParallelConfig, message: str) -> None:
-    assert message in "\n".join(map(str, problems(parallel, TINY)))
-
-
-def test_good_pipelines() -> None:
-    for schedule in (None, "1f1b", "interleaved", "zero-bubble", "zbv"):
-        assert list(problems(pipeline(4, pipeline_schedule=schedule), TINY)) == []
-    assert list(problems(pipeline(3, pipeline_split=(4, 3, 1)), TINY)) == []
-    assert list(problems(pipeline(2, num_layers_per_virtual_pipeline_stage=1), TINY)) == []
-    split = pipeline(2, pipeline_schedule="zero-bubble")
-    assert "compiled" in "".join(map(str, problems(split, TINY, compiled=True)))
+    assert mark_tied(pieces, untied, loop, ranks) == pieces

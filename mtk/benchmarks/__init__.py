@@ -1,0 +1,1 @@
+"""Programs that measure trainings; none of them keeps what it trains."""

@@ -1,0 +1,122 @@
+"""Some steps of a real training on this rank, timed one by one; nothing is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mtk.config.bench import BenchConfig
+from mtk.config.pretrain import PretrainConfig
+from mtk.log import Reporter
+from mtk.parallel.deterministic import set_deterministic
+from mtk.parallel.dims import Dims
+from mtk.parallel.process import Place, join
+from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.rng import stream_seed
+from mtk.training.assemble import make_stepper
+from mtk.training.batch import GlobalBatch
+from mtk.training.data import open_data, run_data, with_vocabulary
+from mtk.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class RankRun:
+    """seconds: of each measured step. peak_allocated, peak_reserved: bytes of the CUDA
+    allocator during them, None on the CPU. start_seconds: until the first step was done."""
+
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+    parameters: int
+    peak_allocated: int | None
+    peak_reserved: int | None
+    start_seconds: float
+
+
+def run_steps(place: Place, config: BenchConfig) -> list[RankRun]:
+    """The run of each rank, on all ranks; for ``launch``."""
+    with training_ranks(place, config) as ranks:
+        own = _measure(config, ranks)
+        if not ranks.distributed:
+            return [own]
+        found: list[RankRun | None] = [None] * ranks.world.size
+        dist.all_gather_object(found, own)
+        return [run for run in found if run is not None]
+
+
+@contextmanager
+def training_ranks(place: Place, config: PretrainConfig) -> Iterator[Ranks]:
+    """This process as one rank of the layout, as a training is."""
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    set_deterministic(config.runtime)
+    with join(place, config.parallel.distributed_timeout_minutes * 60) as trace:
+        ranks = make_ranks(
+            Dims.of(config.parallel, place.world),
+            rank=place.rank,
+            local_rank=place.local_rank,
+            device=place.device,
+            kv_groups=config.model.query_groups,
+            sharded=config.parallel.data_parallel_sharding != "replicate",
+            trace=trace,
+        )
+        yield ranks
+
+
+def prepare(
+    config: BenchConfig, ranks: Ranks, steps: int
+) -> tuple[BenchConfig, Stepper, Iterator[GlobalBatch]]:
+    """The stepper with initial weights and the batches of ``steps`` steps."""
+    length = dataclasses.replace(
+        config.length, train_iters=steps, train_samples=None, train_tokens=None
+    )
+    config = dataclasses.replace(config, length=length)
+    data = open_data(config.data)
+    config = with_vocabulary(config, data)  # type: ignore[assignment]
+    samples = config.batch.full * steps
+    stepper = make_stepper(config, samples, ranks)
+    found = run_data(config, data, samples, Reporter(quiet=True), ranks.dp.rank, ranks.dp.size)
+    torch.manual_seed(stream_seed(config.runtime.seed, ranks, config.parallel.sequence_parallel))
+    return config, stepper, iter(found.train(0))
+
+
+def _measure(config: BenchConfig, ranks: Ranks) -> RankRun:
+    started = time.perf_counter()
+    config, stepper, batches = prepare(config, ranks, config.measure.total)
+    seconds, losses, first = [], [], 0.0
+    for step in range(config.measure.total):
+        if step == config.measure.warmup and ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+        wait(ranks)
+        begun = time.perf_counter()
+        result = stepper.step(next(batches), config.batch.full * step)
+        wait(ranks)
+        ended = time.perf_counter()
+        first = first or ended - started
+        if step >= config.measure.warmup:
+            seconds.append(ended - begun)
+            losses.append(result.loss.item())
+    return RankRun(
+        tuple(seconds),
+        tuple(losses),
+        sum(weight.numel() for weight in stepper.main.weights.values()),
+        *_peaks(ranks.device),
+        first,
+    )
+
+
+def wait(ranks: Ranks) -> None:
+    """Until this rank's device has done all it was given."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+
+
+def _peaks(device: torch.device) -> tuple[int | None, int | None]:
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

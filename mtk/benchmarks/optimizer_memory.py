@@ -1,0 +1,214 @@
+"""``mtk bench optimizer-memory``: bytes a parameter on each data-parallel rank, counted.
+
+The CPU allocator reports every allocation to the profiler, so that both figures are exact:
+steady is what stays from one step to the next (weights, gradients, main weights, moments);
+peak is the most that was alive at once in a step of one micro-batch, and held_peak in a step
+of several, whose gradients are held until the last. Both include temporaries: those of the few
+layers under way. Sequences are so short that activations hardly count.
+
+Theory: Megatron-Core's table of its distributed optimizer over d ranks. fp16 parameters with
+fp16 gradients: 20, or 4 + 16/d; bf16 parameters with fp32 gradients: 18, or 6 + 12/d; fp32:
+16, or 8 + 8/d. Sharding everything (ZeRO-3): all of it over d.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from mtk.benchmarks.measured_run import prepare, training_ranks
+from mtk.benchmarks.record import surroundings, write_json
+from mtk.config import make, to_dict
+from mtk.config.bench import BenchConfig, OptimizerMemoryConfig
+from mtk.log import Reporter
+from mtk.parallel.launch import launch
+from mtk.parallel.process import Place
+from mtk.training.batch import GlobalBatch
+
+SEQUENCE = 8
+MICRO_BATCHES = 2
+MARK = 1_234_577
+# AdamW's counters of steps, a scalar a tensor, are no bytes a parameter.
+COUNTERS = 1e-3
+# Bytes a parameter: what every rank keeps, and what the ranks share out.
+THEORY = {"fp32": (8, 8), "bf16": (6, 12), "fp16": (4, 16)}
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Of one rank. parameters: of the whole model."""
+
+    parameters: int
+    steady: int
+    peak: int
+    held_peak: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes a parameter; steady and the peaks of the fullest rank."""
+
+    precision: str
+    sharding: str
+    ranks: int
+    theory: float
+    steady: float
+    peak: float
+    held_peak: float
+    measured: Sequence[RankBytes] = ()
+
+    @property
+    def within(self) -> bool:
+        return self.steady <= self.theory * (1 + COUNTERS)
+
+
+def theory(precision: str, sharding: str, ranks: int) -> float:
+    """Bytes a parameter and rank."""
+    kept, shared = THEORY[precision]
+    if sharding == "replicate":
+        return kept + shared
+    return kept / (ranks if sharding == "full" else 1) + shared / ranks
+
+
+def bench_optimizer_memory(config: OptimizerMemoryConfig, reporter: Reporter) -> list[Row]:
+    """All combinations; with one rank nothing is sharded, whatever the mode."""
+    rows = []
+    for precision, ranks, sharding in _combinations(config):
+        training = training_config(config, precision, sharding, ranks)
+        found: list[RankBytes] = launch(measure, (training,), ranks)
+        row = Row(
+            precision,
+            sharding,
+            ranks,
+            theory(precision, sharding, ranks),
+            max(rank.steady / rank.parameters for rank in found),
+            max(rank.peak / rank.parameters for rank in found),
+            max(rank.held_peak / rank.parameters for rank in found),
+            found,
+        )
+        rows.append(row)
+        reporter.info(" ".join(cells(row)))
+        write_json(config.output, content(config, rows))
+    return rows
+
+
+def _combinations(config: OptimizerMemoryConfig) -> Iterator[tuple[str, int, str]]:
+    for precision in config.precisions:
+        for ranks in config.ranks:
+            for sharding in config.shardings if ranks > 1 else ("replicate",):
+                yield precision, ranks, sharding
+
+
+def training_config(
+    config: OptimizerMemoryConfig, precision: str, sharding: str, ranks: int
+) -> BenchConfig:
+    """A model of many equal layers and few words: no unit outweighs the rest."""
+    return make(
+        BenchConfig,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.hidden_size // 64,
+        seq_length=SEQUENCE,
+        vocab_size=256,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        lr=1e-3,
+        precision=precision,
+        micro_batch_size=1,
+        global_batch_size=MICRO_BATCHES * ranks,
+        nproc=ranks,
+        data_parallel_sharding=sharding,
+        device="cpu",
+        num_threads=1,
+    )
+
+
+# -- one rank -----------------------------------------------------------------------------
+
+
+def measure(place: Place, config: BenchConfig) -> list[RankBytes]:
+    """Three steps; the first one makes the moments."""
+    with training_ranks(place, config) as ranks:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            config, stepper, batches = prepare(config, ranks, steps=3)
+            whole = next(batches)
+            single = GlobalBatch(whole.micro_batches[:1], whole.samples // MICRO_BATCHES)
+            stepper.step(whole, 0)
+            for batch in (single, whole):
+                # An allocation of a size that nothing else has marks where a step begins.
+                torch.empty(MARK, dtype=torch.uint8)
+                stepper.step(batch, config.batch.full)
+        steady, peak, held_peak = steady_and_peaks(_changes(profiler))
+        sizes = (math.prod(shape) for shape in stepper.placed.shapes.values())
+        own = RankBytes(sum(sizes), steady, peak, held_peak)
+        if not ranks.distributed:
+            return [own]
+        found: list[Any] = [None] * ranks.world.size
+        dist.all_gather_object(found, own)
+        return found
+
+
+def _changes(profiler: profile) -> Iterator[int]:
+    """Bytes of every allocation (freed: negative) in their order."""
+    recorded: Any = profiler.profiler
+    for event in recorded.kineto_results.events():
+        if event.name() == "[memory]":
+            yield event.nbytes()
+
+
+def steady_and_peaks(changes: Iterable[int]) -> tuple[int, int, int]:
+    """Bytes alive at the end, and the most after each of the two marks; from the changes since
+    nothing was alive. Raises ValueError where a mark is missing."""
+    alive = 0
+    peaks: list[int] = []
+    for change in changes:
+        alive += change
+        if change == -MARK:
+            peaks.append(alive)
+        elif peaks and change != MARK:
+            peaks[-1] = max(peaks[-1], alive)
+    if len(peaks) != 2:
+        raise ValueError(f"the profiler has seen {len(peaks)} of 2 marks")
+    return alive, *peaks
+
+
+# -- output -------------------------------------------------------------------------------
+
+COLUMNS = ("precision", "sharding", "ranks", "theory", "steady", "peak", "held peak", "steady is")
+
+
+def cells(row: Row) -> list[str]:
+    """The row's texts under ``COLUMNS``; bytes a parameter."""
+    return [
+        row.precision,
+        row.sharding,
+        str(row.ranks),
+        f"{row.theory:.3f}",
+        f"{row.steady:.3f}",
+        f"{row.peak:.3f}",
+        f"{row.held_peak:.3f}",
+        "within" if row.within else f"over by {row.steady - row.theory:.3f}",
+    ]
+
+
+def content(config: OptimizerMemoryConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures as plain data."""
+    return {
+        "benchmark": "optimizer-memory",
+        **surroundings(),
+        "config": to_dict(config),
+        "sequence": SEQUENCE,
+        "micro_batches": MICRO_BATCHES,
+        "rows": [plain(row) for row in rows],
+    }
+
+
+def plain(row: Row) -> dict[str, Any]:
+    return dataclasses.asdict(row) | {"within": row.within}

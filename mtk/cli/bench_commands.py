@@ -1,0 +1,84 @@
+"""``mtk bench``: how fast, and how much memory, on the machine at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from mtk.cli.options import CommonOptions, add_command
+
+
+def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
+    """Add the commands to the group ``bench``."""
+    del app
+    from mtk.config.bench import (
+        LayoutsBenchConfig,
+        OptimizerMemoryConfig,
+        RecomputeBenchConfig,
+    )
+
+    bench = parents["bench"]
+    help = "The same training in one layout after the other: tokens/s, memory, MFU, speed-up."
+    add_command(bench, "layouts", LayoutsBenchConfig, _layouts, help=help)
+    help = "Memory and time of each way to recompute activations, beside the planner's formula."
+    add_command(bench, "recompute", RecomputeBenchConfig, _recompute, help=help)
+    help = "Bytes a parameter of every data-parallel rank, counted on CPU ranks, beside theory."
+    add_command(bench, "optimizer-memory", OptimizerMemoryConfig, _optimizer_memory, help=help)
+
+
+def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
+    from mtk.cli.stage_commands import layers_from
+    from stages.registry import Stage
+
+    # A benchmark resolves as a stage does (recipe lowest) without being one.
+    return Stage(name, f"mtk.config.bench:{config}", "", "").resolve(layers_from(given, common))
+
+
+def _layouts(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.layouts import COLUMNS, bench_layouts, cells, plain
+    from mtk.log import Reporter
+
+    config = _resolved("layouts", "LayoutsBenchConfig", given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    rows = bench_layouts(config, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, layouts=[plain(row) for row in rows], output=config.measure.output)
+
+
+def _recompute(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.recomputation import COLUMNS, bench_recompute, cells, plain
+    from mtk.log import Reporter
+
+    config = _resolved("recompute", "RecomputeBenchConfig", given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    rows = bench_recompute(config, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, rows=[plain(row) for row in rows], output=config.measure.output)
+
+
+def _optimizer_memory(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.optimizer_memory import COLUMNS, bench_optimizer_memory, cells, plain
+    from mtk.log import Reporter
+
+    config = _resolved("optimizer-memory", "OptimizerMemoryConfig", given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    rows = bench_optimizer_memory(config, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, rows=[plain(row) for row in rows], output=config.output)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A rich table as text, as wide as it needs to be."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    stream = StringIO()
+    Console(file=stream, width=200, markup=False).print(table)
+    return stream.getvalue().rstrip()

@@ -1,0 +1,106 @@
+"""A configuration made small without losing what its layout depends on. Knows no torch.
+
+Kept: the layout, the kinds of all parts, attention heads, key/value groups, experts and how
+many of them a token goes to, uneven pipeline splits (two layers at most in a stage), the
+precision, micro-batches. Smaller: layers (as few as give each stage its own), channels of a
+head (8) and with them the hidden size, widths of MLPs, the sequence (32 tokens, or the least
+that the layout can cut), the vocabulary (uneven, so that its padding counts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from math import lcm
+from typing import TypeVar
+
+from mtk.config.layout_rules import longest_stage, stacked_layers
+from mtk.config.model import ModelConfig
+from mtk.config.parallel import ParallelConfig
+from mtk.config.pretrain import BatchConfig, PretrainConfig
+
+HEAD = 8
+SEQUENCE = 32
+VOCABULARY_UNIT = 32
+# Micro-batches of a data-parallel rank, for each pipeline stage.
+MICRO_BATCHES = 2
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
+def shrink(config: Config) -> Config:
+    """The small configuration; its layout is legal where that of ``config`` is."""
+    layers, parallel = _layers(config.model, config.parallel)
+    model = _sizes(dataclasses.replace(config.model, num_layers=layers), parallel)
+    return dataclasses.replace(
+        config, model=model, parallel=parallel, batch=_batch(config, parallel)
+    )
+
+
+def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ParallelConfig]:
+    """Number of layers, and the layout's options that count them."""
+    layers, stages = stacked_layers(model), parallel.pipeline_model_parallel_size
+    if parallel.pipeline_split is not None and stages > 1:
+        split = tuple(min(count, 2) for count in parallel.pipeline_split)
+        layers, changes = sum(split), {"pipeline_split": split}
+    elif parallel.num_layers_per_virtual_pipeline_stage is not None and stages > 1:
+        virtual = min(parallel.stages_per_rank(layers), 2)
+        if parallel.stages_per_rank(layers) == 1:
+            virtual = 1
+        layers = stages * virtual
+        changes = {"num_layers_per_virtual_pipeline_stage": 1}  # type: ignore[dict-item]
+    else:
+        layers, changes = min(layers, max(2, stages * parallel.stages_per_rank(layers))), {}
+    parallel = dataclasses.replace(parallel, **changes)  # type: ignore[arg-type]
+    if parallel.recompute_num_layers is not None:
+        most = longest_stage(parallel, layers)
+        count = min(parallel.recompute_num_layers, most)
+        parallel = dataclasses.replace(parallel, recompute_num_layers=count)
+    return layers, parallel
+
+
+def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
+    rows = tp if parallel.sequence_parallel else 1
+    head = _head(model)
+    hidden = _up(model.num_attention_heads * head, 8)
+    unit = lcm(cp * rows, 2 * cp if cp > 1 else 1)
+    length = min(model.seq_length, _up(SEQUENCE, unit))
+    vocabulary_unit = lcm(VOCABULARY_UNIT, tp)
+    return dataclasses.replace(
+        model,
+        kv_channels=head,
+        hidden_size=min(model.hidden_size, hidden),
+        ffn_hidden_size=min(model.ffn_size, _up(2 * hidden, 8 * tp)),
+        moe_ffn_hidden_size=min(model.moe_ffn_size, _up(hidden, 8 * tp))
+        if model.num_experts
+        else None,
+        moe_layer_freq=min(model.moe_layer_freq, 2, model.num_layers),
+        seq_length=length,
+        max_position_embeddings=length,
+        make_vocab_size_divisible_by=vocabulary_unit,
+        vocab_size=min(model.vocab_size or 3 * vocabulary_unit, 3 * vocabulary_unit - 5),
+    )
+
+
+def _head(model: ModelConfig) -> int:
+    """Channels of a head: few, but with an even number of rotated ones."""
+    for size in (HEAD, 2 * HEAD, 4 * HEAD):
+        rotated = int(size * model.rotary_percent)
+        even = rotated >= 2 and rotated % 2 == 0
+        if size < model.head_size and (model.position_embedding_type != "rope" or even):
+            return size
+    return model.head_size
+
+
+def _batch(config: PretrainConfig, parallel: ParallelConfig) -> BatchConfig:
+    """At most two samples in a micro-batch, and two micro-batches for each stage."""
+    micro = min(config.batch.micro_batch_size, 2)
+    copies = config.data_parallel_size
+    given = config.batch.full // (config.batch.micro_batch_size * copies)
+    count = min(max(given, 2), MICRO_BATCHES * parallel.pipeline_model_parallel_size)
+    return BatchConfig(micro_batch_size=micro, global_batch_size=micro * copies * count)
+
+
+def _up(value: int, unit: int) -> int:
+    """The least multiple of ``unit`` that is not below ``value``."""
+    return -(-value // unit) * unit
