@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ BASE: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,
-    "num_query_groups": 2,
+    "num_query_groups": 4,
     "ffn_hidden_size": 48,
     "seq_length": 16,
     "hidden_dropout": 0.0,
@@ -223,7 +224,7 @@ def test_batch_grows_as_in_one_process(home: Path, name: str) -> None:
     changes = {**length, "global_batch_size": 12, "save_interval": 100}
     one = train(config(home, f"ramp-{name}-one", **changes))
     samples = [r["samples"] for r in one if r["event"] == "train"]
-    assert {b - a for a, b in zip(samples, samples[1:], strict=False)} == {4, 8, 12}
+    assert {b - a for a, b in pairwise(samples)} == {4, 8, 12}
     assert close(one, train(config(home, f"ramp-{name}", 2, **changes, **LAYOUTS[name])), 1e-5)
 
 
