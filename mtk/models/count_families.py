@@ -5,6 +5,8 @@ Both are planned and costed by this version, not trained.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mtk.config.model import ModelConfig
 from mtk.models import count
 from mtk.models.count import Flops, layer_matrices
@@ -68,8 +70,6 @@ def _t5(config: ModelConfig, vocab: int) -> int:
 
 def _blocks(config: ModelConfig) -> int:
     """The layers alone."""
-    from dataclasses import replace
-
     with_layers = count.parameter_count(config, 0)
     return with_layers - count.parameter_count(replace(config, num_layers=0), 0)
 

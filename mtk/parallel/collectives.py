@@ -197,18 +197,6 @@ class _Scatter(torch.autograd.Function):
         return all_gather(grad, ctx.group, f"{ctx.site}.backward"), None, None
 
 
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, site: str) -> Tensor:
-        ctx.group, ctx.site = group, site
-        rows = x.shape[0] // group.size
-        return x[group.rank * rows : (group.rank + 1) * rows].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grad, ctx.group, ctx.site), None, None
-
-
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -247,11 +235,6 @@ def gather_rows(x: Tensor, group: Group, site: str, *, replicated: bool = False)
 def scatter_sum_of_parts(x: Tensor, group: Group, site: str) -> Tensor:
     """Sum partial results and keep this rank's rows."""
     return x if group.size == 1 else _apply(_Scatter, x, group, site)
-
-
-def split_rows(x: Tensor, group: Group, site: str) -> Tensor:
-    """This rank's rows of an ``x`` that all ranks have."""
-    return x if group.size == 1 else _apply(_Split, x, group, site)
 
 
 def exchange_rows(

@@ -11,7 +11,7 @@ place in the pipeline is called its stage, though it may hold several virtual on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
@@ -256,6 +256,4 @@ def _element(config: PlanConfig) -> int:
 
 def with_vocabulary(model: ModelConfig, assumed: int) -> ModelConfig:
     """The model with a vocabulary size, where none is given."""
-    from dataclasses import replace
-
     return model if model.vocab_size is not None else replace(model, vocab_size=assumed)

@@ -47,14 +47,6 @@ class Ranks:
     def distributed(self) -> bool:
         return self.world.size > 1
 
-    @property
-    def first_stage(self) -> bool:
-        return self.pp.rank == 0
-
-    @property
-    def last_stage(self) -> bool:
-        return self.pp.rank == self.pp.size - 1
-
 
 AXES = ("world", "tp", "cp", "dp", "pp", "ep", "shards", "expert_shards", "ends")
 

@@ -1,6 +1,6 @@
-"""Next-token loss, summed over tokens.
+"""Next-token loss of every token.
 
-The sum is divided by the number of valid tokens of the whole global batch, so that
+It is summed and divided by the number of valid tokens of the whole global batch, so that
 neither micro-batches nor ranks change the result. Shape suffixes: B batch, S sequence,
 V vocabulary.
 """
@@ -17,8 +17,3 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
         logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none"
     )
     return losses.view_as(labels_BS)
-
-
-def summed_loss(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
-    """Sum of the losses of the tokens whose mask is 1."""
-    return (token_losses(logits_BSV, labels_BS) * loss_mask_BS).sum()

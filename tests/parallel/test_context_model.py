@@ -16,7 +16,7 @@ from mtk.parallel.context import context_kernel
 from mtk.parallel.groups import Group
 from mtk.parallel.ranks import Ranks
 from mtk.training.feed import Feed
-from mtk.training.loss import summed_loss
+from mtk.training.loss import token_losses
 from mtk.training.passes import LocalBatch
 from tests.models.sizes import llama_config, small_config, small_model
 from tests.parallel.attention_cases import make_case
@@ -46,7 +46,7 @@ def whole(micro: MicroBatch) -> LocalBatch:
 def gradients(model: GPT, micro: LocalBatch, valid: Tensor, cp: Group) -> dict[str, Tensor]:
     """Loss and gradients, summed over the ranks."""
     logits = model(micro.tokens_BS, micro.positions, documents=micro.documents_BS)
-    loss = summed_loss(logits, micro.labels_BS, micro.loss_mask_BS) / valid
+    loss = (token_losses(logits, micro.labels_BS) * micro.loss_mask_BS).sum() / valid
     loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     parts = {"loss": loss.detach(), **found}
