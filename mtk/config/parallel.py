@@ -83,6 +83,11 @@ class ParallelConfig:
     num_distributed_optimizer_instances: int = option(
         1, help="Copies of the sharded state: shard inside each, replicate across (hybrid)."
     )
+    shard_accumulated_gradients: bool = option(
+        False,
+        help="Reduce gradients after every micro-batch, so that only this rank's shard of them "
+        "adds up: less memory, more communication (sharding full always does).",
+    )
     overlap_grad_reduce: bool = option(True, help="Reduce gradients during backward.")
     overlap_param_gather: bool = option(True, help="Gather parameters during forward.")
     recompute_granularity: Literal["selective", "full"] | None = option(
@@ -177,6 +182,13 @@ class ParallelConfig:
                     rule = "orders pipeline stages, of which there is one"
                     fix = "Raise --pp or leave it out."
                     yield Problem(name, getattr(self, name), rule, fix)
+        if self.shard_accumulated_gradients and self.data_parallel_sharding == "replicate":
+            rule = "adds up shards of gradients, and nothing is sharded"
+            fix = "Add --use-distributed-optimizer."
+            yield Problem("shard_accumulated_gradients", True, rule, fix)
+        if self.shard_accumulated_gradients and self.pipeline_model_parallel_size > 1:
+            rule = "pipeline stages reduce gradients once, in the last backward of a step"
+            yield Problem("shard_accumulated_gradients", True, rule, "Leave it out, or --pp 1.")
         copies = self.num_distributed_optimizer_instances
         if copies > 1 and self.data_parallel_sharding == "replicate":
             rule = "copies a sharded optimizer, and nothing is sharded"

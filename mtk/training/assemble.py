@@ -61,7 +61,9 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
     losses, feed = losses_of(config.model, ranks), Feed(ranks)
     if placed.stages is None:
-        each = parallel.data_parallel_sharding == "full"
+        each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
+        # Without FSDP there are no shards that could add up in fp32.
+        each = each and ranks.shards.size > 1
         return Accumulation(placed.parts[0], losses, feed, overlap, reduce_each=each)
     rows = ranks.tp.size if parallel.sequence_parallel else 1
     dtype = COMPUTE_DTYPES[config.precision.precision]

@@ -103,7 +103,10 @@ class Accumulation:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             if due and not self.overlap.reduce:
                 reduce_held(self.model)
-            collect()
+            # FSDP adds shards up by itself, a unit at a time; to take each micro-batch's away
+            # would keep a second whole shard.
+            if index == len(batches) - 1 or not self.reduce_each:
+                collect()
             total += loss.detach()
         return total
 
