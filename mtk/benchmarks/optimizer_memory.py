@@ -5,8 +5,7 @@ next (weights, gradients, main weights, moments); peak is the most that was aliv
 step of one micro-batch; held_peak in a step of several, whose gradients are held until the
 last, and shard_peak in one whose gradients are reduced each time
 (``--shard-accumulated-gradients``). Peaks include temporaries: those of the few layers under
-way. Sequences are so short that
-activations hardly count.
+way. Sequences are so short that activations hardly count.
 
 Theory: Megatron-Core's table of its distributed optimizer over d ranks. fp16 parameters with
 fp16 gradients: 20, or 4 + 16/d; bf16 parameters with fp32 gradients: 18, or 6 + 12/d; fp32:
@@ -134,6 +133,8 @@ def training_config(
         attention_dropout=0.0,
         lr=1e-3,
         precision=precision,
+        # A step that overflows is skipped, and without a step there are no moments to count.
+        **({"initial_loss_scale": 2.0**10} if precision == "fp16" else {}),
         micro_batch_size=1,
         global_batch_size=MICRO_BATCHES * ranks,
         nproc=ranks,
@@ -153,16 +154,17 @@ def measure(place: Place, config: BenchConfig) -> list[RankBytes]:
             config, stepper, batches = prepare(config, ranks, steps=3)
             whole = next(batches)
             single = GlobalBatch(whole.micro_batches[:1], whole.samples // MICRO_BATCHES)
-            stepper.step(whole, 0)
+            results = [stepper.step(whole, 0)]
             peaks = []
             for batch, reduce_each in ((single, False), (whole, False), (whole, True)):
                 assert isinstance(stepper.passes, Accumulation)
                 stepper.passes.reduce_each = reduce_each or sharding_of(config) == "full"
                 alive.begin()
-                stepper.step(batch, config.batch.full)
+                results.append(stepper.step(batch, config.batch.full))
                 peaks.append(alive.peak)
             gc.collect()
             steady = alive.bytes()
+            assert all(result.applied for result in results), "a skipped step has no moments"
         sizes = (math.prod(shape) for shape in stepper.placed.shapes.values())
         own = RankBytes(sum(sizes), steady, peaks[0], peaks[1], peaks[2])
         if not ranks.distributed:
