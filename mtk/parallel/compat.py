@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def gather_first_dimension(x: Tensor, group: Any) -> Tensor:
@@ -49,6 +50,17 @@ def finish_backward(model: nn.Module) -> None:
         for group in _parameter_groups(unit):
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def widen_gradients(model: nn.Module) -> None:
+    """Move what ``.grad`` of gathered weights holds to FSDP2's sums in fp32, as it does by
+    itself only after a backward pass."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            for group in _parameter_groups(unit._get_fsdp_state()):
+                for parameter in group.fsdp_params:
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
 
 
 def _parameter_groups(state: Any) -> list[Any]:

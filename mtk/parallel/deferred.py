@@ -49,9 +49,10 @@ class Deferred:
             if bias is not None and bias.requires_grad:
                 _add(bias, _bias_gradient(grad))
 
-    def finish_all(self) -> None:
-        for micro in list(self._waiting):
-            self.finish(micro)
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Micro-batches with gradients to finish."""
+        return tuple(self._waiting)
 
 
 class _Product(torch.autograd.Function):

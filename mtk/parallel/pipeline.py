@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 
+from mtk.parallel.compat import widen_gradients
 from mtk.parallel.deferred import Deferred
 from mtk.parallel.fsdp import hold_gradients, reduce_held
 from mtk.parallel.groups import Group
@@ -214,7 +215,7 @@ class _Step:
                 self._backward(step, last=step == last[step.stage])
                 self.gathered()
             else:
-                self.pipeline.deferred[step.stage].finish(step.micro)
+                self._finish(step.stage, step.micro)
                 self.gathered()
         self.pipeline._mailbox.flush()
         return self.total
@@ -292,7 +293,8 @@ class _Step:
             hold_gradients(module, reduce=reduce, reshard=reduce or pipeline.reshard)
         if deferred is not None and sharded and last:
             # FSDP reduces in this pass, so nothing may come after it.
-            deferred.finish_all()
+            for waiting in deferred.waiting:
+                self._finish(stage, waiting)
         elif deferred is not None:
             deferred.micro = micro
         pairs = [pair for pair in zip(roots, grads, strict=True) if pair[0] is not None]
@@ -304,6 +306,13 @@ class _Step:
         if stage:
             found = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
             self._outgoing(action, found)
+
+    def _finish(self, stage: int, micro: int) -> None:
+        """Delayed gradients of one micro-batch."""
+        self.pipeline.deferred[stage].finish(micro)
+        module = self.pipeline.modules[stage]
+        if isinstance(module, FSDPModule):
+            widen_gradients(module)  # several micro-batches would add up in bf16
 
 
 def _local_copies(

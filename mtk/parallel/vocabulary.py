@@ -85,10 +85,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
         exponentials, total, local, foreign = ctx.saved_tensors
         grad = torch.empty_like(exponentials, dtype=ctx.dtype)
-        torch.mul(exponentials, (grad_BS / total)[..., None], out=grad)
+        share_BS = grad_BS / total
+        torch.mul(exponentials, share_BS[..., None], out=grad)
         if grad.shape[-1]:
-            own = grad_BS.masked_fill(foreign, 0.0).to(ctx.dtype)
-            grad.scatter_add_(-1, local[..., None], -own[..., None])
+            # Subtracted before it is rounded: of a likely target almost nothing is left.
+            own_BS1 = local[..., None]
+            target_BS = exponentials.gather(-1, own_BS1)[..., 0] * share_BS
+            target_BS = target_BS - grad_BS.masked_fill(foreign, 0.0)
+            grad.scatter_(-1, own_BS1, target_BS.to(ctx.dtype)[..., None])
         return grad, None, None, None
 
 

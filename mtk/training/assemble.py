@@ -33,7 +33,9 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
     kernel = attention_kernel(config, ranks.device)
-    if ranks.tp.size > 1 and not config.parallel.sequence_parallel:
+    # Only where masks are drawn: it hides the kernel from the compiler and from recomputation.
+    copies = ranks.tp.size > 1 and not config.parallel.sequence_parallel
+    if copies and config.model.attention_dropout:
         kernel = own_heads_dropout(kernel, ranks.tp)
     placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
     fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)

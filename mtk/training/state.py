@@ -49,8 +49,15 @@ def training_record(stepper: Stepper, progress: RunProgress, identity: Identity)
         "identity": vars(identity),
     }
     if stepper.ranks.distributed:
-        record["layout"] = vars(stepper.ranks.dims)
+        record["layout"] = _streams(stepper)
     return record
+
+
+def _streams(stepper: Stepper) -> dict[str, Any] | None:
+    """The layout as far as it decides which ranks draw the same random numbers."""
+    if not stepper.ranks.distributed:
+        return None
+    return {**vars(stepper.ranks.dims), "sequence_parallel": stepper.sequence_parallel}
 
 
 def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
@@ -115,8 +122,7 @@ def restore_optimizer(stepper: Stepper, folder: Path) -> None:
 def restore_random(stepper: Stepper, folder: Path, training: Mapping[str, Any], seed: int) -> None:
     """The generators' states where the layout is the one that saved them; else new streams."""
     ranks = stepper.ranks
-    saved = training.get("layout")
-    if saved == (vars(ranks.dims) if ranks.distributed else None):
+    if training.get("layout") == _streams(stepper):
         prefix = _prefix(stepper)
         names = [name for name in read_index(folder, "random") if name.startswith(prefix)]
         state = read_tensors(folder, "random", names)

@@ -40,7 +40,8 @@ def test_gradients_come_later_and_are_the_same(recompute: bool) -> None:
     assert found["layers.0.mlp.up.bias"] is None
     assert found["layers.0.mlp_norm.weight"] is not None
     deferred.finish(1)
-    deferred.finish_all()
+    for micro in deferred.waiting:
+        deferred.finish(micro)
     deferred.finish(0)  # done already: nothing happens
     torch.testing.assert_close(gradients(late), gradients(plain), rtol=1e-5, atol=1e-5)
 
@@ -70,7 +71,8 @@ def test_what_cannot_be_delayed_is_not() -> None:
     assert layer[0].weight.grad is not None
     layer[0].weight.requires_grad_(False)
     layer(torch.randn(2, 3, requires_grad=True)).sum().backward()
-    deferred.finish_all()
+    for micro in deferred.waiting:
+        deferred.finish(micro)
 
 
 def test_hooks_stay_on_a_replaced_layer() -> None:

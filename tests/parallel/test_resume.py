@@ -119,6 +119,15 @@ def test_continues_in_another_layout(tmp_path: Path) -> None:
 
 
 @slow
+def test_continues_without_sequence_parallelism(tmp_path: Path) -> None:
+    """Ranks that drew dropout for rows of their own now hold copies, and must draw alike."""
+    run(config(tmp_path, **LAYOUTS["tp2.sp"]), QUIET)
+    shutil.rmtree(tmp_path / "step_00000006")
+    run(config(tmp_path, **LAYOUTS["tp2"], replica_check_interval=1), QUIET)
+    assert complete_steps(tmp_path) == [3, 6]
+
+
+@slow
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_killed_and_started_again(tmp_path: Path, victim: str) -> None:
     """kill -9 at an arbitrary moment; the same command then ends with the same bytes."""
