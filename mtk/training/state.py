@@ -43,7 +43,7 @@ class Identity:
 
 def training_record(stepper: Stepper, progress: RunProgress, identity: Identity) -> dict[str, Any]:
     """What ``training.json`` holds; ``layout`` only where several ranks trained."""
-    record = {
+    record: dict[str, Any] = {
         "progress": progress.to_dict(),
         "loss_scale": stepper.loss_scale.to_dict(),
         "identity": vars(identity),
