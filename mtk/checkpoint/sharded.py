@@ -8,7 +8,7 @@ depend on the layout that wrote it, the values do not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from mtk.checkpoint.tensors import (
     dtype_name,
     group_by_size,
     open_chunk,
+    save_chunks,
 )
 from mtk.errors import CheckpointError
 
@@ -41,8 +42,6 @@ def write_blocks(
     folder: Path, name: str, blocks: Mapping[str, Block], rank: int, max_shard_size: int
 ) -> None:
     """Write this rank's blocks of the tensors of index ``name`` (empty ones are left out)."""
-    from safetensors.torch import save_file
-
     content = {
         key: block.tensor.detach().cpu().contiguous()
         for key, block in blocks.items()
@@ -53,7 +52,7 @@ def write_blocks(
         if not keys:
             continue
         file = f"{name}-rank{rank:05}-{number:05}.safetensors"
-        save_file({key: content[key] for key in keys}, folder / file)
+        save_chunks({key: content[key] for key in keys}, folder / file)
         for key in keys:
             chunk = {"file": file, "key": key, "offset": list(blocks[key].offset)}
             chunk["shape"] = list(content[key].shape)
@@ -83,6 +82,10 @@ def join_blocks(folder: Path, name: str, ranks: Iterable[int]) -> None:
         written, needed = sum(prod(c["shape"]) for c in entry["chunks"]), prod(entry["shape"])
         if written != needed:
             raise CheckpointError(f"{folder}: ranks wrote {written} of {needed} values of {key}.")
+        if _twice((c["offset"], c["shape"]) for c in entry["chunks"]):
+            raise CheckpointError(
+                f"{folder}: ranks wrote some values of {key} twice, others never."
+            )
     index = {"format": FORMAT, "version": VERSION, "tensors": dict(sorted(tensors.items()))}
     (folder / f"{name}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
@@ -99,7 +102,7 @@ def read_block(
     entry: of the index, see :func:`mtk.checkpoint.tensors.read_index`. Raises CheckpointError.
     """
     block = torch.empty(size, dtype=DTYPES[entry["dtype"]])
-    covered = 0
+    covered, regions = 0, []
     for chunk in entry["chunks"]:
         # Without its shape a chunk must be opened to know whether it is needed.
         shape = chunk.get("shape") or _shape(folder, key, chunk)
@@ -111,14 +114,30 @@ def read_block(
             if list(found.get_shape()) != list(shape):
                 raise CheckpointError(f"{folder}/{chunk['file']}: {key} does not fit its index.")
             part = found[overlap.source] if overlap.source else stream.get_tensor(chunk["key"])
+        if part.dtype != block.dtype:
+            raise CheckpointError(f"{folder}/{chunk['file']}: {key} does not fit its index.")
         block[overlap.target] = part
+        regions.append(([side.start for side in overlap.target], list(part.shape)))
         covered += part.numel()
     if covered != block.numel():
         raise CheckpointError(
             f"{folder}: the files hold {covered} of {block.numel()} values of {key} that this "
             f"rank needs."
         )
+    if _twice(regions):
+        raise CheckpointError(f"{folder}: chunks of {key} overlap, so others of its values lack.")
     return block
+
+
+def _twice(regions: Iterable[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether two blocks (offset, shape) share a value; blocks of one row range are few."""
+    active: list[tuple[Sequence[int], Sequence[int]]] = []
+    for offset, shape in sorted((list(offset), list(shape)) for offset, shape in regions):
+        active = [(o, s) for o, s in active if not o or o[0] + s[0] > offset[0]]
+        if any(_overlap(offset, shape, o, s) for o, s in active):
+            return True
+        active.append((offset, shape))
+    return False
 
 
 def _shape(folder: Path, key: str, chunk: Mapping[str, Any]) -> list[int]:

@@ -38,14 +38,12 @@ def write_tensors(
     folder: Path, name: str, tensors: Mapping[str, Tensor], max_shard_size: int = 2_000_000_000
 ) -> None:
     """Write ``name.index.json`` and its files; the same tensors give the same bytes."""
-    from safetensors.torch import save_file
-
     shards = group_by_size(tensors, max_shard_size)
     entries: dict[str, Any] = {}
     for number, keys in enumerate(shards, start=1):
         file = f"{name}-{number:05}-of-{len(shards):05}.safetensors"
         content = {key: tensors[key].detach().cpu().contiguous() for key in keys}
-        save_file(content, folder / file)
+        save_chunks(content, folder / file)
         for key, tensor in content.items():
             entries[key] = {
                 "dtype": dtype_name(tensor),
@@ -54,6 +52,17 @@ def write_tensors(
             }
     index = {"format": FORMAT, "version": VERSION, "tensors": entries}
     (folder / f"{name}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def save_chunks(content: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises CheckpointError where it cannot be written (a full disk)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(content), path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 
 def read_tensors(folder: Path, name: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ def layers_from(given: Mapping[str, Any], common: CommonOptions) -> list[Layer]:
 
 def _body(stage: Stage) -> CommandBody:
     def body(given: dict[str, Any], common: CommonOptions) -> None:
+        from mtk.config.world_rules import speaks
         from mtk.log import Reporter
         from mtk.session import Session
 
@@ -38,7 +39,7 @@ def _body(stage: Stage) -> CommandBody:
         reporter = Reporter(json_lines=common.json_lines)
         session = Session(reporter, command=command_line(), force=common.force)
         artifact = stage.run(resolved.config, session)
-        if artifact is not None:
+        if artifact is not None and speaks():
             reporter.result(
                 str(artifact.path),
                 kind=artifact.kind,

@@ -56,6 +56,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     return None
 
 
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process reports for all: it is alone, or the first of the ranks."""
+    found = launched(environment)
+    if found is None:
+        return True
+    ranks = {"MTK_WORLD_SIZE": "MTK_RANK", "WORLD_SIZE": "RANK"}
+    return _number(environment, ranks.get(found.variable, "SLURM_PROCID")) == 0
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     found = environment.get(name, "")
     return int(found) if found.isdecimal() else 0

@@ -24,6 +24,8 @@ POLL = 0.25  # seconds between two looks at what the ranks are doing
 SETTLE = 1.5
 # How long ranks may take to end before they are killed.
 GRACE = 2.0
+# How long ranks that were asked to stop may take for what follows the first one's answer (plots).
+FINISH = 10.0
 WAITED = "a collective did not end within {:g} s (--distributed-timeout-minutes)"
 
 
@@ -86,6 +88,7 @@ class Crew:
             self._listen(POLL)
             if any(record.cause for record in self._order):
                 self._listen_for(POLL)  # the others say that they lost their peer
+                self._let_stop()
                 break
             if self._order:
                 failed_at = failed_at or monotonic()
@@ -98,6 +101,17 @@ class Crew:
         else:
             return [pickle.loads(self._values[rank]) for rank in sorted(self._values)]
         raise self._fail()
+
+    def _let_stop(self) -> None:
+        """Ranks that stop on request finish by themselves, unless another one failed."""
+        deadline = monotonic() + FINISH
+        while (
+            self.stop is not None
+            and all(record.interrupted for record in self._order if record.cause)
+            and self._running()
+            and monotonic() < deadline
+        ):
+            self._listen(POLL)
 
     def release(self) -> None:
         """Let the ranks go and drop what the job needed."""

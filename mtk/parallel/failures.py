@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import signal
 import traceback
@@ -11,7 +12,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from mtk.errors import Interrupted, MtkError
+from mtk.errors import ArtifactError, Interrupted, MtkError
 
 # What backends say when the other side went away or did not come.
 _PEER_WORDS = (
@@ -23,6 +24,21 @@ _PEER_WORDS = (
     "timed out",
     "timeout",
     "nccl",
+)
+# A file or folder that the user can do something about.
+_DISK = frozenset(
+    getattr(errno, name)
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EFBIG",
+        "ENOENT",
+        "ENOTDIR",
+        "EISDIR",
+    )
 )
 OUT_OF_MEMORY = (
     "There is not enough memory for these sizes on this rank: lower --micro-batch-size or "
@@ -57,6 +73,10 @@ def describe(error: BaseException) -> Failure:
     trace = "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted("stopped by Ctrl-C; the same command continues from the last save.")
+    if isinstance(error, OSError) and error.errno in _DISK:
+        # As the program reports it when it runs alone.
+        where = f"{error.filename}: " if error.filename else ""
+        error = ArtifactError(f"{where}{error.strerror or error}.")
     if isinstance(error, MtkError):
         kind: Literal["mtk", "interrupted"] = (
             "interrupted" if isinstance(error, Interrupted) else "mtk"

@@ -13,12 +13,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
 from typing import Any
 
+from mtk.errors import Interrupted
 from mtk.parallel.crew import Crew, pickle_call
 from mtk.parallel.process import require_gpus
 from mtk.parallel.rank_server import RankServer
+
+# Some supervisors (timeout, srun) deliver one SIGTERM twice; a second request comes later.
+TWICE = 1.0
 
 
 def launch(
@@ -36,9 +41,10 @@ def launch(
     timeout: seconds that a collective waits for a missing rank. Rank 0 owns the terminal.
 
     SIGTERM and SIGINT are forwarded to all ranks once, which stop as they see fit; a second
-    SIGINT kills them. Raises the MtkError that a rank raised, Interrupted when they stopped,
-    LayoutError for too few GPUs, else WorkerError with the traceback of the rank that failed
-    first, the signal that killed it, or the collective that it never entered.
+    SIGINT, or a SIGTERM more than a second later, kills them. Raises the MtkError that a rank
+    raised, Interrupted when they stopped, LayoutError for too few GPUs, else WorkerError with
+    the traceback of the rank that failed first, the signal that killed it, or the collective
+    that it never entered.
     """
     call = pickle_call(function, arguments)
     if device == "cuda":
@@ -84,12 +90,20 @@ def _forwarding(crew: Crew) -> Iterator[None]:
         yield
         return
 
+    asked: list[float] = []
+
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        if crew.stop is None:
+        if not asked:
+            asked.append(monotonic())
             crew.forward(signal.Signals(number))
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+        elif monotonic() > asked[0] + TWICE:
+            raise Interrupted(
+                "a second SIGTERM ended the ranks before they had stopped. The newest complete "
+                "checkpoint stays; repeat the command."
+            )
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:

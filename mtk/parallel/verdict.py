@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from mtk.errors import Interrupted, MtkError, WorkerError
 from mtk.parallel.failures import Failure, describe_status
 
+# Exit status of a rank that ended outside its job's function.
+NO_ANSWER = 70
+
 
 @dataclass
 class Record:
@@ -33,6 +36,11 @@ class Record:
         return self.timed_out or (self.failure is not None and self.failure.kind == "peer")
 
     @property
+    def interrupted(self) -> bool:
+        """It stopped on request."""
+        return self.failure is not None and self.failure.kind == "interrupted"
+
+    @property
     def cause(self) -> bool:
         """It failed by itself."""
         return not self.peer_only and (self.died or self.failure is not None)
@@ -47,12 +55,12 @@ def verdict(
 ) -> MtkError:
     """The error to raise. order: records that failed, first to last; stop: the signal that was
     forwarded to all ranks; hang: who is missing, as ``hang.explain`` tells."""
-    interrupted = [r for r in order if r.failure is not None and r.failure.kind == "interrupted"]
+    interrupted = [record for record in order if record.interrupted]
     if stop is not None:
         # Ranks that stop leave others behind in collectives: not their failure.
         for record in sorted(interrupted, key=lambda r: r.rank):
             return _carried(record, records)
-        if any(_signal(record) == stop for record in order):
+        if any(_ended_by(record, stop) for record in order):
             return Interrupted(f"stopped by {stop.name}. Repeat the command.")
     causes = [record for record in order if record.cause]
     if causes:
@@ -63,8 +71,12 @@ def verdict(
     return WorkerError(_hung(order, records, hang))
 
 
-def _signal(record: Record) -> int:
-    return (record.status or 0) & 0x7F if record.died else 0
+def _ended_by(record: Record, stop: signal.Signals) -> bool:
+    """The signal met it outside its function: killed by it before it had handlers, ended
+    without a job, or (NO_ANSWER) with its answer not yet on the way."""
+    if not record.died or record.status is None:
+        return False
+    return record.status & 0x7F == stop or record.status in (0, NO_ANSWER << 8)
 
 
 def _carried(record: Record, records: Mapping[int, Record]) -> MtkError:

@@ -52,6 +52,20 @@ def find_start(config: PretrainConfig, save: Path, target_samples: int, data: Op
     return _load(config, checkpoint_folder(config.checkpoint.load), target_samples, data)
 
 
+def start_again(config: PretrainConfig, save: Path, target_samples: int, data: OpenedData) -> Start:
+    """Of --force, which deletes the own checkpoints: --load, or fresh. Raises CheckpointError
+    as :func:`find_start` does, and when --load is among those to be deleted."""
+    if config.checkpoint.load is None:
+        return Start()
+    folder = checkpoint_folder(config.checkpoint.load)
+    if folder.resolve().parent == save.resolve():
+        raise CheckpointError(
+            f"--force deletes the checkpoints of --save {save}, and --load {folder} is one of "
+            f"them. Use another --save."
+        )
+    return _load(config, folder, target_samples, data)
+
+
 def _continue(
     config: PretrainConfig,
     folder: Path,

@@ -32,7 +32,7 @@ from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
-from mtk.training.resume import Start, exclusive, find_start, start_over
+from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver
 from mtk.training.state import Identity, restore, restore_weights
 from mtk.training.step import Stepper
@@ -69,8 +69,8 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
     stepper = make_stepper(config, samples, ranks)
     save = Path(config.checkpoint.save)
     own = Start()
-    if world.first and not session.force:
-        own = find_start(config, save, samples, data)
+    if world.first:
+        own = (start_again if session.force else find_start)(config, save, samples, data)
     start: Start = share_object(own, world, "run.start")
     if start.finished is not None:
         session.reporter.info(f"{start.folder} is already complete; nothing to train.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from mtk.parallel.collectives import gather_objects, share_object
 from mtk.training.progress import RunProgress
 from mtk.training.state import Identity, blocks, training_record
 from mtk.training.step import Stepper
+
+# Python then names no file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,12 @@ class Saver:
         write its part."""
         final = step_folder(self.folder, self.progress.step)
         if self.stepper.ranks.world.first:
-            self._publish(final, metrics)
+            try:
+                self._publish(final, metrics)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise CheckpointError(f"{final} cannot be written: {error.strerror}.") from error
         else:
             self._write_part(Path(share_object(None, self.stepper.ranks.world, "save.folder")))
         share_object(None, self.stepper.ranks.world, "save.published")
@@ -92,8 +101,8 @@ class Saver:
             for index, own in blocks(self.stepper).items():
                 limit = self.config.checkpoint.max_shard_size
                 write_blocks(folder, index, own, ranks.rank, limit)
-        except OSError as error:
-            failure = f"rank {ranks.rank} cannot write its part to {folder}: {error}"
+        except (OSError, CheckpointError) as error:
+            failure = f"rank {ranks.rank} cannot write its part to {folder}: {error}".rstrip(".")
         failures = [f for f in gather_objects(failure, ranks.world, "save.written") if f]
         if failures:
             raise CheckpointError(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtk.checkpoint.sharded import join_blocks, write_blocks
-from mtk.checkpoint.tensors import read_tensors
+from mtk.checkpoint.sharded import Block, join_blocks, read_block, write_blocks
+from mtk.checkpoint.tensors import read_index, read_tensors
 from mtk.config.pretrain import PretrainConfig
+from mtk.errors import CheckpointError
 from mtk.parallel.collectives import gather_objects
 from mtk.parallel.dims import Dims
 from mtk.parallel.ranks import make_ranks
@@ -100,6 +101,47 @@ def _values(folder: Path) -> dict[str, torch.Tensor]:
 
 def _bytes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def _damaged(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
+    """Rows 0-1 and 2-3 of a [4, 3] tensor from two ranks; ``change`` of the second chunk."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    for rank in (0, 1):
+        block = Block(whole[2 * rank : 2 * rank + 2], (4, 3), (2 * rank, 0))
+        write_blocks(folder, "model", {"w": block}, rank, 1000)
+    join_blocks(folder, "model", (0, 1))
+    entry = read_index(folder, "model")["w"]
+    assert torch.equal(read_block(folder, "w", entry, (1, 0), (3, 3)), whole[1:])
+    entry["chunks"][1] |= change
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": [1, 0]}, "overlap"),
+        ({"offset": [3, 0]}, "hold 9 of 12"),
+        ({"shape": [1, 3]}, "does not fit its index"),
+        ({"file": "../model-rank00001-00001.safetensors"}, "points outside"),
+        ({"file": "model-rank00002-00001.safetensors"}, "cannot be read"),
+        ({"key": "v"}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_damaged_chunks_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Never read as whatever was in memory before."""
+    entry = _damaged(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_block(tmp_path, "w", entry, (0, 0), (4, 3))
+
+
+def test_a_block_that_two_ranks_wrote_is_refused(tmp_path: Path) -> None:
+    """As many values as needed, but row 1 twice and row 3 never."""
+    for rank, start in ((0, 0), (1, 1)):
+        block = Block(torch.zeros(2, 3), (4, 3), (start, 0))
+        write_blocks(tmp_path, "model", {"w": block}, rank, 1000)
+    with pytest.raises(CheckpointError, match="twice"):
+        join_blocks(tmp_path, "model", (0, 1))
 
 
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)])

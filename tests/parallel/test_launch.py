@@ -3,6 +3,7 @@ test_pool.py, where they cost less."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from mtk.errors import EXIT_CODES, LayoutError
+from mtk.errors import EXIT_CODES, ArtifactError, Interrupted, LayoutError, WorkerError
 from mtk.parallel.crew import pickle_call
 from mtk.parallel.launch import launch
+from mtk.parallel.verdict import Record, verdict
 from tests.parallel import jobs
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +117,51 @@ def test_a_second_interrupt_does_not_wait(
     assert program.returncode == 130
     assert not (tmp_path / "saved0").exists()
     assert members_of(session) == []
+
+
+def test_a_second_sigterm_ends_ranks_that_do_not_stop(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """One that comes at once is the same request: timeout(1) delivers each signal twice."""
+    program = start("train", 2, 60, tmp_path, 50)
+    session = session_of_ranks(tmp_path)
+    program.send_signal(signal.SIGTERM)
+    wait_for((tmp_path / "saving0").exists)
+    program.send_signal(signal.SIGTERM)
+    time.sleep(1.1)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=10)
+    assert program.returncode == 130
+    assert "a second SIGTERM ended the ranks" in err
+    assert not (tmp_path / "saved0").exists()
+    assert members_of(session) == []
+
+
+def test_ranks_that_stop_finish_what_follows(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """The first answer to a signal does not end a rank that still draws its plots."""
+    program = start("stop_at_leisure", 2, 20, tmp_path, 4)
+    wait_for(lambda: all((tmp_path / f"pid{rank}").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=30)
+    assert (program.returncode, err) == (130, "mtk: interrupted error: rank 0 stopped.\n")
+    assert (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize("status", [0, 70 << 8, int(signal.SIGTERM)])
+def test_a_rank_that_ends_without_an_answer_after_a_signal_was_interrupted(status: int) -> None:
+    """The signal met it before it had its job, or after it had finished."""
+    records = {0: Record(0, status=status), 1: Record(1, ended_by_us=True)}
+    assert isinstance(verdict([records[0]], records, stop=signal.SIGTERM), Interrupted)
+    assert isinstance(verdict([records[0]], records), WorkerError)
+
+
+def test_a_full_disk_is_no_crash_of_a_rank() -> None:
+    """The same kind of error, and so the same exit code, as of one process."""
+    with pytest.raises(ArtifactError, match=r"^x/metrics\.jsonl: No space left on device\.$"):
+        launch(jobs.disk, (errno.ENOSPC,), 2, timeout=20.0)
 
 
 def test_no_rank_survives_a_killed_launcher(

@@ -235,6 +235,20 @@ def test_force_starts_over(straight: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "run") != weights(straight)
 
 
+def test_force_begins_from_load(straight: Path, tmp_path: Path) -> None:
+    """It deletes what is in --save; --load is not forgotten, and never among the deleted."""
+    force = Session(Reporter(quiet=True), force=True)
+    changes = {"load": str(straight), "finetune": True, "train_iters": 1, "lr_warmup_iters": 0}
+    artifact = run(config(tmp_path, **changes), force)
+    assert [record.role for record in artifact.inputs if record.kind == "checkpoint"] == [
+        "initial model"
+    ]
+    before = weights(straight)
+    with pytest.raises(CheckpointError, match="--force deletes the checkpoints"):
+        run(config(straight, **changes), force)
+    assert weights(straight) == before
+
+
 def test_longer_training_sees_the_same_data(straight: Path, tmp_path: Path) -> None:
     """Order by epochs: doubling the length does not change what the first half saw."""
     changes = {"lr_decay_style": "constant"}
