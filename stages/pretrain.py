@@ -8,12 +8,12 @@ from mtk.artifacts import Artifact
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import LayoutError, Problem
+from mtk.launch.local import launch
+from mtk.launch.process import Place, find_place, join
 from mtk.parallel.apply import training_device
 from mtk.parallel.compat import fitting_warnings
 from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.dims import Dims
-from mtk.parallel.launch import launch
-from mtk.parallel.process import Place, find_place, join
 from mtk.parallel.ranks import make_ranks
 from mtk.session import Session
 from mtk.training.run import run_rank

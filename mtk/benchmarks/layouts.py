@@ -19,10 +19,10 @@ from mtk.config import Layer, config_digest, resolve, to_dict
 from mtk.config.bench import LayoutsBenchConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.errors import ConfigError, Interrupted, MtkError, Problem
+from mtk.launch.local import launch
 from mtk.log import Reporter
 from mtk.models.count import Flops, flops_per_token, parameter_count
 from mtk.parallel.apply import training_device
-from mtk.parallel.launch import launch
 from mtk.parallel.layout_names import parse
 
 BASELINE = "single"

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from mtk.config.bench import BenchConfig
 from mtk.config.pretrain import PretrainConfig
+from mtk.launch.process import Place, join
 from mtk.log import Reporter
 from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.dims import Dims
-from mtk.parallel.process import Place, join
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.parallel.rng import stream_seed
 from mtk.training.assemble import make_stepper

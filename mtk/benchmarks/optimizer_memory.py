@@ -28,9 +28,9 @@ from mtk.benchmarks.measured_run import prepare, training_ranks
 from mtk.benchmarks.record import surroundings, write_json
 from mtk.config import make, to_dict
 from mtk.config.bench import BenchConfig, OptimizerMemoryConfig
+from mtk.launch.local import launch
+from mtk.launch.process import Place
 from mtk.log import Reporter
-from mtk.parallel.launch import launch
-from mtk.parallel.process import Place
 from mtk.training.batch import GlobalBatch
 from mtk.training.passes import Accumulation
 

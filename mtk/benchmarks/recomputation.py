@@ -28,11 +28,11 @@ from mtk.config import config_digest, to_dict
 from mtk.config.bench import BenchConfig, RecomputeBenchConfig
 from mtk.config.plan import PlanConfig
 from mtk.errors import Interrupted, MtkError
+from mtk.launch.local import launch
+from mtk.launch.process import Place
 from mtk.log import Reporter
 from mtk.parallel.apply import training_device
-from mtk.parallel.launch import launch
 from mtk.parallel.planning import embedding_activations, logits, stage_activations
-from mtk.parallel.process import Place
 from mtk.parallel.ranks import Ranks
 from mtk.training.passes import Accumulation
 from mtk.training.step import Stepper

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mtk.config.plan import GPUS, Gpu
-from mtk.parallel.process import Place
+from mtk.launch.process import Place
 
 GEMM_SIZE = 8192
 

@@ -14,13 +14,13 @@ import torch
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import GateError
+from mtk.launch.local import launch
+from mtk.launch.process import Place, join
 from mtk.models.balance import NAMES
 from mtk.parallel.collectives import gather_objects
 from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.dims import Dims
-from mtk.parallel.launch import launch
 from mtk.parallel.legal_layouts import name
-from mtk.parallel.process import Place, join
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.verification.compare import Difference, compare
 from mtk.verification.exchange import read_observation, write_observation

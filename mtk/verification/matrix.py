@@ -18,9 +18,9 @@ import torch
 from mtk.config.pretrain import PretrainConfig
 from mtk.config.verify import MOST_RANKS, VerifyMatrixConfig
 from mtk.errors import MtkError
+from mtk.launch.pool import RankPool
 from mtk.log import Progress, Reporter
 from mtk.parallel.dims import Dims
-from mtk.parallel.pool import RankPool
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.verification.compare import compare
 from mtk.verification.layout import in_one_process

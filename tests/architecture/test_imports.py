@@ -29,6 +29,7 @@ LAYERS = (
         "mtk.quantization",
         "mtk.retrieval",
     ),
+    ("mtk.launch",),
     ("mtk.parallel",),
     ("mtk.models",),
     ("mtk.config", "mtk.artifacts", "mtk.tokenizers", "mtk.errors", "mtk.log", "mtk.session"),
@@ -37,7 +38,15 @@ LAYERS = (
 FORBIDDEN = {"serving": ("mtk.training",)}
 # The training core runs in images that lack these.
 ABSENT_IN_CORE = ("prefect", "flask", "nltk", "pydantic", "transformers", "typer", "waitress")
-CORE = ("mtk.training", "mtk.data", "mtk.checkpoint", "mtk.precision", "mtk.parallel", "mtk.models")
+CORE = (
+    "mtk.training",
+    "mtk.data",
+    "mtk.checkpoint",
+    "mtk.precision",
+    "mtk.launch",
+    "mtk.parallel",
+    "mtk.models",
+)
 
 
 def modules() -> list[tuple[str, Path]]:

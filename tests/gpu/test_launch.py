@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtk.errors import LayoutError, WorkerError
-from mtk.parallel.launch import launch
+from mtk.launch.local import launch
 from tests.parallel import jobs
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

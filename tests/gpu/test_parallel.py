@@ -21,13 +21,13 @@ from mtk.config import make
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import MtkError
+from mtk.launch.local import launch
+from mtk.launch.process import Place, join
 from mtk.log import Reporter
 from mtk.parallel.collectives import gather_objects
 from mtk.parallel.dims import Dims
 from mtk.parallel.groups import Trace
-from mtk.parallel.launch import launch
 from mtk.parallel.layout_names import parse
-from mtk.parallel.process import Place, join
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.session import Session
 from mtk.training.metrics import read_metrics

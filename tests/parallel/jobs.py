@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from mtk.errors import DataError, Interrupted, MtkError
+from mtk.launch.local import launch
+from mtk.launch.process import Place, find_place, join, own_trace
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.dims import Dims
 from mtk.parallel.groups import Trace
-from mtk.parallel.launch import launch
-from mtk.parallel.process import Place, find_place, join, own_trace
 from mtk.parallel.ranks import Ranks, make_ranks
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from mtk.errors import MtkError
-from mtk.parallel.pool import RankPool
+from mtk.launch.pool import RankPool
 
 RANKS = 8
 TIMEOUT = 120.0

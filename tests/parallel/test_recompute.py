@@ -27,8 +27,8 @@ from mtk.parallel.recompute import (
     recomputed,
     units_of,
 )
-from mtk.parallel.saved_bytes import saved_bytes
 from tests.parallel.ranks import run_ranks
+from tests.parallel.saved_bytes import saved_bytes
 
 SELECTIVE: dict[str, Any] = {"recompute_granularity": "selective"}
 

@@ -27,9 +27,9 @@ from mtk.training.assemble import make_stepper
 from mtk.training.metrics import read_metrics
 from mtk.verification.observe import random_sample, share
 from stages.pretrain import run
+from tests.launch.test_launch import members_of, wait_for
 from tests.parallel.layouts import configure
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_launch import members_of, wait_for
 
 slow = pytest.mark.slow
 QUIET = Session(Reporter(quiet=True))

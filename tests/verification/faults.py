@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtk.config.pretrain import PretrainConfig
-from mtk.parallel.process import Place
+from mtk.launch.process import Place
 from mtk.session import Session
 from mtk.training import step
 from mtk.verification.layout import LayoutProof, prove_on_rank

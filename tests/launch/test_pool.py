@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mtk.errors import DataError, WorkerError
-from mtk.parallel.crew import Crew
-from mtk.parallel.failures import describe_status
-from mtk.parallel.pool import RankPool
-from mtk.parallel.process import find_place
+from mtk.launch.crew import Crew
+from mtk.launch.failures import describe_status
+from mtk.launch.pool import RankPool
+from mtk.launch.process import find_place
 from tests.parallel import jobs
 
 TIMEOUT = 4.0

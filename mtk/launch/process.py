@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from mtk.errors import LayoutError, WorkerError
-from mtk.parallel import slurm
-from mtk.parallel.beacon import Beacon
-from mtk.parallel.failures import lost_peer
+from mtk.launch import slurm
+from mtk.launch.beacon import Beacon
+from mtk.launch.failures import lost_peer
+from mtk.launch.stores import connect, meet
+from mtk.launch.trace import TraceFile, private_trace
 from mtk.parallel.groups import NoTrace, Trace
-from mtk.parallel.stores import connect, meet
-from mtk.parallel.trace import TraceFile, private_trace
 
 Starter = Literal["alone", "mtk", "torchrun", "slurm"]
 # What mtk's own launcher tells its ranks.

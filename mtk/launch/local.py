@@ -18,9 +18,9 @@ from types import FrameType
 from typing import Any
 
 from mtk.errors import Interrupted
-from mtk.parallel.crew import Crew, pickle_call
-from mtk.parallel.process import require_gpus
-from mtk.parallel.rank_server import RankServer
+from mtk.launch.crew import Crew, pickle_call
+from mtk.launch.process import require_gpus
+from mtk.launch.rank_server import RankServer
 
 # Some supervisors (timeout, srun) deliver one SIGTERM twice; a second request comes later.
 TWICE = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mtk.errors import Interrupted, MtkError, WorkerError
-from mtk.parallel.failures import Failure, describe_status
+from mtk.launch.failures import Failure, describe_status
 
 # Exit status of a rank that ended outside its job's function.
 NO_ANSWER = 70

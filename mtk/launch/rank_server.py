@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mtk.errors import WorkerError
-from mtk.parallel.fork_server import EVENT, FORKED
+from mtk.launch.fork_server import EVENT, FORKED
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
-    "from mtk.parallel.fork_server import serve; "
+    "from mtk.launch.fork_server import serve; "
     "serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[4]), sys.argv[5])"
 )
 KEPT_LINES = 100

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from mtk.errors import EXIT_CODES, ArtifactError, Interrupted, LayoutError, WorkerError
-from mtk.parallel.crew import pickle_call
-from mtk.parallel.launch import launch
-from mtk.parallel.verdict import Record, verdict
+from mtk.launch.crew import pickle_call
+from mtk.launch.local import launch
+from mtk.launch.verdict import Record, verdict
 from tests.parallel import jobs
 
 ROOT = Path(__file__).parents[2]

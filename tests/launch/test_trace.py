@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mtk.parallel.beacon import Beacon
-from mtk.parallel.hang import RankState, explain, missing
-from mtk.parallel.stores import loopback_store
-from mtk.parallel.trace import Sight, TraceFile, private_trace
+from mtk.launch.beacon import Beacon
+from mtk.launch.hang import RankState, explain, missing
+from mtk.launch.stores import loopback_store
+from mtk.launch.trace import Sight, TraceFile, private_trace
 
 GROUPS = {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}
 

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mtk.errors import Interrupted
-from mtk.parallel.failures import Failure, describe
-from mtk.parallel.process import find_place, initialise
+from mtk.launch.failures import Failure, describe
+from mtk.launch.process import find_place, initialise
 
 # A rank that gets it writes its Python stack to stderr, even when it is stuck.
 STACK_SIGNAL = signal.SIGUSR1

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mtk.errors import LayoutError, WorkerError
+from mtk.launch.process import Place, find_place, join
+from mtk.launch.slurm import first_host, tasks_on_node
+from mtk.launch.stores import connect, loopback_store, meet
 from mtk.parallel.groups import NoTrace
-from mtk.parallel.process import Place, find_place, join
-from mtk.parallel.slurm import first_host, tasks_on_node
-from mtk.parallel.stores import connect, loopback_store, meet
 
 TORCHRUN = {
     "RANK": "5",

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from mtk.errors import WorkerError
-from mtk.parallel.hang import RankState, explain
-from mtk.parallel.trace import Sight, SlotTrace
+from mtk.launch.hang import RankState, explain
+from mtk.launch.trace import Sight, SlotTrace
 
 # Seconds beyond the timeout in which the backend may report by itself.
 GRACE = 15.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mtk.parallel.trace import Sight
+from mtk.launch.trace import Sight
 
 LISTED = 8  # ranks that a message names before it only counts them
 

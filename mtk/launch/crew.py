@@ -11,13 +11,13 @@ from time import monotonic
 from typing import Any
 
 from mtk.errors import MtkError
-from mtk.parallel.failures import Failure, describe_status
-from mtk.parallel.hang import RankState, explain, missing
-from mtk.parallel.rank_process import STACK_SIGNAL, Job, Returned
-from mtk.parallel.rank_server import Child, RankServer
-from mtk.parallel.stores import LOOPBACK, loopback_store
-from mtk.parallel.trace import TraceFile
-from mtk.parallel.verdict import Record, verdict
+from mtk.launch.failures import Failure, describe_status
+from mtk.launch.hang import RankState, explain, missing
+from mtk.launch.rank_process import STACK_SIGNAL, Job, Returned
+from mtk.launch.rank_server import Child, RankServer
+from mtk.launch.stores import LOOPBACK, loopback_store
+from mtk.launch.trace import TraceFile
+from mtk.launch.verdict import Record, verdict
 
 POLL = 0.25  # seconds between two looks at what the ranks are doing
 # How long a rank that lost its peer waits for the peer's own report.

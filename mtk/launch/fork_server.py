@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from mtk.parallel.rank_process import run_rank
+from mtk.launch.rank_process import run_rank
 
 # kind, process id, wait status
 EVENT = struct.Struct("<cii")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from mtk.parallel.crew import Crew, pickle_call
-from mtk.parallel.launch import rank_variables
-from mtk.parallel.rank_server import Child, RankServer
+from mtk.launch.crew import Crew, pickle_call
+from mtk.launch.local import rank_variables
+from mtk.launch.rank_server import Child, RankServer
 
 
 class RankPool:
@@ -36,7 +36,7 @@ class RankPool:
         """``function(rank, *arguments)`` on ``world`` ranks; their values in order.
 
         The gloo process group exists when world > 1. limit: seconds for the job. Raises what
-        :func:`~mtk.parallel.launch.launch` raises; an MtkError has the labelled traceback as
+        :func:`~mtk.launch.local.launch` raises; an MtkError has the labelled traceback as
         its cause. The pool goes on after that.
         """
         if not 1 <= world <= self.ranks:
