@@ -20,6 +20,8 @@ from mtk.launch.trace import TraceFile
 from mtk.launch.verdict import Record, verdict
 
 POLL = 0.25  # seconds between two looks at what the ranks are doing
+# How long ranks may take to print the Python stack they were asked for.
+STACKS = 1.0
 # How long a rank that lost its peer waits for the peer's own report.
 SETTLE = 1.5
 # How long ranks may take to end before they are killed.
@@ -191,7 +193,7 @@ class Crew:
         running = [rank for rank, record in self._records.items() if not record.returned]
         for rank in missing(states) or running:
             self._children[rank].send_signal(STACK_SIGNAL)
-        self._listen_for(POLL)
+        self._listen_for(STACKS)
         return self._fail(reason + (explain(states) or "the ranks are in no named collective"))
 
     def _fail(self, hang: str = "") -> MtkError:

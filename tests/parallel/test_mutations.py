@@ -190,6 +190,9 @@ def test_every_fault_is_caught(name: str) -> None:
 # Sites that no training step reaches: where they are checked, or why they carry no number.
 ELSEWHERE = {
     "evaluate.totals": "below",
+    "watchdog.agree": "agreement about what watchdog.* found",
+    "verify.written": "agreement that a run has ended",
+    "run.layout": "a line for people",
     "watchdog.*": "hashes of copies, with faults of their own in test_watchdog",
     "step.finite": "agreement about a checkpoint",
     "loop.stop": "agreement to stop",
