@@ -7,35 +7,16 @@ refused before any rank starts, and ``mtk plan`` refuses the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import lcm
 from typing import TYPE_CHECKING
 
+from mtk.config.nearest import divisors, multiples, nearest
 from mtk.errors import Problem
 
 if TYPE_CHECKING:
     from mtk.config.model import ModelConfig
     from mtk.config.parallel import ParallelConfig
-
-
-def nearest(value: int, legal: Iterable[int]) -> str:
-    """``Nearest: 2 or 4.``: the closest legal values on both sides; empty without any."""
-    values = sorted(set(legal))
-    below = [v for v in values if v < value]
-    above = [v for v in values if v > value]
-    closest = [*below[-1:], *above[:1]]
-    return f"Nearest: {' or '.join(map(str, closest))}." if closest else ""
-
-
-def divisors(whole: int) -> list[int]:
-    """All divisors of ``whole``, smallest first; of 0 none."""
-    return [d for d in range(1, whole + 1) if whole % d == 0]
-
-
-def multiples(value: int, unit: int) -> tuple[int, int]:
-    """The multiples of ``unit`` (at least one) around ``value``."""
-    below = value // unit * unit
-    return (max(unit, below), below + unit)
 
 
 def stacked_layers(model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mtk.config.moe import moe_problems
+from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -203,14 +204,3 @@ class ModelConfig:
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
         )
-
-
-def nearest_multiple(value: int, unit: int) -> int:
-    """The multiple of ``unit`` (at least one) closest to ``value``."""
-    return max(unit, round(value / unit) * unit)
-
-
-def nearest_divisor(value: int, whole: int) -> int:
-    """The divisor of ``whole`` closest to ``value``."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    return min(divisors, key=lambda d: (abs(d - value), d))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mtk.config.nearest import nearest_multiple
 from mtk.errors import Problem
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def _without_experts(model: ModelConfig) -> Iterator[Problem]:
 
 def _surroundings(model: ModelConfig) -> Iterator[Problem]:
     """What the rest of the model must be for its experts to fit in."""
-    from mtk.config.model import nearest_multiple
-
     if model.family != "gpt":
         rule = f"family {model.family} has no experts here"
         yield Problem("num_experts", model.num_experts, rule, "Use --family gpt, or leave it out.")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from mtk.config.layout_rules import (
     expert_problems,
-    nearest,
     pipeline_problems,
     recompute_problems,
     sequence_problems,
     tensor_problems,
 )
 from mtk.config.model import ModelConfig
+from mtk.config.nearest import nearest
 from mtk.config.schema import option
 from mtk.config.world_rules import batch_problems, world_problems
 from mtk.errors import Problem

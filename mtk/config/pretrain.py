@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from mtk.config.model import ModelConfig, nearest_multiple
+from mtk.config.model import ModelConfig
+from mtk.config.nearest import nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.schema import group, option

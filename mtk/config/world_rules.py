@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
-from mtk.config.layout_rules import (
-    divisors,
-    multiples,
-    nearest,
-    stacked_layers,
-    tensor_degrees,
-)
+from mtk.config.layout_rules import stacked_layers, tensor_degrees
+from mtk.config.nearest import divisors, multiples, nearest
 from mtk.errors import Problem
 
 if TYPE_CHECKING:

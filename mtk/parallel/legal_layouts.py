@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
 
-from mtk.config.layout_rules import divisors, stacked_layers
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
+from mtk.config.nearest import divisors
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import BatchConfig
 

@@ -14,8 +14,8 @@ import pytest
 
 from mtk.cli.main import main
 from mtk.config import make
-from mtk.config.layout_rules import divisors, nearest
 from mtk.config.model import ModelConfig
+from mtk.config.nearest import divisors, nearest
 from mtk.config.parallel import ParallelConfig
 from mtk.config.plan import PlanConfig
 from mtk.config.pretrain import BatchConfig, PretrainConfig
