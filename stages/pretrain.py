@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
 from mtk.artifacts import Artifact
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import LayoutError, Problem
 from mtk.launch.local import launch
-from mtk.launch.process import Place, find_place, join
+from mtk.launch.process import Place, find_place
 from mtk.parallel.apply import training_device
 from mtk.parallel.compat import fitting_warnings
-from mtk.parallel.deterministic import set_deterministic
-from mtk.parallel.dims import Dims
-from mtk.parallel.ranks import make_ranks
 from mtk.session import Session
+from mtk.training.join import training_ranks
 from mtk.training.run import run_rank
 
 
@@ -39,7 +35,7 @@ def run(config: PretrainConfig, session: Session | None = None) -> Artifact:
         (config, session.of_rank(0)),
         config.parallel.nproc,
         device=device,
-        timeout=timeout_of(config),
+        timeout=config.parallel.timeout_seconds,
     )
     return artifact
 
@@ -50,22 +46,5 @@ def train_here(place: Place, config: PretrainConfig, session: Session) -> Artifa
     if place.world != config.world:
         rule = f"the layout is for {config.world} ranks, and {place.world} were started"
         raise LayoutError([Problem("parallel.nproc", config.parallel.nproc, rule)])
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    set_deterministic(config.runtime)
-    with fitting_warnings(first=place.rank == 0), join(place, timeout_of(config)) as trace:
-        ranks = make_ranks(
-            Dims.of(config.parallel, place.world),
-            rank=place.rank,
-            local_rank=place.local_rank,
-            device=place.device,
-            kv_groups=config.model.query_groups,
-            sharded=config.parallel.data_parallel_sharding != "replicate",
-            trace=trace,
-        )
+    with fitting_warnings(first=place.rank == 0), training_ranks(place, config) as ranks:
         return run_rank(config, session, ranks)
-
-
-def timeout_of(config: PretrainConfig) -> float:
-    """Seconds that a collective waits for a missing rank."""
-    return config.parallel.distributed_timeout_minutes * 60

@@ -133,7 +133,7 @@ def _row(
     runs: list[list[RankRun]] = []
     try:
         for _ in range(config.measure.repeats):
-            timeout = config.parallel.distributed_timeout_minutes * 60
+            timeout = config.parallel.timeout_seconds
             runs.append(launch(run_steps, (config,), ranks, device=device, timeout=timeout))
     except Interrupted:
         raise

@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mtk.config.bench import BenchConfig
-from mtk.config.pretrain import PretrainConfig
-from mtk.launch.process import Place, join
+from mtk.launch.process import Place
 from mtk.log import Reporter
-from mtk.parallel.deterministic import set_deterministic
-from mtk.parallel.dims import Dims
-from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import stream_seed
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
 from mtk.training.data import open_data, run_data, with_vocabulary
+from mtk.training.join import training_ranks
 from mtk.training.step import Stepper
 
 
@@ -47,25 +44,6 @@ def run_steps(place: Place, config: BenchConfig) -> list[RankRun]:
         found: list[RankRun | None] = [None] * ranks.world.size
         dist.all_gather_object(found, own)
         return [run for run in found if run is not None]
-
-
-@contextmanager
-def training_ranks(place: Place, config: PretrainConfig) -> Iterator[Ranks]:
-    """This process as one rank of the layout, as a training is."""
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    set_deterministic(config.runtime)
-    with join(place, config.parallel.distributed_timeout_minutes * 60) as trace:
-        ranks = make_ranks(
-            Dims.of(config.parallel, place.world),
-            rank=place.rank,
-            local_rank=place.local_rank,
-            device=place.device,
-            kv_groups=config.model.query_groups,
-            sharded=config.parallel.data_parallel_sharding != "replicate",
-            trace=trace,
-        )
-        yield ranks
 
 
 def prepare(

@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mtk.benchmarks.alive import Alive
-from mtk.benchmarks.measured_run import prepare, training_ranks
+from mtk.benchmarks.measured_run import prepare
 from mtk.benchmarks.record import surroundings, write_json
 from mtk.config import make, to_dict
 from mtk.config.bench import BenchConfig, OptimizerMemoryConfig
@@ -32,6 +32,7 @@ from mtk.launch.local import launch
 from mtk.launch.process import Place
 from mtk.log import Reporter
 from mtk.training.batch import GlobalBatch
+from mtk.training.join import training_ranks
 from mtk.training.passes import Accumulation
 
 SEQUENCE = 8

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtk.benchmarks.layouts import reason
-from mtk.benchmarks.measured_run import prepare, training_ranks, wait
+from mtk.benchmarks.measured_run import prepare, wait
 from mtk.benchmarks.record import gpus, surroundings, write_json
 from mtk.config import config_digest, to_dict
 from mtk.config.bench import BenchConfig, RecomputeBenchConfig
@@ -34,6 +34,7 @@ from mtk.log import Reporter
 from mtk.parallel.apply import training_device
 from mtk.parallel.planning import embedding_activations, logits, stage_activations
 from mtk.parallel.ranks import Ranks
+from mtk.training.join import training_ranks
 from mtk.training.passes import Accumulation
 from mtk.training.step import Stepper
 

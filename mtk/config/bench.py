@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtk.config.plan import PlanLengthConfig
+from mtk.config.plan import PlanLengthConfig, without_open_schedule
 from mtk.config.pretrain import DataConfig, PretrainConfig, SaveConfig
 from mtk.config.schema import group, option
 from mtk.errors import Problem
@@ -57,11 +57,7 @@ class BenchConfig(PretrainConfig):
     measure: MeasureConfig = group(MeasureConfig, title="Measurement")
 
     def problems(self) -> Iterator[Problem]:
-        endless = not any(vars(self.length).values())
-        for problem in super().problems():
-            # Without a length it is open whether the schedule counts steps or samples.
-            if not (endless and problem.key.startswith("schedule.")):
-                yield problem
+        yield from without_open_schedule(super().problems(), self.length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,11 @@ class ParallelConfig:
             * self.context_parallel_size
         )
 
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a collective waits for a missing rank."""
+        return self.distributed_timeout_minutes * 60
+
     def stages_per_rank(self, layers: int) -> int:
         """(Virtual) stages that each pipeline rank holds of a model with ``layers`` layers:
         as the split or the layers per virtual stage say, else 2 where the schedule needs them."""

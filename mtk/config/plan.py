@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,13 @@ class PlanLengthConfig(LengthConfig):
             yield from super().problems()
 
 
+def without_open_schedule(problems: Iterable[Problem], length: LengthConfig) -> Iterator[Problem]:
+    """``problems`` but those of the schedule where there is no length: it is open then whether
+    the schedule counts steps or samples."""
+    endless = not any(vars(length).values())
+    return (p for p in problems if not (endless and p.key.startswith("schedule.")))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSaveConfig(SaveConfig):
     """As for pretrain, but a plan saves nothing."""
@@ -96,11 +103,7 @@ class PlanConfig(PretrainConfig):
         return self.gpus
 
     def problems(self) -> Iterator[Problem]:
-        endless = not any(vars(self.length).values())
-        for problem in super().problems():
-            # Without a length it is open whether the schedule counts steps or samples.
-            if not (endless and problem.key.startswith("schedule.")):
-                yield problem
+        yield from without_open_schedule(super().problems(), self.length)
 
     def _layout_problems(self) -> Iterator[Problem]:
         yield from self.parallel.problems_with_world(

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from mtk.config.plan import PlanDataConfig, PlanLengthConfig, PlanSaveConfig
+from mtk.config.plan import (
+    PlanDataConfig,
+    PlanLengthConfig,
+    PlanSaveConfig,
+    without_open_schedule,
+)
 from mtk.config.pretrain import PretrainConfig
 from mtk.config.schema import group, option
 from mtk.config.world_rules import smallest_world
@@ -94,11 +99,7 @@ class _VerifyConfig(PretrainConfig):
         return nproc if nproc > 1 else smallest_world(self.parallel)
 
     def problems(self) -> Iterator[Problem]:
-        endless = not any(vars(self.length).values())
-        for problem in super().problems():
-            # Without a length it is open whether the schedule counts steps or samples.
-            if not (endless and problem.key.startswith("schedule.")):
-                yield problem
+        yield from without_open_schedule(super().problems(), self.length)
 
     def _layout_problems(self) -> Iterator[Problem]:
         yield from self.parallel.problems_with_world(

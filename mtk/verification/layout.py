@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import GateError
 from mtk.launch.local import launch
-from mtk.launch.process import Place, join
+from mtk.launch.process import Place
 from mtk.models.balance import NAMES
 from mtk.parallel.collectives import gather_objects
-from mtk.parallel.deterministic import set_deterministic
-from mtk.parallel.dims import Dims
 from mtk.parallel.legal_layouts import name
-from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.ranks import Ranks
+from mtk.training.join import training_ranks
 from mtk.verification.compare import Difference, compare
 from mtk.verification.exchange import read_observation, write_observation
 from mtk.verification.observe import Observation, observe, random_sample
@@ -124,36 +121,23 @@ def prove_layout(config: PretrainConfig, steps: int, device: str) -> LayoutProof
     device: ``cpu`` or ``cuda``. Raises GateError when the ranks do not even agree with each
     other, and what a failing rank raises.
     """
-    timeout = config.parallel.distributed_timeout_minutes * 60
     with tempfile.TemporaryDirectory(prefix="mtk-verify-") as folder:
         proof: LayoutProof = launch(
             prove_on_rank,
-            (config, steps, folder, timeout),
+            (config, steps, folder),
             config.parallel.nproc,
             device=device,
-            timeout=timeout,
+            timeout=config.parallel.timeout_seconds,
         )
     return proof
 
 
 def prove_on_rank(
-    place: Place, config: PretrainConfig, steps: int, folder: str, timeout: float
+    place: Place, config: PretrainConfig, steps: int, folder: str
 ) -> LayoutProof | None:
     """One rank's part; the first one then runs the whole model and compares."""
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    set_deterministic(config.runtime)
     sample = random_sample(config, config.runtime.seed)
-    with join(place, timeout) as trace:
-        ranks = make_ranks(
-            Dims.of(config.parallel, place.world),
-            rank=place.rank,
-            local_rank=place.local_rank,
-            device=place.device,
-            kv_groups=config.model.query_groups,
-            sharded=config.parallel.data_parallel_sharding != "replicate",
-            trace=trace,
-        )
+    with training_ranks(place, config) as ranks:
         write_observation(observe(config, sample, ranks, steps), _file(folder, place.rank))
         gather_objects(None, ranks.world, "verify.written")
     if place.rank:

@@ -19,9 +19,10 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.config.verify import MOST_RANKS, VerifyMatrixConfig
 from mtk.errors import MtkError
 from mtk.launch.pool import RankPool
+from mtk.launch.process import Place
 from mtk.log import Progress, Reporter
-from mtk.parallel.dims import Dims
-from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.ranks import Ranks
+from mtk.training.join import ranks_of
 from mtk.verification.compare import compare
 from mtk.verification.layout import in_one_process
 from mtk.verification.matrix_models import Case, cases
@@ -149,13 +150,6 @@ def observe_in_turn(rank: int, runs: Sequence[PretrainConfig], world: int) -> li
     for run in runs:
         ranks = Ranks()
         if world > 1:
-            ranks = make_ranks(
-                Dims.of(run.parallel, world),
-                rank=rank,
-                device=torch.device("cpu"),
-                kv_groups=run.model.query_groups,
-                sharded=run.parallel.data_parallel_sharding != "replicate",
-                made=made,
-            )
+            ranks = ranks_of(Place(rank=rank, world=world), run, made=made)
         found.append(observe(run, random_sample(run, run.runtime.seed), ranks))
     return found

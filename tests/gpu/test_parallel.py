@@ -25,11 +25,10 @@ from mtk.launch.local import launch
 from mtk.launch.process import Place, join
 from mtk.log import Reporter
 from mtk.parallel.collectives import gather_objects
-from mtk.parallel.dims import Dims
-from mtk.parallel.groups import Trace
 from mtk.parallel.layout_names import parse
-from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.ranks import Ranks
 from mtk.session import Session
+from mtk.training.join import ranks_of
 from mtk.training.metrics import read_metrics
 from mtk.verification.compare import Tolerance, compare
 from mtk.verification.observe import Observation, observe, random_sample
@@ -119,24 +118,6 @@ def observe_in_turn(place: Place, configs: Sequence[PretrainConfig]) -> list[Ans
 def single(config: PretrainConfig) -> PretrainConfig:
     runtime = dataclasses.replace(config.runtime, compile=False)
     return dataclasses.replace(config, parallel=ParallelConfig(), runtime=runtime)
-
-
-def ranks_of(
-    place: Place,
-    config: PretrainConfig,
-    trace: Trace,
-    made: dict[tuple[int, ...], dist.ProcessGroup],
-) -> Ranks:
-    return make_ranks(
-        Dims.of(config.parallel, place.world),
-        rank=place.rank,
-        local_rank=place.local_rank,
-        device=place.device,
-        kv_groups=config.model.query_groups,
-        sharded=config.parallel.data_parallel_sharding != "replicate",
-        trace=trace,
-        made=made,
-    )
 
 
 COMPILED = ("tp2.sp", "pp2.1f1b")

@@ -16,7 +16,7 @@ from stages.pretrain import train_here
 
 
 def without_partial_sums(
-    place: Place, config: PretrainConfig, steps: int, folder: str, timeout: float
+    place: Place, config: PretrainConfig, steps: int, folder: str
 ) -> LayoutProof | None:
     """Gradients of norms under sequence parallelism are not summed over tensor ranks."""
 
@@ -24,7 +24,7 @@ def without_partial_sums(
         return
 
     step.sum_partial_gradients = nothing
-    return prove_on_rank(place, config, steps, folder, timeout)
+    return prove_on_rank(place, config, steps, folder)
 
 
 def with_a_flipped_bit(place: Place, config: PretrainConfig, session: Session) -> Any:
