@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mtk.artifacts import Artifact, InputRecord, publish_directory
 from mtk.checkpoint.load import MODEL_FORMAT, MODEL_VERSION
 from mtk.checkpoint.tensors import write_tensors
 from mtk.config import to_dict
@@ -33,33 +32,6 @@ class CheckpointContent:
     random: Mapping[str, Tensor] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: Path | None = None
-
-
-def save_checkpoint(
-    folder: Path,
-    content: CheckpointContent,
-    *,
-    stage: str,
-    config: Any,
-    inputs: Sequence[InputRecord],
-    metrics: Mapping[str, Any],
-    command: str = "",
-    force: bool = False,
-    max_shard_size: int = 2_000_000_000,
-) -> Artifact:
-    """Publish ``folder``; it appears complete or not at all."""
-    with publish_directory(
-        folder,
-        kind="checkpoint",
-        stage=stage,
-        config=config,
-        inputs=inputs,
-        command=command,
-        force=force,
-    ) as publication:
-        write_content(publication.folder, content, config, max_shard_size)
-        publication.metrics.update(metrics)
-    return publication.artifact
 
 
 def write_content(

@@ -25,7 +25,6 @@ class Ranks:
 
     dims: Dims = Dims()
     rank: int = 0
-    local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: Group = Group("world")
     tp: Group = Group("tp")
@@ -55,7 +54,6 @@ def make_ranks(
     dims: Dims,
     *,
     rank: int,
-    local_rank: int = 0,
     device: torch.device,
     kv_groups: int | None = None,
     sharded: bool = True,
@@ -71,7 +69,7 @@ def make_ranks(
     """
     trace = trace or NoTrace()
     if dims.world == 1:
-        return Ranks(dims, rank, local_rank, device, trace=trace)
+        return Ranks(dims, rank, device, trace=trace)
     made = {} if made is None else made
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
     groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
@@ -86,7 +84,6 @@ def make_ranks(
     return Ranks(
         dims,
         rank,
-        local_rank,
         device,
         **groups,
         replicas=replicas["shards"],

@@ -40,7 +40,6 @@ def ranks_of(
     return make_ranks(
         Dims.of(config.parallel, place.world),
         rank=place.rank,
-        local_rank=place.local_rank,
         device=place.device,
         kv_groups=config.model.query_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",

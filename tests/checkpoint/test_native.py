@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mtk.checkpoint import complete_steps, latest_step, load_model, prune_steps, step_folder
-from mtk.checkpoint.save import CheckpointContent, save_checkpoint
+from mtk.checkpoint.save import CheckpointContent
 from mtk.errors import CheckpointError, MtkError
+from tests.checkpoint.publish import save_checkpoint
 from tests.models.sizes import llama_config, small_model
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from mtk.artifacts import input_file, open_artifact, publish_directory
-from mtk.checkpoint.save import CheckpointContent, save_checkpoint
+from mtk.checkpoint.save import CheckpointContent
 from mtk.cli.main import main
 from mtk.config import make
 from mtk.config.flow import FlowConfig
 from mtk.config.model import ModelConfig
+from tests.checkpoint.publish import save_checkpoint
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mtk.checkpoint.save import CheckpointContent, save_checkpoint
+from mtk.checkpoint.save import CheckpointContent
 from mtk.config import make
 from mtk.config.convert import ConvertConfig
 from mtk.config.model import ModelConfig
@@ -18,6 +18,7 @@ from mtk.models.gpt import GPT
 from mtk.session import Session
 from mtk.tokenizers import Tokenizer
 from mtk.tokenizers.training import train_tokenizer
+from tests.checkpoint.publish import save_checkpoint
 from tests.models.sizes import llama_config, small_config, small_model
 
 TEXT = "the quick brown fox jumps over the lazy dog. it's a test; numbers 1,000 and 3.5 too! "

@@ -32,7 +32,6 @@ def ranks_of(place: Place, trace: Trace) -> Ranks:
     return make_ranks(
         Dims(tp=place.world),
         rank=place.rank,
-        local_rank=place.local_rank,
         device=place.device,
         trace=trace,
     )

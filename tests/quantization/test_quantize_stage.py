@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtk.artifacts import Artifact, verify_lineage
-from mtk.checkpoint.save import CheckpointContent, save_checkpoint
+from mtk.checkpoint.save import CheckpointContent
 from mtk.config import make
 from mtk.config.quantize import QuantizeConfig
 from mtk.convert.open_model import open_model
@@ -30,6 +30,7 @@ from serving.settings import ServerSettings
 from serving.torch_engine import TorchEngine
 from stages.convert import run as convert
 from stages.quantize import run
+from tests.checkpoint.publish import save_checkpoint
 from tests.convert.models import (
     TEXT,
     convert_config,
