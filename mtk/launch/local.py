@@ -70,9 +70,11 @@ def rank_variables(ranks: int) -> dict[str, str]:
     if sys.platform == "linux":
         # Also where the host's own name leads nowhere, as in many containers.
         variables["GLOO_SOCKET_IFNAME"] = "lo"
-    # Before it ends a rank that waits too long, NCCL's watchdog would gather debug files for a
-    # minute; the launcher knows already who is missing.
+    # Before it ends a rank that waits too long, NCCL's watchdog gives its debug dump four times
+    # this span, a minute by default, also when no dump is asked for; the launcher knows already
+    # who is missing.
     variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+    variables["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "250"
     return {name: text for name, text in variables.items() if name not in os.environ}
 
 
