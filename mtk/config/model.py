@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from mtk.config.moe import moe_problems
+from mtk.config.moe import MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
+from mtk.config.positions import PositionOptions, position_problems
 from mtk.config.schema import option
 from mtk.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(PositionOptions, MoeOptions):
     """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
 
     family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
@@ -30,14 +31,6 @@ class ModelConfig:
     )
     kv_channels: int | None = option(None, help="Width of a head (default: hidden / heads).")
     seq_length: int = option(help="Tokens per training sample.")
-    max_position_embeddings: int | None = option(
-        None, help="Longest sequence the model accepts (default: as seq-length)."
-    )
-    position_embedding_type: Literal["learned", "rope", "none"] = option(
-        "learned", help="How positions enter the model."
-    )
-    rotary_base: float = option(10000.0, help="Base of the rotary frequencies.")
-    rotary_percent: float = option(1.0, help="Share of each head's channels that is rotated.")
     normalization: Literal["LayerNorm", "RMSNorm"] = option("LayerNorm", help="Kind of norm.")
     norm_epsilon: float = option(1e-5, help="Added to the variance in norms.")
     activation: Literal["gelu", "gelu-tanh", "relu", "squared-relu", "swiglu"] = option(
@@ -54,26 +47,6 @@ class ModelConfig:
     )
     hidden_dropout: float = option(0.1, help="Dropout on embeddings and residual branches.")
     attention_dropout: float = option(0.1, help="Dropout on attention probabilities.")
-    num_experts: int | None = option(None, help="Experts of an MoE layer (default: dense).")
-    moe_router_topk: int = option(2, help="Experts that each token goes to.")
-    moe_ffn_hidden_size: int | None = option(
-        None, help="Width of an expert (default: as ffn-hidden-size)."
-    )
-    moe_layer_freq: int = option(
-        1, help="Every Nth layer has experts, the first among them; the others are dense."
-    )
-    # Not Megatron's 0, with which nothing keeps the router from using a few experts only.
-    moe_aux_loss_coeff: float = option(
-        0.01, help="Weight of the loss that balances experts within a sequence; 0: only measured."
-    )
-    moe_z_loss_coeff: float = option(
-        0.0, help="Weight of the loss that keeps router logits small (1e-3 is usual)."
-    )
-    moe_expert_capacity_factor: float | None = option(
-        None,
-        help="In training an expert takes at most this times its even share of a sequence's "
-        "tokens, the first ones (default: all of them).",
-    )
     init_method_std: float = option(
         0.02, help="Standard deviation of initial weights; output projections use /sqrt(2 layers)."
     )
@@ -148,17 +121,8 @@ class ModelConfig:
             rule = f"must divide num_attention_heads = {self.num_attention_heads}"
             fix = f"Nearest: {nearest_divisor(groups, self.num_attention_heads)}."
             yield Problem("num_query_groups", groups, rule, fix)
-        if self.position_embedding_type != "none" and self.seq_length > self.positions:
-            rule = f"exceeds max_position_embeddings = {self.positions}"
-            yield Problem("seq_length", self.seq_length, rule, "Raise the one or lower the other.")
+        yield from position_problems(self)
         yield from moe_problems(self)
-        if self.position_embedding_type == "rope":
-            yield from self._rope()
-        else:
-            for name, unset in (("rotary_base", 10000.0), ("rotary_percent", 1.0)):
-                if getattr(self, name) != unset:
-                    rule = "only means something with position_embedding_type = rope"
-                    yield Problem(name, getattr(self, name), rule, "Leave it out.")
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
@@ -183,17 +147,6 @@ class ModelConfig:
         for name in ("init_method_std", "norm_epsilon"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield Problem(name, getattr(self, name), "must be 0 or more and finite")
-
-    def _rope(self) -> Iterator[Problem]:
-        if not 0 < self.rotary_base < math.inf:
-            yield Problem("rotary_base", self.rotary_base, "must be greater than 0 and finite")
-        if not 0 < self.rotary_percent <= 1:
-            yield Problem("rotary_percent", self.rotary_percent, "must be in (0, 1]")
-            return
-        rotated = int(self.head_size * self.rotary_percent)
-        if rotated < 2 or rotated % 2:
-            rule = f"rotates {rotated} of {self.head_size} channels; the number must be even, >= 2"
-            yield Problem("rotary_percent", self.rotary_percent, rule, "Nearest: 1.0.")
 
     def derived(self) -> Self:
         return dataclasses.replace(

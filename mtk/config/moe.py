@@ -1,13 +1,15 @@
-"""Rules of a model's mixture-of-experts options."""
+"""A model's mixture-of-experts options and their rules."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtk.config.nearest import nearest_multiple
+from mtk.config.schema import option
 from mtk.errors import Problem
 
 if TYPE_CHECKING:
@@ -15,6 +17,32 @@ if TYPE_CHECKING:
 
 # Grouped matrix multiplies read rows of 16 bytes: 8 values in bf16.
 UNIT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeOptions:
+    """Part of :class:`mtk.config.model.ModelConfig`."""
+
+    num_experts: int | None = option(None, help="Experts of an MoE layer (default: dense).")
+    moe_router_topk: int = option(2, help="Experts that each token goes to.")
+    moe_ffn_hidden_size: int | None = option(
+        None, help="Width of an expert (default: as ffn-hidden-size)."
+    )
+    moe_layer_freq: int = option(
+        1, help="Every Nth layer has experts, the first among them; the others are dense."
+    )
+    # Not Megatron's 0, with which nothing keeps the router from using a few experts only.
+    moe_aux_loss_coeff: float = option(
+        0.01, help="Weight of the loss that balances experts within a sequence; 0: only measured."
+    )
+    moe_z_loss_coeff: float = option(
+        0.0, help="Weight of the loss that keeps router logits small (1e-3 is usual)."
+    )
+    moe_expert_capacity_factor: float | None = option(
+        None,
+        help="In training an expert takes at most this times its even share of a sequence's "
+        "tokens, the first ones (default: all of them).",
+    )
 
 
 def moe_problems(model: ModelConfig) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ D channels of a head, E hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,12 +19,28 @@ from mtk.config.model import ModelConfig
 from mtk.models.rotary import rotate
 
 
+@dataclass(frozen=True)
+class Form:
+    """Which of a sequence's tokens a query looks at.
+
+    causal: itself and those before it; else all. window: of these only the last ``window``,
+    itself among them (Beltagy et al. 2020, as in Mistral); needs causal.
+    """
+
+    causal: bool = True
+    window: int | None = None
+
+
+CAUSAL = Form()
+
+
 class AttentionKernel(Protocol):
-    """Computes softmax(q k^T / sqrt(D)) v.
+    """Computes softmax(q k^T / sqrt(D) + bias) v.
 
     mask: bool, True where a query may look, broadcastable to [B, H, S, T]; None means
-    causal with S == T. documents: int64 [B, S], a number per packed document: a query then
-    looks back inside its own document only (not together with ``mask``).
+    ``form`` with S == T, and with a mask ``form`` does not count. documents: int64 [B, S], a
+    number per packed document: a query then looks inside its own document only (not together
+    with ``mask``). bias: added to the scores, broadcastable to [B, H, S, T].
     """
 
     def __call__(
@@ -35,6 +52,8 @@ class AttentionKernel(Protocol):
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -52,17 +71,18 @@ def sdpa_kernel(
     mask: Tensor | None,
     dropout: float,
     documents: Tensor | None = None,
+    form: Form = CAUSAL,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
-    if documents is not None:
-        mask = document_mask(documents)
+    mask = score_mask(q_BHSD, mask, documents, form, bias)
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
         v_BGTD,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=mask is None and form.causal,
         enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
     )
 
@@ -75,10 +95,21 @@ def flash_kernel(
     mask: Tensor | None,
     dropout: float,
     documents: Tensor | None = None,
+    form: Form = CAUSAL,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As :func:`sdpa_kernel`, but flash attention or an error (no slower fallback)."""
     with sdpa_backend(SDPBackend.FLASH_ATTENTION):
-        return sdpa_kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout, documents=documents)
+        return sdpa_kernel(
+            q_BHSD,
+            k_BGTD,
+            v_BGTD,
+            mask=mask,
+            dropout=dropout,
+            documents=documents,
+            form=form,
+            bias=bias,
+        )
 
 
 def reference_kernel(
@@ -89,26 +120,51 @@ def reference_kernel(
     mask: Tensor | None,
     dropout: float,
     documents: Tensor | None = None,
+    form: Form = CAUSAL,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The formula written out; what every faster kernel is checked against."""
     repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
     k_BHTD = k_BGTD.repeat_interleave(repeats, dim=1)
     v_BHTD = v_BGTD.repeat_interleave(repeats, dim=1)
     scores = q_BHSD @ k_BHTD.transpose(-1, -2) / q_BHSD.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias
     if documents is not None:
-        mask = document_mask(documents)
+        mask = document_mask(documents, form)
     elif mask is None:
-        size = scores.shape[-2:]
-        mask = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
+        mask = form_mask(scores.shape[-1], form, scores.device)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return F.dropout(weights, dropout, training=dropout > 0) @ v_BHTD
 
 
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """Bool [B, 1, S, S]: True where a query may look at a key of its document, not later."""
-    length = documents_BS.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    return (causal & (documents_BS[:, :, None] == documents_BS[:, None, :]))[:, None]
+def form_mask(length: int, form: Form, device: torch.device) -> Tensor:
+    """Bool [S, S]: True where a query may look at a key."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device)
+    if form.causal:
+        mask = mask.tril()
+    return mask if form.window is None else mask.triu(1 - form.window)
+
+
+def document_mask(documents_BS: Tensor, form: Form = CAUSAL) -> Tensor:
+    """Bool [B, 1, S, S]: True where a query may look at a key of its document."""
+    allowed = form_mask(documents_BS.shape[1], form, documents_BS.device)
+    return (allowed & (documents_BS[:, :, None] == documents_BS[:, None, :]))[:, None]
+
+
+def score_mask(
+    q_BHSD: Tensor, mask: Tensor | None, documents: Tensor | None, form: Form, bias: Tensor | None
+) -> Tensor | None:
+    """All that limits or shifts scores in one tensor, as SDPA takes it: bool, or with a bias
+    what is added to them; None where a kernel needs none (causal, or all tokens)."""
+    if documents is not None:
+        mask = document_mask(documents, form)
+    elif mask is None and (form.window is not None or (bias is not None and form.causal)):
+        mask = form_mask(q_BHSD.shape[-2], form, q_BHSD.device)
+    if bias is None:
+        return mask
+    bias = bias.to(q_BHSD.dtype)
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtk.models.attention import AttentionKernel
+from mtk.models.attention import CAUSAL, AttentionKernel, Form
 from mtk.parallel import collectives
 from mtk.parallel.context_balance import by_rank, in_order
 from mtk.parallel.context_chunks import per_head
@@ -44,9 +44,11 @@ class ExchangeKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if mask is not None:
-            raise ValueError("context parallelism knows causal attention and documents, no masks")
+        if mask is not None or bias is not None:
+            raise ValueError("context parallelism knows forms and documents, no masks or biases")
         cp, heads, groups = self.group.size, q_BHSD.shape[1], k_BGTD.shape[1]
         if heads % cp:
             raise ValueError(
@@ -63,7 +65,7 @@ class ExchangeKernel:
         mixed = self._to_heads(torch.cat(parts, 2))
         q_BHTD, k, v = torch.split(mixed, shares, 1)
         whole = None if documents is None else all_documents(documents, self.group)
-        out_BHTD = self.inner(q_BHTD, k, v, mask=None, dropout=dropout, documents=whole)
+        out_BHTD = self.inner(q_BHTD, k, v, mask=None, dropout=dropout, documents=whole, form=form)
         return self._to_tokens(out_BHTD)
 
     def _to_heads(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtk.models.attention import AttentionKernel
+from mtk.models.attention import CAUSAL, AttentionKernel, Form
 from mtk.parallel import collectives
 from mtk.parallel.context_balance import by_rank, in_order, local_positions
 from mtk.parallel.context_chunks import Block, ChunkKernel, Merge
@@ -137,9 +137,11 @@ class GatherKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if mask is not None:
-            raise ValueError("context parallelism knows causal attention and documents, no masks")
+        if mask is not None or bias is not None or form != CAUSAL:
+            raise ValueError("gathered keys know causal attention and documents only")
         if dropout or documents is not None:
             return self._masked(q_BHSD, torch.stack((k_BGTD, v_BGTD)), dropout, documents)
         chunks = self.chunks or chunk_kernel(q_BHSD, k_BGTD, v_BGTD, documents=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtk.models.attention import CAUSAL, Form
 from mtk.parallel import collectives
 from mtk.parallel.context_chunks import Block, ChunkKernel, Documents, Merge
 from mtk.parallel.context_fused import chunk_kernel
@@ -156,9 +157,11 @@ class RingKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if mask is not None or dropout:
-            raise ValueError("ring attention has neither masks nor attention dropout")
+        if mask is not None or bias is not None or form != CAUSAL or dropout:
+            raise ValueError("ring attention is causal and has no attention dropout")
         chunks = self.chunks or chunk_kernel(q_BHSD, k_BGTD, v_BGTD, documents is not None)
         out: Tensor = _Ring.apply(q_BHSD, k_BGTD, v_BGTD, documents, self.group, chunks)  # type: ignore[no-untyped-call]
         return out

@@ -30,7 +30,15 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from mtk.config.parallel import ParallelConfig
-from mtk.models.attention import AttentionKernel, LayerCache, flash_kernel, sdpa_kernel
+from mtk.models.attention import (
+    CAUSAL,
+    AttentionKernel,
+    Form,
+    LayerCache,
+    flash_kernel,
+    score_mask,
+    sdpa_kernel,
+)
 from mtk.models.gpt import GPT, run_in_order
 
 
@@ -138,13 +146,18 @@ class RecomputedKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        run = partial(self.kernel, mask=mask, dropout=dropout, documents=documents)
-        if not torch.is_grad_enabled() or self._fused(
-            q_BHSD, k_BGTD, v_BGTD, mask, dropout, documents
-        ):
-            return run(q_BHSD, k_BGTD, v_BGTD)
-        out: Tensor = _checkpointed(run, q_BHSD, k_BGTD, v_BGTD, random=dropout > 0)
+        run = partial(self.kernel, mask=mask, dropout=dropout, documents=documents, form=form)
+        fused = self._fused(q_BHSD, k_BGTD, v_BGTD, mask, dropout, documents, form, bias)
+        if not torch.is_grad_enabled() or fused:
+            return run(q_BHSD, k_BGTD, v_BGTD, bias=bias)
+
+        def again(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            return run(q, k, v, bias=bias)
+
+        out: Tensor = _checkpointed(again, q_BHSD, k_BGTD, v_BGTD, bias, random=dropout > 0)
         return out
 
     def _fused(
@@ -155,20 +168,20 @@ class RecomputedKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None,
+        form: Form,
+        bias: Tensor | None,
     ) -> bool:
         """PyTorch would choose an implementation that keeps no scores."""
         if self.kernel is not sdpa_kernel or torch.compiler.is_compiling():
             return False
-        if documents is not None:
-            size = (*documents.shape, documents.shape[1])
-            mask = torch.empty(size, dtype=torch.bool, device=documents.device)[:, None]
+        mask = score_mask(q_BHSD, mask, documents, form, bias)
         choice: int = torch._fused_sdp_choice(
             q_BHSD,
             k_BGTD,
             v_BGTD,
             mask,
             dropout,
-            mask is None,
+            mask is None and form.causal,
             enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
         )
         return choice != SDPBackend.MATH.value

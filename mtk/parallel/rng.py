@@ -8,11 +8,12 @@ its own heads, and with sequence parallelism its own rows.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtk.models.attention import AttentionKernel
+from mtk.models.attention import CAUSAL, AttentionKernel, Form
 from mtk.parallel.groups import Group
 from mtk.parallel.ranks import Ranks
 
@@ -44,14 +45,17 @@ def own_heads_dropout(kernel: AttentionKernel, group: Group) -> AttentionKernel:
         mask: Tensor | None,
         dropout: float,
         documents: Tensor | None = None,
+        form: Form = CAUSAL,
+        bias: Tensor | None = None,
     ) -> Tensor:
+        run = partial(kernel, mask=mask, documents=documents, form=form, bias=bias)
         if dropout == 0.0:
-            return kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=0.0, documents=documents)
+            return run(q_BHSD, k_BGTD, v_BGTD, dropout=0.0)
         start = int(torch.randint(2**31, (1,)).item()) + group.rank
         devices = [q_BHSD.device] if q_BHSD.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(start)
-            return kernel(q_BHSD, k_BGTD, v_BGTD, mask=mask, dropout=dropout, documents=documents)
+            return run(q_BHSD, k_BGTD, v_BGTD, dropout=dropout)
 
     # Generators are swapped on the host, which cannot be traced.
     disabled: AttentionKernel = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
