@@ -20,8 +20,9 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
+from mtk.training.objective import NextToken, Objective
 from mtk.training.optimizer import Optimizer
-from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined, TokenLosses
+from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 
@@ -61,12 +62,12 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
     """How this rank runs its part of the model."""
     parallel = config.parallel
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
-    losses, feed = losses_of(config.model, ranks), Feed(ranks)
+    objective, feed = objective_of(config.model, ranks), Feed(ranks)
     if placed.stages is None:
         each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
         # Without FSDP there are no shards that could add up in fp32.
         each = each and ranks.shards.size > 1
-        return Accumulation(placed.parts[0], losses, feed, overlap, reduce_each=each)
+        return Accumulation(placed.parts[0], objective, feed, overlap, reduce_each=each)
     rows = ranks.tp.size if parallel.sequence_parallel else 1
     dtype = COMPUTE_DTYPES[config.precision.precision]
     pipeline = Pipeline(
@@ -80,15 +81,15 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
         reshard=parallel.data_parallel_sharding == "full",
         overlap=overlap.reduce,
     )
-    return Pipelined(pipeline, losses, feed, overlap)
+    return Pipelined(pipeline, objective, feed, overlap)
 
 
-def losses_of(model: ModelConfig, ranks: Ranks) -> TokenLosses:
+def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:
     """Cross-entropy from whole logits, or from this rank's part of the vocabulary."""
     if ranks.tp.size == 1:
-        return token_losses
+        return NextToken(token_losses)
     size = model.padded_vocab_size
-    return partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
+    return NextToken(partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size))
 
 
 def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:

@@ -6,7 +6,7 @@ Shape suffixes: B samples, S sequence.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +34,20 @@ class Sample:
     loss_mask_BS: Tensor
     documents_BS: Tensor | None = None
     positions_BS: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Sample:
-        found = (None if x is None else x[start:stop] for x in vars(self).values())
-        return Sample(*found)  # type: ignore[arg-type]
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
+        return Sample(
+            self.tokens_BS[start:stop],
+            self.labels_BS[start:stop],
+            self.loss_mask_BS[start:stop],
+            cut(self.documents_BS),
+            cut(self.positions_BS),
+            {name: x[start:stop] for name, x in self.extra.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     stepper.main.publish()
     weights = owned(stepper, stepper.main.weights)
     return Observation(
-        loss.item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
+        loss.sum().item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
     )
 
 

@@ -1,0 +1,56 @@
+"""What training minimises: losses of a model's outputs, each with its weight.
+
+An objective has one or more terms. A term is summed over the global batch and divided by the
+sum of its weights there, so that neither micro-batches nor ranks change the result; the loss
+of a step is the sum of the terms. Shape suffixes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mtk.training.batch import LocalBatch, MicroBatch
+
+# Losses in nats [B, S] from logits and labels.
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
+
+
+class Objective(Protocol):
+    """names: of the terms. weights: how much each loss of a (micro- or local) batch counts,
+    fp32, a tensor for each term. losses: nats, fp32, of the shapes of the weights; outputs:
+    what the model returned."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def weights(self, batch: MicroBatch | LocalBatch) -> tuple[Tensor, ...]: ...
+    def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of every token that the loss mask counts; ``outputs`` are logits."""
+
+    token_losses: TokenLosses
+    names: tuple[str, ...] = ("loss",)
+
+    def weights(self, batch: MicroBatch | LocalBatch) -> tuple[Tensor, ...]:
+        return (batch.loss_mask_BS,)
+
+    def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
+        return (self.token_losses(outputs, batch.labels_BS),)
+
+
+def counts(objective: Objective, batch: MicroBatch | LocalBatch) -> Tensor:
+    """fp32 [terms]: the sum of each term's weights."""
+    return torch.stack([weight.sum() for weight in objective.weights(batch)])
+
+
+def sums(objective: Objective, outputs: Any, batch: LocalBatch) -> Tensor:
+    """fp32 [terms]: the weighted sum of each term's losses."""
+    pairs = zip(objective.losses(outputs, batch), objective.weights(batch), strict=True)
+    return torch.stack([(loss * weight).sum() for loss, weight in pairs])
