@@ -102,6 +102,9 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if cp > 1 and model.family != "gpt":
+        rule = f"cuts sequences that are read from left to right; family is {model.family}"
+        yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
     if cp > 1 and parallel.cp_comm_type == "p2p" and model.attention_dropout:
         rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
         fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.encoder import EncoderOptions, encoder_problems
 from mtk.config.moe import MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
@@ -16,7 +17,7 @@ from mtk.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionOptions, MoeOptions):
+class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
     """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
 
     family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
@@ -123,6 +124,7 @@ class ModelConfig(PositionOptions, MoeOptions):
             yield Problem("num_query_groups", groups, rule, fix)
         yield from position_problems(self)
         yield from moe_problems(self)
+        yield from encoder_problems(self)
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):

@@ -176,6 +176,7 @@ class Attention(nn.Module):
         self.head_size = head
         self.dropout = config.attention_dropout
         self.kernel = kernel
+        self.form = CAUSAL
         self.query = nn.Linear(hidden, config.num_attention_heads * head, bias=config.qkv_bias)
         self.key = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
         self.value = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
@@ -200,7 +201,13 @@ class Attention(nn.Module):
             k_BGSD, v_BGSD = cache.update(k_BGSD, v_BGSD)
         dropout = self.dropout if self.training else 0.0
         out_BHSD = self.kernel(
-            q_BHSD, k_BGSD, v_BGSD, mask=mask, dropout=dropout, documents=documents
+            q_BHSD,
+            k_BGSD,
+            v_BGSD,
+            mask=mask,
+            dropout=dropout,
+            documents=documents,
+            form=self.form,
         )
         return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

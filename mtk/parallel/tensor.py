@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.models.attention import Attention
+from mtk.models.bert import Bert
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
 from mtk.models.mlp import MLP
@@ -32,6 +33,8 @@ from mtk.parallel.ranks import Ranks
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
+# Modules that see whole sequences on every rank, also under sequence parallelism.
+COMPUTED_ALIKE = ("pooler.", "order.")
 
 
 class Region:
@@ -56,6 +59,13 @@ class Region:
         if self.sequence is None:
             return sum_of_parts(x_BSE, self.group, site)
         return scatter_sum_of_parts(x_BSE.flatten(0, 1), self.group, site)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Residual stream -> [B, S, E] for what every rank computes alike."""
+        if self.sequence is None:
+            return x
+        gathered = gather_rows(x, self.group, "tp.pooler", replicated=True)
+        return gathered.view(-1, self.sequence, gathered.shape[-1])
 
 
 class RowParallelLinear(nn.Linear):
@@ -95,6 +105,8 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
     model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
+    if isinstance(model, Bert):
+        _shard_bert(model, region, cutter)
     if sequence_parallel:
         _sum_gradients_of_rows(model, ranks.tp, pieces)
 
@@ -126,6 +138,14 @@ def _shard_embedding(embedding: Embedding, region: Region, cutter: _Cutter) -> N
         embedding.register_forward_pre_hook(_rows_of_positions(region.group))
 
 
+def _shard_bert(model: Bert, region: Region, cutter: _Cutter) -> None:
+    """The output bias follows the vocabulary; the pooler sees whole sequences on every rank."""
+    if model.output_bias is not None:
+        cutter.cut(model, "output_bias", 0, "output_bias")
+    if model.pooler is not None:
+        model.pooler.whole = region.whole
+
+
 def _entering(region: Region, site: str) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
@@ -135,13 +155,13 @@ def _entering(region: Region, site: str) -> Any:
 
 
 def _rows_of_positions(group: Group) -> Any:
-    """Learned positions are added to this rank's rows only."""
+    """Positions and segments are added to this rank's rows only."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
-        tokens_BS, positions = inputs
-        rows = positions.expand_as(tokens_BS).flatten()
-        return tokens_BS, rows.chunk(group.size)[group.rank]
+        tokens_BS, *others = inputs
+        rows = (x.expand_as(tokens_BS).flatten() for x in others)
+        return tokens_BS, *(x.chunk(group.size)[group.rank] for x in rows)
 
     return hook
 
@@ -149,6 +169,8 @@ def _rows_of_positions(group: Group) -> Any:
 def _sum_gradients_of_rows(model: GPT, tp: Group, pieces: Pieces) -> None:
     """What is applied to a rank's rows alone has a partial gradient on each rank."""
     for name, _ in model.named_parameters():
+        if name.startswith(COMPUTED_ALIKE):
+            continue
         piece = pieces[name]
         if any(group.name == tp.name for group in piece.copies) and not piece.partial:
             pieces[name] = piece.with_partial(tp)
