@@ -109,8 +109,22 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
         fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
         yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
+    if cp > 1:
+        yield from _scores_over_context(parallel, model)
     if cp > 1 and parallel.cp_comm_type == "a2a":
         yield from _heads_over_context(parallel, model)
+
+
+def _scores_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """What changes scores by position needs a kernel that sees whole sequences."""
+    kind, method = model.position_embedding_type, parallel.cp_comm_type
+    if model.biases_scores:
+        rule = f"position_embedding_type = {kind} biases scores, which no exchange knows yet"
+        cp = parallel.context_parallel_size
+        yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
+    elif model.window_size is not None and method != "a2a":
+        rule = f"knows no windows (window_size = {model.window_size})"
+        yield Problem("parallel.cp_comm_type", method, rule, "Nearest: a2a.")
 
 
 def _heads_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
@@ -130,6 +144,9 @@ def pipeline_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
     pp, layers = parallel.pipeline_model_parallel_size, stacked_layers(model)
     if pp == 1:
         return
+    if model.position_embedding_type == "relative" and model.family == "gpt":
+        rule = "position_embedding_type = relative shares one table among all layers"
+        yield Problem("parallel.pipeline_model_parallel_size", pp, rule, "Nearest: 1.")
     if parallel.pipeline_split is not None:
         yield from _split_problems(parallel.pipeline_split, layers)
     elif parallel.num_layers_per_virtual_pipeline_stage is not None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.attention import AttentionOptions, attention_problems
+from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
 from mtk.config.moe import MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
@@ -15,9 +17,12 @@ from mtk.config.positions import PositionOptions, position_problems
 from mtk.config.schema import option
 from mtk.errors import Problem
 
+# Activations that multiply two matrices' outputs (Shazeer 2020).
+GATED = ("swiglu", "geglu", "geglu-tanh")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
+class ModelConfig(PositionOptions, AttentionOptions, BlockOptions, MoeOptions, EncoderOptions):
     """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
 
     family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
@@ -28,15 +33,18 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         None, help="Key/value heads: fewer than heads is GQA, 1 is MQA (default: as heads)."
     )
     ffn_hidden_size: int | None = option(
-        None, help="Width of the MLP (default: 4 x hidden, with swiglu 8/3 in steps of 64)."
+        None, help="Width of the MLP (default: 4 x hidden, gated 8/3 in steps of 64)."
     )
     kv_channels: int | None = option(None, help="Width of a head (default: hidden / heads).")
     seq_length: int = option(help="Tokens per training sample.")
     normalization: Literal["LayerNorm", "RMSNorm"] = option("LayerNorm", help="Kind of norm.")
     norm_epsilon: float = option(1e-5, help="Added to the variance in norms.")
-    activation: Literal["gelu", "gelu-tanh", "relu", "squared-relu", "swiglu"] = option(
+    activation: Literal[
+        "gelu", "gelu-tanh", "relu", "squared-relu", "swiglu", "geglu", "geglu-tanh"
+    ] = option(
         "gelu",
-        help="Non-linearity of the MLP; gelu is exact, gelu-tanh is GPT-2's approximation.",
+        help="Non-linearity of the MLP; gelu is exact, gelu-tanh is GPT-2's approximation; "
+        "swiglu and geglu multiply it with a second matrix's output.",
         shortcuts=(("--swiglu", "swiglu"), ("--squared-relu", "squared-relu")),
     )
     add_bias_linear: bool = option(
@@ -81,7 +89,7 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         """Width of the MLP, after derivation."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.activation == "swiglu":
+        if self.gated:
             return int(4 * self.hidden_size * 2 / 3 / 64) * 64 or 64
         return 4 * self.hidden_size
 
@@ -106,8 +114,21 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         return self.max_position_embeddings or self.seq_length
 
     @property
+    def gated(self) -> bool:
+        """The MLP has a gate beside its input matrix."""
+        return self.activation in GATED
+
+    @property
     def qkv_bias(self) -> bool:
-        return self.add_bias_linear or self.add_qkv_bias
+        return self.add_bias_linear or self.add_qkv_bias or self.add_attention_bias
+
+    @property
+    def attention_output_bias(self) -> bool:
+        return self.add_bias_linear or self.add_attention_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.add_bias_linear or self.add_mlp_bias
 
     def problems(self) -> Iterator[Problem]:
         yield from self._positive()
@@ -123,6 +144,8 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
             fix = f"Nearest: {nearest_divisor(groups, self.num_attention_heads)}."
             yield Problem("num_query_groups", groups, rule, fix)
         yield from position_problems(self)
+        yield from attention_problems(self)
+        yield from block_problems(self)
         yield from moe_problems(self)
         yield from encoder_problems(self)
 

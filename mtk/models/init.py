@@ -25,9 +25,11 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(2 layers)), norms 1, biases 0."""
+    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(2 layers)), norms such that they
+    multiply by 1, biases 0."""
     if len(shape) == 1:
-        return torch.full(shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        norm = "norm" in name and name.endswith("weight") and not config.apply_layernorm_1p
+        return torch.full(shape, 1.0 if norm else 0.0)
     std = config.init_method_std
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= (2 * config.num_layers) ** 0.5

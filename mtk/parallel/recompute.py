@@ -97,13 +97,14 @@ class RecomputedLayers:
         mask: Tensor | None,
         caches: Sequence[LayerCache] | None,
         documents: Tensor | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if caches is not None or not torch.is_grad_enabled():
-            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents)
+            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents, bias)
         for unit in self.units:
             chosen = [blocks[layer] for layer in unit.layers]
             run = partial(_checkpointed, random=self.random) if unit.recomputed else _plain
-            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents)
+            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents, bias)
         return x_BSE
 
 

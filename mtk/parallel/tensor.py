@@ -104,6 +104,7 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         _shard_embedding(model.embedding, region, cutter)
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
+    _shard_score_biases(model, cutter)
     model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
     if isinstance(model, Bert):
         _shard_bert(model, region, cutter)
@@ -116,6 +117,8 @@ def _shard_attention(attention: Attention, name: str, region: Region, cutter: _C
     cutter.rows(attention.query, f"{name}.query")
     for part in ("key", "value"):
         cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
+    for part in ("query_norm", "key_norm"):
+        cutter.of_own_heads(getattr(attention, part), f"{name}.{part}")
     cutter.cut(attention.output, "weight", 1, f"{name}.output.weight")
     attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
 
@@ -144,6 +147,16 @@ def _shard_bert(model: Bert, region: Region, cutter: _Cutter) -> None:
         cutter.cut(model, "output_bias", 0, "output_bias")
     if model.pooler is not None:
         model.pooler.whole = region.whole
+
+
+def _shard_score_biases(model: GPT, cutter: _Cutter) -> None:
+    """Each rank biases the scores of its own heads."""
+    tp, heads = cutter.ranks.tp, model.config.num_attention_heads // cutter.ranks.tp.size
+    model.own_heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
+    if model.config.position_embedding_type == "alibi":
+        model.fill_tables(model.alibi_slopes.device)  # type: ignore[arg-type]
+    if model.relative_bias is not None:
+        cutter.cut(model.relative_bias, "weight", 1, "relative_bias.weight")
 
 
 def _entering(region: Region, site: str) -> Any:
@@ -205,6 +218,12 @@ class _Cutter:
                 piece = self.pieces[full].narrow(0, start, head_size)
                 piece = piece.without_copies(self.ranks.tp).with_copies(kv).with_partial(kv)
                 self._replace(linear, attribute, full, piece)
+
+    def of_own_heads(self, norm: nn.Module | None, name: str) -> None:
+        """Whole weights on every rank, whose gradient there is that of its own heads."""
+        for part, _ in () if norm is None else norm.named_parameters():
+            full = f"{name}.{part}"
+            self.pieces[full] = self.pieces[full].with_partial(self.ranks.tp)
 
     def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
         old = getattr(module, attribute)
