@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mtk.config.model import ModelConfig
+from mtk.models.count_pattern import layer_flops, layer_parameters, mlp_weights
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 def mlp_matrices(config: ModelConfig, width: int) -> int:
     """Weights of an MLP, or of one expert, of this width (no biases)."""
-    return (3 if config.activation == "swiglu" else 2) * config.hidden_size * width
+    return mlp_weights(config, width)
 
 
 def expert_weights(config: ModelConfig) -> int:
@@ -61,8 +64,10 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
     learned = config.positions * hidden if config.position_embedding_type == "learned" else 0
     output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
     per_layer = layer_matrices(config) + biases + 2 * per_norm
-    experts = _instead_of_dense(config) + expert_weights(config)
-    return vocab * hidden + learned + layers * per_layer + experts + per_norm + output
+    body = layers * per_layer + _instead_of_dense(config) + expert_weights(config)
+    if config.hybrid_layer_pattern is not None:
+        body = sum(layer_parameters(config, kind) for kind in kinds(config))
+    return vocab * hidden + learned + body + per_norm + output
 
 
 def active_parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -75,8 +80,28 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     """6 x matrix weights (output matrix included, embedding look-up not) + attention; of
     experts those that a token goes to."""
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size
+    if config.hybrid_layer_pattern is not None:
+        layers = [layer_flops(config, kind) for kind in kinds(config)]
+        full, causal = (6.0 * vocab * config.hidden_size + sum(part) for part in _columns(layers))
+        return Flops(full=full, causal=causal)
     matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
     matrices += _instead_of_dense(config) + active_expert_weights(config)
     width = config.num_attention_heads * config.head_size
     attention = 12.0 * config.num_layers * width * config.seq_length
     return Flops(full=6.0 * matrices + attention, causal=6.0 * matrices + attention / 2)
+
+
+def kinds(config: ModelConfig) -> str:
+    """The letters of the first ``num_layers`` layers of a pattern."""
+    return (config.hybrid_layer_pattern or "")[: config.num_layers]
+
+
+def layer_costs(config: ModelConfig) -> list[float]:
+    """FLOPs of each layer for one token, attention counted causally."""
+    counts = range(config.num_layers + 1)
+    sums = [flops_per_token(replace(config, num_layers=count)).causal for count in counts]
+    return [more - less for less, more in pairwise(sums)]
+
+
+def _columns(rows: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(row[0] for row in rows), tuple(row[1] for row in rows)

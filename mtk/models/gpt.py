@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
-from mtk.models.block import Block, make_norm
+from mtk.models.block import make_norm
+from mtk.models.layer import make_layer
 from mtk.models.rotary import rotary_table
 
 # x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
@@ -23,7 +24,7 @@ Product = Callable[..., Tensor]
 
 
 class LayerRunner(Protocol):
-    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+    """Runs ``blocks`` one after the other; arguments as for a block, caches by layer."""
 
     def __call__(
         self,
@@ -102,7 +103,7 @@ class GPT(nn.Module):
         self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
+                str(i): make_layer(config, i, kernel, self.balance)
                 for i in range(config.num_layers)
             }
         )

@@ -49,8 +49,7 @@ def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
     """
     if parallel.recompute_granularity == "selective":
         for block in model.layers.values():
-            attention: Any = block.attention
-            attention.kernel = recomputed(attention.kernel)
+            _recompute_cores(block)
     elif parallel.recompute_granularity == "full":
         units = units_of(
             len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mtk.models.attention import Attention
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
+from mtk.models.layer import SingleBlock
 from mtk.models.mlp import MLP
 from mtk.parallel.collectives import (
     copy_to_parts,
@@ -85,9 +86,10 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
     region = Region(ranks.tp, sequence if sequence_parallel else None)
     cutter = _Cutter(ranks, pieces)
     for index, block in model.layers.items():
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | SingleBlock)
         name = f"layers.{index}"
-        _shard_attention(block.attention, f"{name}.attention", region, cutter)
+        if block.attention is not None:
+            _shard_attention(block.attention, f"{name}.attention", region, cutter)
         if isinstance(block.mlp, MLP):
             _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
     if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
