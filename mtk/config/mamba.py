@@ -72,6 +72,11 @@ class MambaOptions:
         return MAMBA in (self.hybrid_layer_pattern or "")
 
     @property
+    def state_groups(self) -> int | None:
+        """Groups of B and C that tensor-parallel ranks may have to share; None without Mamba."""
+        return self.mamba_num_groups if self.has_mamba else None
+
+    @property
     def has_attention(self) -> bool:
         """Some layer attends; without a pattern all of them do."""
         return self.hybrid_layer_pattern is None or ATTENTION in self.hybrid_layer_pattern
@@ -215,7 +220,9 @@ def _sizes(model: ModelConfig) -> Iterator[Problem]:
     heads, groups = mamba_sizes(model).heads, model.mamba_num_groups
     if heads % groups:
         rule = f"must divide the {heads} heads of a Mamba layer"
-        yield Problem("mamba_num_groups", groups, rule, f"Nearest: {nearest_divisor(groups, heads)}.")
+        yield Problem(
+            "mamba_num_groups", groups, rule, f"Nearest: {nearest_divisor(groups, heads)}."
+        )
 
 
 def _ranges(model: ModelConfig) -> Iterator[Problem]:

@@ -102,10 +102,7 @@ class GPT(nn.Module):
         self.embedding: Embedding | None = Embedding(config)
         self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {
-                str(i): make_layer(config, i, kernel, self.balance)
-                for i in range(config.num_layers)
-            }
+            {str(i): make_layer(config, i, kernel, self.balance) for i in range(config.num_layers)}
         )
         self.run_layers: LayerRunner = run_in_order
         self.final_norm: nn.Module | None = make_norm(config)

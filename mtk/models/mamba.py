@@ -140,9 +140,7 @@ class Mamba(nn.Module):
         """cache: continue from its state and leave the new one there (not with
         ``documents``). documents: int64 [B, S], tokens look back inside their own only."""
         gate_BSI = self.gate(x_BSE)
-        stream = Stream(
-            self.input(x_BSE), self.b(x_BSE), self.c(x_BSE), self.dt(x_BSE), documents
-        )
+        stream = Stream(self.input(x_BSE), self.b(x_BSE), self.c(x_BSE), self.dt(x_BSE), documents)
         if cache is not None:
             y_BSI = self._continue(stream, cache)
         else:

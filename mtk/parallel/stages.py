@@ -87,9 +87,7 @@ def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     return partition(layer_costs(config), stages, first=first, last=last)
 
 
-def partition(
-    costs: Sequence[float], stages: int, *, first: float, last: float
-) -> tuple[int, ...]:
+def partition(costs: Sequence[float], stages: int, *, first: float, last: float) -> tuple[int, ...]:
     """Cut layers of these costs into ``stages`` contiguous parts of at least one.
 
     first, last: extra cost of the first and the last stage. The highest cost is the lowest
