@@ -11,6 +11,13 @@ from collections.abc import Iterator
 from math import lcm
 from typing import TYPE_CHECKING
 
+from mtk.config.mamba import mamba_sizes
+from mtk.config.mamba_layout import (
+    mamba_context_problems,
+    mamba_tensor_problems,
+    shares_mamba_groups,
+    shares_mamba_heads,
+)
 from mtk.config.nearest import divisors, multiples, nearest
 from mtk.errors import Problem
 
@@ -28,16 +35,17 @@ def stacked_layers(model: ModelConfig) -> int:
 
 
 def shares_heads(tp: int, model: ModelConfig) -> bool:
-    return model.num_attention_heads % tp == 0
+    return not model.has_attention or model.num_attention_heads % tp == 0
 
 
 def shares_groups(tp: int, model: ModelConfig) -> bool:
     """Ranks split the key/value heads, or several ranks hold the same one."""
-    return model.query_groups % tp == 0 or tp % model.query_groups == 0
+    groups = model.query_groups
+    return not model.has_attention or groups % tp == 0 or tp % groups == 0
 
 
 def shares_ffn(tp: int, model: ModelConfig) -> bool:
-    return model.ffn_size % tp == 0
+    return not model.has_mlp or model.ffn_size % tp == 0
 
 
 def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
@@ -51,23 +59,29 @@ def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
     return (model.padded_vocab_size if known else model.make_vocab_size_divisible_by) % tp == 0
 
 
-TP_RULES = (shares_heads, shares_groups, shares_ffn, shares_experts_ffn)
+TP_RULES = (
+    shares_heads,
+    shares_groups,
+    shares_ffn,
+    shares_experts_ffn,
+    shares_mamba_heads,
+    shares_mamba_groups,
+)
 
 
 def tensor_degrees(model: ModelConfig) -> list[int]:
     """Every legal tensor-parallel size; the vocabulary's padding can follow any of them."""
-    return [
-        tp
-        for tp in range(1, model.num_attention_heads + 1)
-        if all(rule(tp, model) for rule in TP_RULES)
-    ]
+    heads = model.num_attention_heads if model.has_attention else mamba_sizes(model).heads
+    return [tp for tp in range(1, heads + 1) if all(rule(tp, model) for rule in TP_RULES)]
 
 
 def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
     tp, name = parallel.tensor_model_parallel_size, "parallel.tensor_model_parallel_size"
-    fix = nearest(tp, tensor_degrees(model))
+    legal = tensor_degrees(model)
+    fix = nearest(tp, legal)
     heads, groups = model.num_attention_heads, model.query_groups
-    if tp > heads:
+    yield from mamba_tensor_problems(parallel, model, legal)
+    if tp > heads and model.has_attention:
         yield Problem(name, tp, f"must not exceed model.num_attention_heads = {heads}", fix)
     elif not shares_heads(tp, model):
         yield Problem(name, tp, f"must divide model.num_attention_heads = {heads}", fix)
@@ -105,6 +119,9 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
     if cp > 1 and model.family != "gpt":
         rule = f"cuts sequences that are read from left to right; family is {model.family}"
         yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
+    yield from mamba_context_problems(parallel, model)
+    if not model.has_attention:
+        return
     if cp > 1 and parallel.cp_comm_type == "p2p" and model.attention_dropout:
         rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
         fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from mtk.config.attention import AttentionOptions, attention_problems
 from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
+from mtk.config.mamba import EXPERTS, MambaOptions, implied_by_pattern, mamba_problems, mamba_sizes
 from mtk.config.moe import MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
@@ -22,7 +23,9 @@ GATED = ("swiglu", "geglu", "geglu-tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionOptions, AttentionOptions, BlockOptions, MoeOptions, EncoderOptions):
+class ModelConfig(
+    PositionOptions, AttentionOptions, BlockOptions, MoeOptions, MambaOptions, EncoderOptions
+):
     """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
 
     family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
@@ -101,6 +104,8 @@ class ModelConfig(PositionOptions, AttentionOptions, BlockOptions, MoeOptions, E
 
     def has_experts(self, layer: int) -> bool:
         """Whether layer number ``layer`` is an MoE layer; Megatron counts them from 0 too."""
+        if self.hybrid_layer_pattern is not None:
+            return self.hybrid_layer_pattern[layer] == EXPERTS
         return self.num_experts is not None and layer % self.moe_layer_freq == 0
 
     @property
@@ -148,6 +153,7 @@ class ModelConfig(PositionOptions, AttentionOptions, BlockOptions, MoeOptions, E
         yield from block_problems(self)
         yield from moe_problems(self)
         yield from encoder_problems(self)
+        yield from mamba_problems(self)
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
@@ -181,4 +187,10 @@ class ModelConfig(PositionOptions, AttentionOptions, BlockOptions, MoeOptions, E
             moe_ffn_hidden_size=self.moe_ffn_size if self.num_experts else None,
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
+            mamba_num_heads=mamba_sizes(self).heads if self.has_mamba else None,
         )
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that others decide where they are not given themselves."""
+        return implied_by_pattern(given)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mtk.config.model import ModelConfig
+from mtk.models.count_pattern import layer_flops, layer_parameters, mlp_weights
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 def mlp_matrices(config: ModelConfig, width: int) -> int:
     """Weights of an MLP, or of one expert, of this width (no biases)."""
-    return (3 if config.gated else 2) * config.hidden_size * width
+    return mlp_weights(config, width)
 
 
 def expert_weights(config: ModelConfig) -> int:
@@ -55,9 +58,11 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
     if config.qk_layernorm:
         per_layer += 2 * config.head_size * per_norm // hidden
     output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
-    experts = _instead_of_dense(config) + expert_weights(config)
+    body = layers * per_layer + _instead_of_dense(config) + expert_weights(config)
+    if config.hybrid_layer_pattern is not None:
+        body = sum(layer_parameters(config, kind) for kind in kinds(config))
     ends = _embedded_positions(config) + per_norm * (2 if config.embedding_layernorm else 1)
-    return vocab * hidden + ends + layers * per_layer + experts + output
+    return vocab * hidden + ends + body + output
 
 
 def layer_biases(config: ModelConfig) -> int:
@@ -91,6 +96,10 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     """6 x matrix weights (output matrix included, embedding look-up not) + attention; of
     experts those that a token goes to."""
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size
+    if config.hybrid_layer_pattern is not None:
+        layers = [layer_flops(config, kind) for kind in kinds(config)]
+        full, causal = (6.0 * vocab * config.hidden_size + sum(part) for part in _columns(layers))
+        return Flops(full=full, causal=causal)
     matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
     matrices += _instead_of_dense(config) + active_expert_weights(config)
     width = config.num_attention_heads * config.head_size
@@ -104,3 +113,19 @@ def keys_seen(config: ModelConfig) -> float:
     length = config.seq_length
     window = length if config.window_size is None else min(config.window_size, length)
     return window - window**2 / (2 * length)
+
+
+def kinds(config: ModelConfig) -> str:
+    """The letters of the first ``num_layers`` layers of a pattern."""
+    return (config.hybrid_layer_pattern or "")[: config.num_layers]
+
+
+def layer_costs(config: ModelConfig) -> list[float]:
+    """FLOPs of each layer for one token, attention counted causally."""
+    counts = range(config.num_layers + 1)
+    sums = [flops_per_token(replace(config, num_layers=count)).causal for count in counts]
+    return [more - less for less, more in pairwise(sums)]
+
+
+def _columns(rows: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(row[0] for row in rows), tuple(row[1] for row in rows)

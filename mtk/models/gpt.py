@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
-from mtk.models.block import Block
+from mtk.models.layer import make_layer
 from mtk.models.norm import make_norm
 from mtk.models.relative import RelativeBias
 from mtk.models.rotary import rotary_table
@@ -27,7 +27,7 @@ Product = Callable[..., Tensor]
 
 
 class LayerRunner(Protocol):
-    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+    """Runs ``blocks`` one after the other; arguments as for a block, caches by layer."""
 
     def __call__(
         self,
@@ -115,10 +115,7 @@ class GPT(nn.Module):
         self.embedding: Embedding | None = Embedding(config)
         self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {
-                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
-                for i in range(config.num_layers)
-            }
+            {str(i): make_layer(config, i, kernel, self.balance) for i in range(config.num_layers)}
         )
         self.run_layers: LayerRunner = run_in_order
         self.relative_bias: RelativeBias | None = None
