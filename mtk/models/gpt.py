@@ -26,6 +26,11 @@ from mtk.models.score_bias import alibi_bias, alibi_slopes, distances, with_mask
 Product = Callable[..., Tensor]
 
 
+# What a decoder's layers look at besides themselves: states [B, S, E], and where (bool,
+# broadcastable to [B, heads, T, S]; None: everywhere).
+Memory = tuple[Tensor, Tensor | None]
+
+
 class LayerRunner(Protocol):
     """Runs ``blocks`` one after the other; arguments as for a block, caches by layer."""
 
@@ -38,6 +43,7 @@ class LayerRunner(Protocol):
         caches: Sequence[LayerCache] | None,
         documents: Tensor | None,
         bias: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor: ...
 
 
@@ -49,11 +55,13 @@ def run_in_order(
     caches: Sequence[LayerCache] | None,
     documents: Tensor | None,
     bias: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """The :class:`LayerRunner` that keeps every activation."""
+    more = () if memory is None else (memory,)
     for index, block in enumerate(blocks):
         cache = None if caches is None else caches[index]
-        x_BSE = block(x_BSE, rotary, mask, cache, documents, bias)
+        x_BSE = block(x_BSE, rotary, mask, cache, documents, bias, *more)
     return x_BSE
 
 

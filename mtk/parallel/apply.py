@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
@@ -100,7 +101,7 @@ def place(
     if stages is not None:
         parts = cut(config, stages, ranks.pp.rank, kernel)
         pieces = mark_tied(pieces, config, stages, ranks)
-    delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
+    delays = stages is not None and parallel.schedule(stacked_layers(config)) in SPLIT_BACKWARD
     held: dict[str, Piece] = {}
     deferred = []
     for part in parts:
