@@ -82,18 +82,16 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
-    """Layers of each (virtual) stage: of a GPT exactly those that training gives it, else as
-    even as can be."""
+    """Layers of each (virtual) stage, exactly those that training gives it."""
     parallel, layers = config.parallel, layers_of(config.model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
-    if stages > 1 and config.model.family == "gpt":
-        from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
+    if stages == 1:
+        return (layers,)
+    from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
 
-        return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
-    each, more = divmod(layers, stages)
-    return tuple(each + (stage < more) for stage in range(stages))
+    return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
 
 
 def stages_of(config: PlanConfig, rank: int) -> tuple[int, ...]:

@@ -89,7 +89,9 @@ def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     """
     none = output_cost(config)
     first = float(LOOKUP_FLOPS * config.hidden_size)
-    last = none + float(LOGIT_FLOPS * config.padded_vocab_size)
+    # T5 has logits for the decoder's tokens only.
+    share = config.decoder_seq_length / config.seq_length if config.family == "t5" else 1.0
+    last = none + LOGIT_FLOPS * config.padded_vocab_size * share
     return partition(layer_costs(config), stages, first=first, last=last)
 
 

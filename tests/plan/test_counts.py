@@ -160,7 +160,7 @@ def test_bert_has_no_masked_half_and_t5_counts_both_stacks() -> None:
     }
     bert = flops_per_token(model(family="bert", **sizes))
     gpt = flops_per_token(model(**sizes))
-    t5 = flops_per_token(model(family="t5", **sizes))
+    t5 = flops_per_token(model(family="t5", decoder_seq_length=8, **sizes))
     assert bert.full == bert.causal == gpt.full + 6 * 64**2
     # Encoder: every token; decoder with cross attention: a quarter of the tokens.
     layer, width, query_output, key_value = 12 * 64**2, 12 * 2 * 64, 2 * 64**2, 2 * 64**2
