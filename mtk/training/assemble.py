@@ -112,6 +112,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention needs bf16 or fp16 on CUDA"
     if device.type == "cuda" and config.data.reset_attention_mask:
         rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+    if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
+        rule = "flash attention on CUDA takes no window and no bias on scores here"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
