@@ -205,7 +205,9 @@ SOURCES = {name: random_source(np.random.default_rng(i), 300) for i, name in enu
 
 
 @pytest.mark.parametrize("counts", [(100, 20, 2), (5000, 20, 2)])
-@pytest.mark.parametrize("items", [("a",), ("0.3", "a", "0.7", "b"), ("1", "c", "2", "a", "4", "b")])
+@pytest.mark.parametrize(
+    "items", [("a",), ("0.3", "a", "0.7", "b"), ("1", "c", "2", "a", "4", "b")]
+)
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_whole_builder(
     mcore: SimpleNamespace,
