@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
@@ -19,7 +20,7 @@ DEFAULT_SPLIT = "969,30,1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(MaskingOptions):
     """Where samples come from."""
 
     data_path: tuple[str, ...] = option(
@@ -28,7 +29,10 @@ class DataConfig:
     train_data_path: tuple[str, ...] = option((), help="As --data-path, for training only.")
     valid_data_path: tuple[str, ...] = option((), help="As --data-path, for validation only.")
     test_data_path: tuple[str, ...] = option((), help="As --data-path, for the test only.")
-    split: str = option(DEFAULT_SPLIT, help="Shares of training, validation and test sequences.")
+    split: str = option(
+        DEFAULT_SPLIT,
+        help="Shares of training, validation and test sequences (BERT, T5: documents).",
+    )
     data_order: Literal["epochs", "megatron"] = option(
         "epochs",
         help="Shuffle each epoch on its own, so that the order does not depend on the training "
@@ -240,6 +244,7 @@ class PretrainConfig:
         if self.data.reset_position_ids and self.model.position_embedding_type == "none":
             rule = "has no effect with position_embedding_type = none"
             yield Problem("data.reset_position_ids", True, rule, "Leave it out.")
+        yield from masking_problems(self.data, self.model)
         yield from self.parallel.problems_with(self.model)
         yield from self._layout_problems()
         yield from self._kernel_problems()

@@ -22,15 +22,14 @@ from mtk.precision.main_weights import COMPUTE_DTYPES
 from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.data import (
-    OpenedData,
     data_identity,
-    open_data,
     run_data,
     target_samples,
     with_vocabulary,
 )
 from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
+from mtk.training.opened_data import OpenedData, open_data
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
