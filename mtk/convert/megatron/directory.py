@@ -31,7 +31,11 @@ class RankFile:
 
 def is_megatron(path: Path) -> bool:
     """Whether ``path`` is a Megatron checkpoint, or one iteration of it."""
-    return (path / TRACKER).is_file() or any(path.glob("mp_rank_*"))
+    return (path / TRACKER).is_file() or _has_ranks(path)
+
+
+def _has_ranks(path: Path) -> bool:
+    return any(found.is_dir() for found in path.glob("mp_rank_*"))
 
 
 def iteration_folder(path: Path) -> Path:
@@ -39,7 +43,7 @@ def iteration_folder(path: Path) -> Path:
 
     Raises ConversionError for a tracker that is no number and not ``release``.
     """
-    if any(path.glob("mp_rank_*")):
+    if _has_ranks(path):
         return path
     tracker = path / TRACKER
     try:
@@ -74,6 +78,13 @@ def rank_files(folder: Path) -> list[RankFile]:
         names = [file.path.parent.name for file in found]
         raise ConversionError(f"{folder}: ranks are numbered in different ways ({names[:4]}).")
     return found
+
+
+def input_files(path: Path) -> list[Path]:
+    """Everything a conversion reads, for its manifest."""
+    tracker = path / TRACKER
+    ranks = [file.path for file in rank_files(iteration_folder(path))]
+    return [tracker, *ranks] if tracker.is_file() else ranks
 
 
 def _no_ranks(folder: Path) -> str:

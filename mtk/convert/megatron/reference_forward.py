@@ -175,7 +175,8 @@ class ReferenceForward:
         base = float(self.args.get("rotary_base") or 10000)
         half = turned // 2
         frequencies = 1.0 / base ** (torch.arange(0, turned, 2).float() / turned)
-        angles = torch.arange(x_BSD.shape[1]).float()[:, None] * frequencies
+        # In fp32, as models are trained: exact angles would differ from any of them.
+        angles = (torch.arange(x_BSD.shape[1]).float()[:, None] * frequencies).to(x_BSD.dtype)
         point = torch.complex(x_BSD[..., :half].contiguous(), x_BSD[..., half:turned].contiguous())
         point = point * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((point.real, point.imag, x_BSD[..., turned:]), dim=-1)

@@ -35,7 +35,7 @@ FUSED = (
 )
 
 
-def write_megatron(
+def write_ranks(
     folder: Path,
     config: ModelConfig,
     native: Tensors,
@@ -76,6 +76,10 @@ def write_megatron(
             path = folder / RELEASE / name / FILES[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, path)
+
+
+def write_tracker(folder: Path) -> None:
+    """What makes the files a checkpoint: Megatron looks for nothing without it."""
     (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
 
 
