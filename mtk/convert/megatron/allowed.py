@@ -51,6 +51,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict"})
 NAMESPACES = frozenset({"argparse.Namespace", "types.SimpleNamespace"})
 
+# Python 2's names of modules, which pickles of protocol 2 still use.
+MODULES: Mapping[str, str] = {"__builtin__": "builtins"}
+
 # Enums, which Python 3.11 may pickle as getattr(class, "member").
 ENUMS = frozenset(
     {
@@ -90,10 +93,6 @@ INERT = ENUMS | frozenset(
         "builtins.list",
         "builtins.set",
         "builtins.slice",
-        "__builtin__.bytearray",
-        "__builtin__.frozenset",
-        "__builtin__.set",
-        "__builtin__.slice",
         "collections.deque",
         "datetime.datetime",
         "datetime.timedelta",

@@ -14,7 +14,15 @@ from typing import IO, Any
 
 import torch
 
-from mtk.convert.megatron.allowed import DICTS, DTYPES, ENUMS, INERT, NAMESPACES, STORAGES
+from mtk.convert.megatron.allowed import (
+    DICTS,
+    DTYPES,
+    ENUMS,
+    INERT,
+    MODULES,
+    NAMESPACES,
+    STORAGES,
+)
 from mtk.errors import ConversionError
 
 # What damaged or hostile bytes make the interpreter of pickles raise.
@@ -192,7 +200,7 @@ class ClosedUnpickler(pickle.Unpickler):
         self.storages: dict[str, StorageRef] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        full = f"{MODULES.get(module, module)}.{name}"
         if full not in self._made:
             found = None if "." in name else self._allowed(full)
             if found is None:
@@ -221,7 +229,6 @@ class ClosedUnpickler(pickle.Unpickler):
             "torch._utils._rebuild_parameter_with_state": _first,
             "torch._tensor._rebuild_from_type_v2": _from_type,
             "builtins.getattr": _enum_member,
-            "__builtin__.getattr": _enum_member,
         }
         return Call(calls[full]) if full in calls else None
 
