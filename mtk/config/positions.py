@@ -39,9 +39,7 @@ class PositionOptions:
         help="How rotary frequencies are lowered for longer sequences (default: not at all).",
         shortcuts=(("--use-rope-scaling", "llama3"),),
     )
-    rope_scaling_factor: float = option(
-        8.0, help="By how much; Llama 3.1 has 8, Llama 3.2 has 32."
-    )
+    rope_scaling_factor: float = option(8.0, help="By how much; Llama 3.1 has 8, Llama 3.2 has 32.")
     rope_low_freq_factor: float = option(
         1.0, help="llama3: wavelengths above original positions / this are scaled in full."
     )

@@ -35,9 +35,7 @@ def test_equals_one_process(kind: str, world: int, layout: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["neox", "gemma"])
 @pytest.mark.parametrize(("world", "layout"), [(2, {CP: 2}), (4, {CP: 2, TP: 2, SP: True})])
-def test_context_by_heads_equals_one_process(
-    kind: str, world: int, layout: dict[str, Any]
-) -> None:
+def test_context_by_heads_equals_one_process(kind: str, world: int, layout: dict[str, Any]) -> None:
     assert difference(configure(kind, world, cp_comm_type="a2a", **layout)).failures == []
 
 
