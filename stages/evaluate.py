@@ -95,7 +95,7 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     trained = opened.config.seq_length if config.task == "WIKITEXT103" else limit
     length = config.seq_length or trained
     problems = []
-    if length > limit and opened.config.position_embedding_type != "none":
+    if length > limit and opened.config.positions_are_limited:
         rule = f"exceeds the {limit} positions of the model"
         problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
     elif config.overlapping_eval is not None and config.overlapping_eval > length:
