@@ -77,6 +77,8 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         moe_layer_freq=min(model.moe_layer_freq, 2, model.num_layers),
         seq_length=length,
         max_position_embeddings=length,
+        # Still hides something.
+        window_size=model.window_size and min(model.window_size, max(1, length // 2)),
         make_vocab_size_divisible_by=vocabulary_unit,
         vocab_size=min(model.vocab_size or 3 * vocabulary_unit, 3 * vocabulary_unit - 5),
     )
