@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from mtk.config.moe import MoeOptions, moe_problems
+from mtk.config.layer_pattern import has_experts
+from mtk.config.moe import AUX_LOSS_COEFF, MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
 from mtk.config.schema import option
@@ -92,7 +93,14 @@ class ModelConfig(PositionOptions, MoeOptions):
 
     def has_experts(self, layer: int) -> bool:
         """Whether layer number ``layer`` is an MoE layer; Megatron counts them from 0 too."""
-        return self.num_experts is not None and layer % self.moe_layer_freq == 0
+        return self.num_experts is not None and has_experts(self.moe_layer_freq, layer)
+
+    @property
+    def aux_loss_coeff(self) -> float:
+        """Weight of the balancing loss, after derivation."""
+        if self.moe_aux_loss_coeff is not None:
+            return self.moe_aux_loss_coeff
+        return AUX_LOSS_COEFF if self.moe_router_load_balancing_type == "seq_aux_loss" else 0.0
 
     @property
     def moe_layers(self) -> int:
@@ -154,6 +162,7 @@ class ModelConfig(PositionOptions, MoeOptions):
             num_query_groups=self.query_groups,
             ffn_hidden_size=self.ffn_size,
             moe_ffn_hidden_size=self.moe_ffn_size if self.num_experts else None,
+            moe_aux_loss_coeff=self.aux_loss_coeff if self.num_experts else None,
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
         )

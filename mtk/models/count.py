@@ -40,10 +40,19 @@ def active_expert_weights(config: ModelConfig) -> int:
     return chosen * mlp_matrices(config, config.moe_ffn_size)
 
 
+def shared_expert_weights(config: ModelConfig) -> int:
+    """Weights of one MoE layer's shared expert, the gate of tokens among them."""
+    width = config.moe_shared_expert_intermediate_size
+    if width is None:
+        return 0
+    return mlp_matrices(config, width) + config.hidden_size * config.moe_shared_expert_gate
+
+
 def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers are there, dense MLPs are not."""
-    router = config.hidden_size * (config.num_experts or 0)
-    return config.moe_layers * (router - mlp_matrices(config, config.ffn_size))
+    """What MoE layers change besides their experts: routers and shared experts are there,
+    dense MLPs are not."""
+    own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
+    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:

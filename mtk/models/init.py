@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from mtk.config.model import ModelConfig
 
 # Projections that write into the residual stream (Radford et al. 2019, section 2.3).
-RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down")
+RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "mlp.down.weight",
+    "mlp.experts.down",
+    "mlp.shared.down.weight",
+)
 
 
 @torch.no_grad()

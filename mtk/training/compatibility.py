@@ -19,6 +19,12 @@ FUNCTION = (
     "norm_epsilon",
     "position_embedding_type",
     "rotary_percent",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
 )
 
 

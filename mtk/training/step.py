@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtk.models.balance import NAMES
 from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
@@ -18,6 +17,7 @@ from mtk.parallel.watchdog import compare_copies
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
+from mtk.training.expert_balance import ExpertBalance
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Passes
 from mtk.training.schedule import Schedule
@@ -27,8 +27,8 @@ from mtk.training.schedule import Schedule
 class StepResult:
     """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
     on the device, the same on every rank); applied: False when fp16 overflowed and the
-    update was skipped; balance: an MoE model's balancing losses by name, without their
-    coefficients (they are not part of loss)."""
+    update was skipped; balance: figures of an MoE model's balance by name; losses among them
+    are without their coefficients (and not part of loss)."""
 
     loss: Tensor
     norm: Tensor
@@ -57,7 +57,8 @@ class Stepper:
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
-        self.balance = [part.balance for part in placed.parts if part.balance is not None]
+        self.balance = ExpertBalance(placed, ranks)
+        self.buffers = placed.kept_buffers()
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -84,35 +85,33 @@ class Stepper:
             )
             self.main.publish()
             self.passes.refresh()
-        named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
+            self.balance.move_biases()
+        named = dict(zip(self.balance.names, balance, strict=True))
         return StepResult(loss, norm, finite, named)
 
     def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, global gradient norm, and balancing losses as in ``balance.NAMES`` (zero
-        for a dense model); gradients stay on the main weights."""
+        """Mean loss, global gradient norm, and figures as in ``balance.names`` (none for a dense
+        model); gradients stay on the main weights."""
         valid = batch.valid_tokens().to(self.device)
         valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
         scale = self.loss_scale.scale
-        for record in self.balance:
-            record.begin(self.device, samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
+        self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
         loss = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
         sum_partial_gradients(self.main.weights, self.pieces)
         self.optimizer.unscale(scale)
         return self._agree(loss)
 
     def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, norm and balancing losses of the whole job from what each rank has."""
-        balance = torch.zeros(len(NAMES), device=self.device)
-        for record in self.balance:
-            balance = balance + record.means()
+        """Loss, norm and balance of the whole job from what each rank has."""
+        balance = self.balance.part()
         if not self.ranks.distributed:
-            return loss, self.optimizer.norm(), balance
+            return loss, self.optimizer.norm(), self.balance.figures(balance)
         norm = squared_norm(self.main.weights, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
         mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
-        parts = torch.cat((torch.stack([mine, norm]), balance.double()))
+        parts = torch.cat((torch.stack([mine, norm]), balance))
         whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
-        return whole[0].float(), whole[1].sqrt().float(), whole[2:].float()
+        return whole[0].float(), whole[1].sqrt().float(), self.balance.figures(whole[2:])
 
     def finite(self) -> bool:
         """Whether all main weights of all ranks are numbers; waits for the device."""
@@ -120,9 +119,9 @@ class Stepper:
         return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0
 
     def check_copies(self) -> None:
-        """Compare the main weights and the optimizer's state with every copy of them on other
-        ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
-        tensors, pieces = dict(self.main.weights), dict(self.pieces)
+        """Compare the main weights, the optimizer's state and kept buffers with every copy of
+        them on other ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        tensors, pieces = {**self.main.weights, **self.buffers}, dict(self.pieces)
         for key, tensor in self.optimizer.state_tensors().items():
             tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
         compare_copies(pieces, tensors, self.ranks.world)
