@@ -228,6 +228,8 @@ class ParallelConfig:
         """What of the model this layout cannot share out; keys from the root."""
         sizes = (model.num_layers, model.num_attention_heads, model.query_groups, model.ffn_size)
         units = (model.seq_length, model.hidden_size, model.make_vocab_size_divisible_by)
+        if model.has_mamba:
+            units = (*units, model.mamba_num_groups, model.mamba_num_heads or 1)
         if not self._countable or min(*sizes, *units) < 1:
             return
         yield from tensor_problems(self, model)

@@ -264,6 +264,9 @@ class PretrainConfig:
             rule, fix = "flash attention has no dropout on the CPU", "--attention-dropout 0"
         elif runtime.device == "cuda" and self.precision.precision == "fp32":
             rule, fix = "flash attention needs bf16 or fp16 on CUDA", "--bf16"
+        elif runtime.device == "cuda" and (self.model.window_size or self.model.biases_scores):
+            rule = "flash attention on CUDA takes no window and no bias on scores here"
+            fix = "--attention-backend sdpa"
         else:
             return
         fix = f"Use {fix}, or --attention-backend auto."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from mtk.config.model import ModelConfig
+from mtk.convert.bert import BERT, MEGATRON_BERT
 from mtk.convert.family import Family
 from mtk.convert.gpt2 import GPT2
 from mtk.convert.llama import LLAMA
 from mtk.errors import ConversionError
 
-FAMILIES = (GPT2, LLAMA)
+FAMILIES = (GPT2, LLAMA, BERT, MEGATRON_BERT)
 
 
 def family_for(config: ModelConfig) -> Family:

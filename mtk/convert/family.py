@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.convert.mapping import Rename, WeightTable
+from mtk.convert.probe import CAUSAL, Probe
 from mtk.errors import ConfigError, ConversionError
 
 T = TypeVar("T", int, float, bool, str)
@@ -23,7 +24,8 @@ class Family:
     front of names. reasons(config): ALL reasons why a native model cannot be
     expressed, empty if it can. to_config / from_config: ``config.json`` both ways.
     weights(config): the table of weights. linears: name endings of weights that are
-    plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not.
+    plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
+    the parity check runs models of the family.
     """
 
     model_type: str
@@ -35,6 +37,7 @@ class Family:
     from_config: Callable[[ForeignConfig], ModelConfig]
     weights: Callable[[ModelConfig], WeightTable]
     linears: tuple[str, ...] = ()
+    probe: Probe = CAUSAL
 
 
 class ForeignConfig:

@@ -65,7 +65,7 @@ class Transpose(Rename):
 
 @dataclass(frozen=True)
 class CutRows(Rename):
-    """Rows that only pad the vocabulary exist on the native side.
+    """Rows (of a bias: values) that only pad the vocabulary exist on the native side.
 
     They never take part in the model, so they are cut on the way out and zero on the
     way in. rows: the true vocabulary; padded: rows of the native matrix.
@@ -80,7 +80,7 @@ class CutRows(Rename):
     def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _check_size(foreign[0], 0, self.rows, self.foreign)
         extra = self.padded - self.rows
-        return (torch.nn.functional.pad(foreign[0], (0, 0, 0, extra)),)
+        return (torch.nn.functional.pad(foreign[0], (0, 0) * (foreign[0].ndim - 1) + (0, extra)),)
 
 
 @dataclass(frozen=True)

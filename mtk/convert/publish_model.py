@@ -94,7 +94,8 @@ def certify(
 ) -> Parity:
     """Compare a native model with a directory run by foreign code. Raises GateError."""
     rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
-    candidate = NativeModel(assemble(config, rounded_native, native_folder))
+    probe = family_for(config).probe
+    candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     reference = reference_model(hf_folder, demands)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"
     parity = compare(
@@ -150,7 +151,7 @@ def _check_round_trip(config: ModelConfig, tensors: Tensors, folder: Path) -> No
     back = family.weights(config).as_native(read_weights(folder))
     for name in tensors:
         before, after = tensors[name], back[name]
-        if name in ("embedding.tokens.weight", "output.weight"):
+        if name in ("embedding.tokens.weight", "output.weight", "output_bias"):
             before, after = before[:vocab], after[:vocab]
         if before.dtype != after.dtype or not torch.equal(before, after):
             raise ConversionError(f"{folder}: {name} did not survive the way there and back.")

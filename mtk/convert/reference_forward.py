@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtk.convert.reference_bert import bert_forward
 from mtk.errors import ConversionError
 
 Weights = Mapping[str, Tensor]
@@ -30,7 +31,12 @@ def reference_forward(
 
     config: the content of ``config.json``. weights: by name, fp32 for exact work.
     """
-    forwards: dict[str, Forward] = {"gpt2": _gpt2, "llama": _llama}
+    forwards: dict[str, Forward] = {
+        "gpt2": _gpt2,
+        "llama": _llama,
+        "bert": _bert,
+        "megatron-bert": _bert,
+    }
     kind = config.get("model_type")
     if kind not in forwards:
         raise ConversionError(f"no reference forward for model_type {kind!r}")
@@ -122,6 +128,10 @@ def _llama(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Te
     tied = _tied(config, False)
     output = w["model.embed_tokens.weight"] if tied else w["lm_head.weight"]
     return norm(x_BSE, "model.norm") @ output.T, states
+
+
+def _bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return bert_forward(config, w, tokens_BS, _activation(str(config.get("hidden_act", "gelu"))))
 
 
 def _angles(config: Mapping[str, Any], depth: int, length: int, device: torch.device) -> Tensor:

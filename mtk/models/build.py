@@ -10,15 +10,16 @@ from torch.overrides import TorchFunctionMode
 from mtk.config.model import ModelConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.attention import AttentionKernel, sdpa_kernel
+from mtk.models.bert import Bert
 from mtk.models.gpt import GPT
 
 
 def build_model(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:
     """The module without meaningful weights. Raises ConfigError for a family not built yet."""
-    if config.family != "gpt":
-        rule = "this version trains and serves family gpt; others can be planned only"
+    if config.family == "t5":
+        rule = "this version trains families gpt and bert; t5 can be planned only"
         raise ConfigError([Problem("model.family", config.family, rule, "Nearest: gpt.")])
-    return GPT(config, kernel)
+    return (Bert if config.family == "bert" else GPT)(config, kernel)
 
 
 def build_on_meta(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:

@@ -53,11 +53,11 @@ def layers_of(config: ModelConfig) -> int:
 
 def _bert(config: ModelConfig, vocab: int) -> int:
     hidden = config.hidden_size
-    body = count.parameter_count(config, vocab) + 2 * hidden  # + token types
-    pooler = hidden * hidden + hidden
+    # Norms after layers need none at the end, but one after the embedding.
+    body = count.parameter_count(config, vocab) + config.num_tokentypes * hidden
     head = hidden * hidden + hidden + _norm(config) + vocab
-    binary = 2 * hidden + 2
-    return body + pooler + head + binary
+    binary = hidden * hidden + hidden + 2 * hidden + 2
+    return body + head + (binary if config.bert_binary_head else 0)
 
 
 def _t5(config: ModelConfig, vocab: int) -> int:

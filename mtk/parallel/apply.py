@@ -26,6 +26,7 @@ from mtk.parallel.context import context_kernel
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
 from mtk.parallel.fsdp import local_tensor, shard_data
+from mtk.parallel.mamba import shard_mamba
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.recompute import apply_recompute
@@ -136,6 +137,7 @@ def _apply(
     delays: bool,
 ) -> Deferred | None:
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    shard_mamba(part, ranks, parallel.sequence_parallel, pieces)
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None

@@ -61,6 +61,13 @@ def call_gpt(module: nn.Module, received: Tensors, batch: MicroBatch) -> Any:
     return module(inputs, positions, documents=batch.documents_BS)
 
 
+def call_bert(module: nn.Module, received: Tensors, batch: Any) -> Any:
+    """Run a stage of ``mtk.models.bert.Bert``."""
+    inputs = received[0] if received else batch.tokens_BS
+    types = batch.extra.get("types")
+    return module(inputs, batch.positions, types=types, documents=batch.documents_BS)
+
+
 def states_boundary(hidden: int, dtype: torch.dtype, *, sequence_ranks: int = 1) -> Boundary:
     """States [B, S, E] between stages; over ``sequence_ranks`` (sequence parallelism) each
     has its rows [B x S / ranks, E]."""

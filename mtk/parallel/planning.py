@@ -196,10 +196,12 @@ def _projections(config: PlanConfig) -> float:
     shared = tokens * model.hidden_size * (4 * size + 2 * dropout) / norms_tp
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
-    gates = 2 if model.activation == "swiglu" else 1
+    gates = 2 if model.gated else 1
     moe = model.moe_layers / model.num_layers
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
-    sharded = 2 * queries + keys_values + (gates + 1) * width
+    # QK norms keep what comes into them.
+    normed = queries + keys_values // 2 if model.qk_layernorm else 0
+    sharded = 2 * queries + keys_values + normed + (gates + 1) * width
     return shared + tokens * (sharded * size / _tp(config) + moe * _routing(model, size))
 
 

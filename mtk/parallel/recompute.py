@@ -1,7 +1,8 @@
 """Activation recomputation: what backward needs is computed again instead of kept.
 
 Selective (Korthikanti et al. 2022, section 5) recomputes the core of the attention: scores,
-softmax, its dropout. Full keeps the input of a unit of layers only: ``uniform`` makes units of
+softmax, its dropout; of a Mamba layer the scan with its matrices of decays. Full keeps the
+input of a unit of layers only: ``uniform`` makes units of
 ``recompute_num_layers`` from all layers of a stage; ``block`` recomputes that many first layers
 of each stage, one by one, and keeps the others whole. Nothing is recomputed unless asked for.
 
@@ -40,6 +41,7 @@ from mtk.models.attention import (
     sdpa_kernel,
 )
 from mtk.models.gpt import GPT, run_in_order
+from mtk.models.ssd import Scan
 
 
 def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
@@ -49,14 +51,22 @@ def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
     """
     if parallel.recompute_granularity == "selective":
         for block in model.layers.values():
-            attention: Any = block.attention
-            attention.kernel = recomputed(attention.kernel)
+            _recompute_core(block)
     elif parallel.recompute_granularity == "full":
         units = units_of(
             len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1
         )
         dropout = model.config.hidden_dropout or model.config.attention_dropout
         model.run_layers = RecomputedLayers(units, random=bool(dropout))
+
+
+def _recompute_core(block: Any) -> None:
+    if block.attention is not None:
+        block.attention.kernel = recomputed(block.attention.kernel)
+    mamba = getattr(block, "mamba", None)
+    if mamba is not None:
+        scan = RecomputedScan(mamba.kernels.scan)
+        mamba.kernels = dataclasses.replace(mamba.kernels, scan=scan)
 
 
 # -- full ---------------------------------------------------------------------------------
@@ -97,13 +107,14 @@ class RecomputedLayers:
         mask: Tensor | None,
         caches: Sequence[LayerCache] | None,
         documents: Tensor | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if caches is not None or not torch.is_grad_enabled():
-            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents)
+            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents, bias)
         for unit in self.units:
             chosen = [blocks[layer] for layer in unit.layers]
             run = partial(_checkpointed, random=self.random) if unit.recomputed else _plain
-            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents)
+            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents, bias)
         return x_BSE
 
 
@@ -185,3 +196,30 @@ class RecomputedKernel:
             enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
         )
         return choice != SDPBackend.MATH.value
+
+
+@dataclass(frozen=True)
+class RecomputedScan:
+    """A scan of ``mtk.models.ssd`` that keeps its inputs only."""
+
+    scan: Scan
+
+    def __call__(
+        self,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        a_H: Tensor,
+        b_BSGN: Tensor,
+        c_BSGN: Tensor,
+        skip_H: Tensor,
+        *,
+        chunk: int,
+        documents_BS: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        run = partial(self.scan, chunk=chunk, documents_BS=documents_BS, state=state)
+        inputs = (x_BSHP, dt_BSH, a_H, b_BSGN, c_BSGN, skip_H)
+        if not torch.is_grad_enabled():
+            return run(*inputs)
+        out: tuple[Tensor, Tensor] = _checkpointed(run, *inputs, random=False)
+        return out

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.models.attention import AttentionKernel, sdpa_kernel
 from mtk.models.build import build_on_meta
-from mtk.models.count import flops_per_token
+from mtk.models.count import flops_per_token, layer_costs
 from mtk.models.gpt import GPT
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
@@ -82,52 +82,57 @@ def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     look-up with the first. Raises ValueError for more stages than layers.
     """
     none = flops_per_token(replace(config, num_layers=0)).causal
-    layer = flops_per_token(replace(config, num_layers=1)).causal - none
     first = float(LOOKUP_FLOPS * config.hidden_size)
     last = none + float(LOGIT_FLOPS * config.padded_vocab_size)
-    return partition(config.num_layers, stages, layer=layer, first=first, last=last)
+    return partition(layer_costs(config), stages, first=first, last=last)
 
 
-def partition(
-    layers: int, stages: int, *, layer: float, first: float, last: float
-) -> tuple[int, ...]:
-    """Cut ``layers`` equal layers into ``stages`` contiguous parts of at least one.
+def partition(costs: Sequence[float], stages: int, *, first: float, last: float) -> tuple[int, ...]:
+    """Cut layers of these costs into ``stages`` contiguous parts of at least one.
 
     first, last: extra cost of the first and the last stage. The highest cost is the lowest
-    possible one; among those cuts the most even one is taken.
+    possible one; among those cuts the one with the most even costs is taken.
     """
+    layers = len(costs)
     if stages > layers:
         raise ValueError(f"{layers} layers do not fill {stages} stages")
-    extra = [0.0] * stages
-    extra[0] += first
-    extra[-1] += last
+    before = [0.0, *accumulate(costs)]
+
+    def cost(stage: int, start: int, end: int) -> float:
+        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        return before[end] - before[start] + extra
+
+    def ends(stage: int, start: int) -> range:
+        """Where a stage may end, so that each later one has a layer."""
+        least = layers if stage == stages - 1 else start + 1
+        return range(least, layers - (stages - stage - 1) + 1)
 
     @cache
-    def lowest(stage: int, left: int) -> float:
+    def lowest(stage: int, start: int) -> float:
         """The highest cost among the stages from ``stage`` on, at best."""
-        if stage == stages - 1:
-            return left * layer + extra[stage]
-        takes = range(1, left - (stages - stage - 1) + 1)
-        return min(max(n * layer + extra[stage], lowest(stage + 1, left - n)) for n in takes)
+        if stage == stages:
+            return 0.0
+        return min(
+            max(cost(stage, start, end), lowest(stage + 1, end)) for end in ends(stage, start)
+        )
 
-    limit = lowest(0, layers) * (1 + 1e-12)
+    limit = lowest(0, 0) * (1 + 1e-12)
 
     @cache
-    def evenest(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
+    def evenest(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
         """The least sum of squared costs with none above the limit, and its cut."""
-        if stage == stages - 1:
-            cost = left * layer + extra[stage]
-            return (cost**2 if cost <= limit else float("inf")), (left,)
+        if stage == stages:
+            return 0.0, ()
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-        for n in range(1, left - (stages - stage - 1) + 1):
-            cost = n * layer + extra[stage]
-            if cost > limit:
+        for end in ends(stage, start):
+            own = cost(stage, start, end)
+            if own > limit:
                 break
-            squares, rest = evenest(stage + 1, left - n)
-            best = min(best, (squares + cost**2, (n, *rest)))
+            squares, rest = evenest(stage + 1, end)
+            best = min(best, (squares + own**2, (end - start, *rest)))
         return best
 
-    return evenest(0, layers)[1]
+    return evenest(0, 0)[1]
 
 
 def cut(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
 from mtk.training.expert_balance import ExpertBalance
+from mtk.training.objective import counts
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Passes
 from mtk.training.schedule import Schedule
@@ -25,15 +26,18 @@ from mtk.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
-    on the device, the same on every rank); applied: False when fp16 overflowed and the
-    update was skipped; balance: figures of an MoE model's balance by name; losses among them
-    are without their coefficients (and not part of loss)."""
+    """loss: mean nats per valid token, or the sum of the objective's terms; norm: gradient
+    norm before clipping (both scalars on the device, the same on every rank); applied: False
+    when fp16 overflowed and the update was skipped; balance: figures of an MoE
+    model's balance by name; losses among them are without their coefficients (and not part of
+    loss). terms: those of the loss
+    by name, where there are several."""
 
     loss: Tensor
     norm: Tensor
     applied: bool
     balance: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Stepper:
@@ -73,7 +77,7 @@ class Stepper:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
         self.ranks.trace.phase("forward and backward")
         self.optimizer.zero_grad()
-        loss, norm, balance = self.gradients(batch)
+        parts, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
@@ -87,31 +91,36 @@ class Stepper:
             self.passes.refresh()
             self.balance.move_biases()
         named = dict(zip(self.balance.names, balance, strict=True))
-        return StepResult(loss, norm, finite, named)
+        names = self.passes.objective.names
+        terms = dict(zip(names, parts, strict=True)) if len(names) > 1 else {}
+        return StepResult(parts.sum(), norm, finite, named, terms)
 
     def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, global gradient norm, and figures as in ``balance.names`` (none for a dense
-        model); gradients stay on the main weights."""
-        valid = batch.valid_tokens().to(self.device)
-        valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
+        """Terms of the mean loss, global gradient norm, and figures as in ``balance.names`` (none
+        for a dense model); gradients stay on the main weights."""
+        objective = self.passes.objective
+        own = torch.stack([counts(objective, micro) for micro in batch.micro_batches]).sum(0)
+        valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
         scale = self.loss_scale.scale
         self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
-        loss = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
+        terms = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
         sum_partial_gradients(self.main.weights, self.pieces)
         self.optimizer.unscale(scale)
-        return self._agree(loss)
+        return self._agree(terms)
 
-    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, norm and balance of the whole job from what each rank has."""
+    def _agree(self, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms, norm and balance of the whole job from what each rank has."""
         balance = self.balance.part()
         if not self.ranks.distributed:
-            return loss, self.optimizer.norm(), self.balance.figures(balance)
+            return terms, self.optimizer.norm(), self.balance.figures(balance)
         norm = squared_norm(self.main.weights, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
-        mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
-        parts = torch.cat((torch.stack([mine, norm]), balance))
-        whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
-        return whole[0].float(), whole[1].sqrt().float(), self.balance.figures(whole[2:])
+        mine = terms.double() * float(self.ranks.tp.first)
+        whole = all_reduce(
+            torch.cat((norm[None], mine, balance)), self.ranks.world, "step.loss_and_norm"
+        )
+        own = whole[1 : 1 + len(mine)].float()
+        return own, whole[0].sqrt().float(), self.balance.figures(whole[1 + len(mine) :])
 
     def finite(self) -> bool:
         """Whether all main weights of all ranks are numbers; waits for the device."""

@@ -5,6 +5,7 @@ Shape suffixes: B samples, S sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,10 +35,20 @@ class Sample:
     loss_mask_BS: Tensor
     documents_BS: Tensor | None = None
     positions_BS: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Sample:
-        found = (None if x is None else x[start:stop] for x in vars(self).values())
-        return Sample(*found)  # type: ignore[arg-type]
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
+        return Sample(
+            self.tokens_BS[start:stop],
+            self.labels_BS[start:stop],
+            self.loss_mask_BS[start:stop],
+            cut(self.documents_BS),
+            cut(self.positions_BS),
+            {name: x[start:stop] for name, x in self.extra.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,30 @@ def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
     # Whatever ends documents in real data, here it is token 0.
     packing = Packing(0, config.data.reset_attention_mask, config.data.reset_position_ids)
     documents, positions = packing.documents(tokens_BS), packing.position_ids(tokens_BS)
-    return Sample(tokens_BS, text[:, 1:], mask, documents, positions)
+    sample = Sample(tokens_BS, text[:, 1:], mask, documents, positions)
+    if config.model.family == "bert":
+        return _with_segments(sample, config.model.num_tokentypes, generator)
+    return sample
+
+
+def _with_segments(sample: Sample, types: int, generator: torch.Generator) -> Sample:
+    """As BERT has them: padding of uneven length, segments, their order, some uncounted."""
+    count, length = sample.tokens_BS.shape
+    places, lengths = (
+        torch.arange(length),
+        torch.randint(1, length + 1, (count, 1), generator=generator),
+    )
+    padding = (places >= lengths).long()
+    extra = {
+        "types": torch.randint(0, types, (count, length), generator=generator),
+        "order": torch.randint(-1, 2, (count,), generator=generator),
+    }
+    return dataclasses.replace(
+        sample,
+        loss_mask_BS=sample.loss_mask_BS * (1 - padding),
+        documents_BS=padding,
+        extra=extra,
+    )
 
 
 def share(sample: Sample, micro: int, rank: int, size: int) -> GlobalBatch:
@@ -90,7 +124,7 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     stepper.main.publish()
     stepper.balance.move_biases()
     return Observation(
-        loss.item(),
+        loss.sum().item(),
         norm.item(),
         gradients,
         owned(stepper, stepper.main.weights),

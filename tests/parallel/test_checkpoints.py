@@ -66,6 +66,7 @@ def _stepper(rank: int, name: str) -> Stepper:
         rank=rank,
         device=torch.device("cpu"),
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
     )
     return make_stepper(config, 80, ranks)
