@@ -30,6 +30,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
         config.tolerance,
         config.reference,
         config.max_shard_size,
+        config.hf_family,
     )
     session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
     with publish_directory(

@@ -20,6 +20,11 @@ class ConvertConfig:
     source: Literal["auto", "native", "hf"] = option(
         "auto", help="What --load must be; auto takes what is there.", aliases=("--from",)
     )
+    hf_family: str | None = option(
+        None,
+        help="model_type to write where several can express the model, e.g. mistral (default: "
+        "the first that can).",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, help="Precision of the written weights (default: as stored)."
     )
@@ -37,6 +42,9 @@ class ConvertConfig:
             yield Problem("tolerance", self.tolerance, rule, "Nearest: 1e-4.")
         if self.max_shard_size < 1:
             yield Problem("max_shard_size", self.max_shard_size, "must be at least 1")
+        if self.hf_family is not None and self.to != "hf":
+            rule = "names a Hugging Face family, and none is written"
+            yield Problem("hf_family", self.hf_family, rule, "Leave it out, or use --to hf.")
         if self.source == self.to:
             rule = f"is the format that --from says {self.load} has already"
             yield Problem("to", self.to, rule)

@@ -12,6 +12,7 @@ from mtk.checkpoint import read_model_config
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.config.model import ModelConfig
 from mtk.convert.families import family_for
+from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
     read_hf_config,
     read_hf_model,
@@ -21,7 +22,7 @@ from mtk.convert.hf_directory import (
 )
 from mtk.convert.lazy import LazyTensors, Tensors, as_dtype
 from mtk.convert.open_model import assemble, has_tokenizer, read_native, tokenizer_folder
-from mtk.convert.parity import Parity, compare, fixed_prompts, require
+from mtk.convert.parity import Parity, compare, fixed_prompts, past_the_window, require
 from mtk.convert.reference_models import (
     Comparable,
     NativeModel,
@@ -39,12 +40,14 @@ ReferenceChoice = Literal["auto", "transformers", "plain"]
 
 @dataclass(frozen=True)
 class Demands:
-    """What a conversion has to honour. dtype: None keeps the stored one."""
+    """What a conversion has to honour. dtype: None keeps the stored one. family: to write;
+    None for the first that can express the model."""
 
     dtype: torch.dtype | None
     tolerance: float
     reference: ReferenceChoice
     max_shard_size: int
+    family: str | None = None
 
 
 def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
@@ -54,7 +57,7 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     directory computes something else.
     """
     config, tensors = read_native(source)
-    family = family_for(config)
+    family = family_for(config, demands.family)
     foreign = family.weights(config).as_foreign(as_dtype(tensors, demands.dtype))
     tokenizer = source_tokenizer(source, config)
     write_hf_directory(
@@ -67,7 +70,7 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     if tokenizer is not None:
         tokenizer.save(folder)
     parity = certify(config, tensors, source.folder, folder, demands)
-    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
+    _check_round_trip(config, family, as_dtype(tensors, demands.dtype), folder)
     write_json(folder / "parity.json", {**parity.to_dict(), "round_trip_bit_equal": True})
     return parity
 
@@ -98,12 +101,14 @@ def certify(
     candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     reference = reference_model(hf_folder, demands)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"
+    vocab, positions = config.vocab_size or 1, config.positions
     parity = compare(
         candidate,
         reference,
-        fixed_prompts(config.vocab_size or 1, config.positions),
+        fixed_prompts(vocab, positions),
         tolerance=demands.tolerance,
         stored_dtype=stored,
+        longer=past_the_window(vocab, positions, config.window_size),
     )
     require(parity)
     return parity
@@ -144,10 +149,9 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": pad}
 
 
-def _check_round_trip(config: ModelConfig, tensors: Tensors, folder: Path) -> None:
+def _check_round_trip(config: ModelConfig, family: Family, tensors: Tensors, folder: Path) -> None:
     """The written files give back every native weight bit for bit, but for padding rows."""
     vocab = config.vocab_size or 0
-    family = family_for(config)
     back = family.weights(config).as_native(read_weights(folder))
     for name in tensors:
         before, after = tensors[name], back[name]
