@@ -53,6 +53,10 @@ def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
     return tp == 1 or not model.num_experts or model.moe_ffn_size % (8 * tp) == 0
 
 
+def shares_shared_expert(tp: int, model: ModelConfig) -> bool:
+    return (model.moe_shared_expert_intermediate_size or 0) % tp == 0
+
+
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
     """The padded vocabulary divides, whatever tokenizer decides it where it is open."""
     known = model.vocab_size is not None
@@ -64,6 +68,7 @@ TP_RULES = (
     shares_groups,
     shares_ffn,
     shares_experts_ffn,
+    shares_shared_expert,
     shares_mamba_heads,
     shares_mamba_groups,
 )
@@ -93,6 +98,10 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
         yield Problem(name, tp, rule, fix)
     if not shares_experts_ffn(tp, model):
         rule = f"must divide the width of an expert's MLP, {model.moe_ffn_size}, in parts of 8"
+        yield Problem(name, tp, rule, fix)
+    if not shares_shared_expert(tp, model):
+        width = model.moe_shared_expert_intermediate_size
+        rule = f"must divide model.moe_shared_expert_intermediate_size = {width}"
         yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by

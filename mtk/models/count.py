@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mtk.config.model import ModelConfig
-from mtk.models.count_pattern import layer_flops, layer_parameters, mlp_weights
+from mtk.models.count_pattern import (
+    layer_flops,
+    layer_parameters,
+    mlp_weights,
+    shared_expert_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ def active_expert_weights(config: ModelConfig) -> int:
 
 
 def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers are there, dense MLPs are not."""
-    router = config.hidden_size * (config.num_experts or 0)
-    return config.moe_layers * (router - mlp_matrices(config, config.ffn_size))
+    """What MoE layers change besides their experts: routers and shared experts are there,
+    dense MLPs are not."""
+    own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
+    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:

@@ -18,6 +18,14 @@ def mlp_weights(config: ModelConfig, width: int) -> int:
     return (3 if config.gated else 2) * config.hidden_size * width
 
 
+def shared_expert_weights(config: ModelConfig) -> int:
+    """Weights of one MoE layer's shared expert, the gate of tokens among them."""
+    width = config.moe_shared_expert_intermediate_size
+    if width is None:
+        return 0
+    return mlp_weights(config, width) + config.hidden_size * config.moe_shared_expert_gate
+
+
 def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
     """Weights of the matrices of a layer; ``active``: of experts those that a token goes to."""
     hidden, head = config.hidden_size, config.head_size
@@ -29,7 +37,8 @@ def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
     if kind == EXPERTS:
         experts = config.moe_router_topk if active else config.num_experts or 0
         router = hidden * (config.num_experts or 0)
-        return router + experts * mlp_weights(config, config.moe_ffn_size)
+        others = router + shared_expert_weights(config)
+        return others + experts * mlp_weights(config, config.moe_ffn_size)
     return mlp_weights(config, config.ffn_size)
 
 

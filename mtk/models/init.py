@@ -18,6 +18,7 @@ RESIDUAL_OUTPUTS = (
     "attention.output.weight",
     "mlp.down.weight",
     "mlp.experts.down",
+    "mlp.shared.down.weight",
     "mamba.output.weight",
 )
 

@@ -26,6 +26,12 @@ FUNCTION = (
     "use_parallel_residual",
     "apply_layernorm_1p",
     "scale_embeddings",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
 )
 
 

@@ -53,14 +53,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rank saw. gradients, weights: the blocks it owns, weights after the step.
-    balance: the balancing losses of experts (zero without)."""
+    """What one rank saw. gradients, weights, buffers: the blocks it owns, the last two after the
+    step. balance: figures of the balance of experts (none without)."""
 
     loss: float
     norm: float
     gradients: Blocks
     weights: Blocks
     balance: tuple[float, ...] = ()
+    buffers: Blocks = field(default_factory=list)
 
 
 def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
@@ -140,9 +141,14 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     stepper.optimizer.clip_(norm)
     stepper.optimizer.step(config.optimizer.lr, config.optimizer.weight_decay)
     stepper.main.publish()
-    weights = owned(stepper, stepper.main.weights)
+    stepper.balance.move_biases()
     return Observation(
-        loss.sum().item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
+        loss.sum().item(),
+        norm.item(),
+        gradients,
+        owned(stepper, stepper.main.weights),
+        tuple(float(value) for value in balance),
+        owned(stepper, stepper.buffers),
     )
 
 

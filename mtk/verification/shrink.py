@@ -13,6 +13,7 @@ import dataclasses
 from math import lcm
 from typing import TypeVar
 
+from mtk.config.layer_pattern import shrunk_pattern
 from mtk.config.layout_rules import longest_stage, stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
@@ -66,6 +67,7 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     unit = lcm(cp * rows, 2 * cp if cp > 1 else 1)
     length = min(model.seq_length, _up(SEQUENCE, unit))
     vocabulary_unit = lcm(VOCABULARY_UNIT, tp)
+    shared = model.moe_shared_expert_intermediate_size
     return dataclasses.replace(
         model,
         kv_channels=head,
@@ -74,7 +76,8 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         moe_ffn_hidden_size=min(model.moe_ffn_size, _up(hidden, 8 * tp))
         if model.num_experts
         else None,
-        moe_layer_freq=min(model.moe_layer_freq, 2, model.num_layers),
+        moe_shared_expert_intermediate_size=min(shared, _up(hidden, 8 * tp)) if shared else None,
+        moe_layer_freq=shrunk_pattern(model.moe_layer_freq, model.num_layers),
         seq_length=length,
         max_position_embeddings=length,
         # Still hides something.
