@@ -23,7 +23,8 @@ class Family:
     front of names. reasons(config): ALL reasons why a native model cannot be
     expressed, empty if it can. to_config / from_config: ``config.json`` both ways.
     weights(config): the table of weights. linears: name endings of weights that are
-    plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not.
+    plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. patterns:
+    ``reasons`` knows models whose layers follow a pattern; to all others they are refused.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Family:
     from_config: Callable[[ForeignConfig], ModelConfig]
     weights: Callable[[ModelConfig], WeightTable]
     linears: tuple[str, ...] = ()
+    patterns: bool = False
 
 
 class ForeignConfig:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtk.convert.reference_mamba2 import mamba2_forward
 from mtk.errors import ConversionError
 
 Weights = Mapping[str, Tensor]
@@ -30,7 +31,7 @@ def reference_forward(
 
     config: the content of ``config.json``. weights: by name, fp32 for exact work.
     """
-    forwards: dict[str, Forward] = {"gpt2": _gpt2, "llama": _llama}
+    forwards: dict[str, Forward] = {"gpt2": _gpt2, "llama": _llama, "mamba2": mamba2_forward}
     kind = config.get("model_type")
     if kind not in forwards:
         raise ConversionError(f"no reference forward for model_type {kind!r}")

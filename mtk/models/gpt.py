@@ -17,8 +17,11 @@ from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
 from mtk.models.block import make_norm
 from mtk.models.layer import make_layer
+from mtk.models.mamba import StateCache
 from mtk.models.rotary import rotary_table
 
+# Of attention and of Mamba layers.
+AnyCache = LayerCache | StateCache
 # x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
 Product = Callable[..., Tensor]
 
@@ -32,7 +35,7 @@ class LayerRunner(Protocol):
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
     ) -> Tensor: ...
 
@@ -42,7 +45,7 @@ def run_in_order(
     x_BSE: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
-    caches: Sequence[LayerCache] | None,
+    caches: Sequence[AnyCache] | None,
     documents: Tensor | None,
 ) -> Tensor:
     """The :class:`LayerRunner` that keeps every activation."""
@@ -147,13 +150,19 @@ class GPT(nn.Module):
         if not last:
             self.final_norm = self.output = None
 
+    @property
+    def stateful_layers(self) -> tuple[int, ...]:
+        """Places, among this module's layers, of those whose cache is a state (Mamba)."""
+        blocks = enumerate(self.layers.values())
+        return tuple(place for place, block in blocks if getattr(block, "mamba", None) is not None)
+
     def forward(
         self,
         inputs: Tensor,
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the token after each input token.
@@ -162,7 +171,8 @@ class GPT(nn.Module):
         positions: int64 [S] or [B, S], default 0..S-1 (later stages must be told). mask:
         bool, True where a query may look, broadcastable to [B, heads, S, T]; None is causal
         (only right without caches, or for the first tokens into empty ones). caches: one per
-        layer. documents: int64 [B, S], tokens look back inside their own document only.
+        layer (of Mamba layers a ``StateCache``; these know no mask). documents: int64 [B, S],
+        tokens look back inside their own document only.
 
         Returns states instead where a later pipeline stage follows.
         """
@@ -175,7 +185,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """States [B, S, E] after the final norm (of a stage: after its last layer); arguments
