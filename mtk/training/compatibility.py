@@ -19,6 +19,11 @@ FUNCTION = (
     "norm_epsilon",
     "position_embedding_type",
     "rotary_percent",
+    "hybrid_layer_pattern",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
+    "mamba_dt_limit",
 )
 
 
