@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from mtk.config.recipes_mamba import MAMBA_RECIPES
 from mtk.config.resolve import Layer
 from mtk.errors import ConfigError, Problem
 
@@ -199,6 +200,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "lr_warmup_fraction": 0.01,
         "train_iters": 1_000_000,
     },
+    **MAMBA_RECIPES,
 }
 
 
