@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtk.config.decoder_recipes import DECODERS, LLAMA
+from mtk.config.recipes_mamba import MAMBA_RECIPES
 from mtk.config.resolve import Layer
 from mtk.errors import ConfigError, Problem
 
@@ -158,6 +159,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "lr_warmup_fraction": 0.01,
         "train_iters": 1_000_000,
     },
+    **MAMBA_RECIPES,
 }
 
 

@@ -56,6 +56,8 @@ class Family:
     weights(config): the table of weights. linears: name endings of weights that are
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
     the parity check runs models of the family. outside: names that never have the prefix.
+    patterns: ``reasons`` knows models whose layers follow a pattern; to all others they are
+    refused.
     """
 
     model_type: str
@@ -69,6 +71,7 @@ class Family:
     linears: tuple[str, ...] = ()
     probe: Probe = CAUSAL
     outside: tuple[str, ...] = ("lm_head.",)
+    patterns: bool = False
 
 
 def reasons_against(

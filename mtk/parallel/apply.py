@@ -23,6 +23,7 @@ from mtk.models.attention import AttentionKernel
 from mtk.models.buffers import kept_buffers, kept_tensors
 from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
+from mtk.models.mamba_kernels import use_kernels
 from mtk.parallel.context import context_kernel
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
@@ -138,6 +139,7 @@ def _apply(
     delays: bool,
 ) -> Deferred | None:
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    use_kernels(part, runtime.mamba_backend)
     shard_mamba(part, ranks, parallel.sequence_parallel, pieces)
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)

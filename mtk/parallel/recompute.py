@@ -2,9 +2,9 @@
 
 Selective (Korthikanti et al. 2022, section 5) recomputes the core of the attention: scores,
 softmax, its dropout; of a Mamba layer the scan with its matrices of decays. Full keeps the
-input of a unit of layers only: ``uniform`` makes units of
-``recompute_num_layers`` from all layers of a stage; ``block`` recomputes that many first layers
-of each stage, one by one, and keeps the others whole. Nothing is recomputed unless asked for.
+input of a unit of layers only: ``uniform`` makes units of ``recompute_num_layers`` from all
+layers of a stage; ``block`` recomputes that many first layers of each stage, one by one, and
+keeps the others whole. Nothing is recomputed unless asked for.
 
 A fused attention kernel (flash, memory-efficient, cuDNN) keeps no scores. Where one runs,
 selective recomputation has nothing to save and therefore does nothing, so that
@@ -35,12 +35,11 @@ from mtk.models.attention import (
     CAUSAL,
     AttentionKernel,
     Form,
-    LayerCache,
     flash_kernel,
     score_mask,
     sdpa_kernel,
 )
-from mtk.models.gpt import GPT, Memory, run_in_order
+from mtk.models.gpt import GPT, AnyCache, Memory, run_in_order
 from mtk.models.ssd import Scan
 
 
@@ -108,7 +107,7 @@ class RecomputedLayers:
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
         bias: Tensor | None = None,
         memory: Memory | None = None,

@@ -32,6 +32,11 @@ FUNCTION = (
     "moe_router_topk_scaling_factor",
     "moe_router_num_groups",
     "moe_router_group_topk",
+    "hybrid_layer_pattern",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
+    "mamba_dt_limit",
 )
 
 

@@ -21,6 +21,7 @@ from mtk.convert.reference_forward.bloom import bloom
 from mtk.convert.reference_forward.gated import gated
 from mtk.convert.reference_forward.gpt2 import gpt2
 from mtk.convert.reference_forward.gpt_neox import gpt_neox
+from mtk.convert.reference_forward.mamba2 import mamba2_forward
 from mtk.convert.reference_forward.plain import Weights
 from mtk.errors import ConversionError
 
@@ -44,6 +45,7 @@ def reference_forward(
         "gemma": gated,
         "gpt_neox": gpt_neox,
         "bloom": bloom,
+        "mamba2": mamba2_forward,
         "bert": bert,
         "megatron-bert": bert,
     }
