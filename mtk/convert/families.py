@@ -13,10 +13,12 @@ from mtk.convert.llama import LLAMA
 from mtk.convert.mamba2 import MAMBA2
 from mtk.convert.mistral import MISTRAL
 from mtk.convert.qwen import QWEN2, QWEN3
+from mtk.convert.t5 import T5
 from mtk.errors import ConfigError, ConversionError, Problem
 
 # A native model becomes the first one that can express it.
-FAMILIES = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM, BERT, MEGATRON_BERT)
+DECODERS = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM)
+FAMILIES = (*DECODERS, BERT, MEGATRON_BERT, T5)
 
 
 def family_for(config: ModelConfig, wanted: str | None = None) -> Family:

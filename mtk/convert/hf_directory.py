@@ -172,6 +172,8 @@ def write_hf_directory(
     known = {key: value for key, value in tokens.items() if value is not None}
     special = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     write_json(folder / CONFIG, {**config, **special, "dtype": dtype})
+    if "decoder_start_token_id" in config:
+        known["decoder_start_token_id"] = config["decoder_start_token_id"]
     write_json(folder / "generation_config.json", known)
 
 
