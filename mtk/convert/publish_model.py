@@ -96,7 +96,7 @@ def certify(
     config: ModelConfig, native: Tensors, native_folder: Path, hf_folder: Path, demands: Demands
 ) -> Parity:
     """Compare a native model with a directory run by foreign code. Raises GateError."""
-    rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
+    rounded_native = LazyTensors(native, lambda name: rounded(name, native[name], demands.dtype))
     probe = family_for(config).probe
     candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     reference = reference_model(hf_folder, demands)
