@@ -126,6 +126,7 @@ def read_names(folder: Path) -> list[str]:
     return list(index["weight_map"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16_is_close_both_ways(name: str, tmp_path: Path) -> None:
     """Logits of about 0.2: near 1 the last bit of bf16 itself is worth 0.008. Tokens are so

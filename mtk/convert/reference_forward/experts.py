@@ -1,4 +1,4 @@
-"""Mixtures of experts: a token at a time, an expert after the other."""
+"""Mixtures of experts: the choice a token at a time, then one expert after the other."""
 
 from __future__ import annotations
 
@@ -38,12 +38,16 @@ def mixture(config: Mapping[str, Any], w: Weights, layer: int, x_BSE: Tensor) ->
         gate, up = (affine(x, w, f"{name}.{part}", bias=False) for part in parts[:2])
         return affine(act(gate) * up, w, f"{name}.{parts[2]}", bias=False)
 
-    out_BSE = torch.zeros_like(x_BSE)
-    for b in range(x_BSE.shape[0]):
-        for s in range(x_BSE.shape[1]):
-            x = x_BSE[b, s]
-            for expert, weight in _chosen(config, w, m, x):
-                out_BSE[b, s] += weight * mlp(x, f"{m}.experts.{expert}", names)
+    x_TE = x_BSE.flatten(0, 1)
+    logits = x_TE.float() @ w[f"{m}.gate.weight"].float().T
+    bias = w.get(f"{m}.gate.e_score_correction_bias", torch.zeros(1)).float()
+    weights = [_chosen(config, row, bias) for row in logits]
+    out_TE = torch.zeros_like(x_TE)
+    for expert in range(logits.shape[1]):
+        tokens = [t for t, chosen in enumerate(weights) if expert in chosen]
+        weight = torch.tensor([[weights[t][expert]] for t in tokens]).view(-1, 1)
+        out_TE[tokens] += weight * mlp(x_TE[tokens], f"{m}.experts.{expert}", names)
+    out_BSE = out_TE.view_as(x_BSE)
     if kind == "qwen2_moe":
         gate = torch.sigmoid(affine(x_BSE, w, f"{m}.shared_expert_gate", bias=False))
         out_BSE = out_BSE + gate * mlp(x_BSE, f"{m}.shared_expert", names)
@@ -52,23 +56,22 @@ def mixture(config: Mapping[str, Any], w: Weights, layer: int, x_BSE: Tensor) ->
     return out_BSE
 
 
-def _chosen(config: Mapping[str, Any], w: Weights, m: str, x: Tensor) -> list[tuple[int, float]]:
+def _chosen(config: Mapping[str, Any], logits: Tensor, bias: Tensor) -> dict[int, float]:
     """Numbers and weights of one token's experts."""
     kind = str(config["model_type"])
     count = int(config.get("num_experts_per_tok", CHOSEN[kind]))
-    logits = w[f"{m}.gate.weight"].float() @ x.float()
     if kind == "glm4_moe":
         scores = torch.sigmoid(logits)
-        rating = scores + w[f"{m}.gate.e_score_correction_bias"].float()
-        allowed = _best_groups(config, rating.tolist())
+        rating = (scores + bias).tolist()
+        allowed = _best_groups(config, rating)
         normalised, factor = True, float(config.get("routed_scaling_factor", 1.0))
     else:
-        scores = rating = torch.softmax(logits, dim=0)
-        allowed = list(range(len(logits)))
+        scores = torch.softmax(logits, dim=0)
+        rating, allowed = scores.tolist(), list(range(len(logits)))
         normalised, factor = kind == "mixtral" or bool(config.get("norm_topk_prob")), 1.0
-    best = sorted(allowed, key=lambda expert: -float(rating[expert]))[:count]
+    best = sorted(allowed, key=lambda expert: -rating[expert])[:count]
     total = sum(float(scores[expert]) for expert in best) if normalised else 1.0
-    return [(expert, factor * float(scores[expert]) / total) for expert in best]
+    return {expert: factor * float(scores[expert]) / total for expert in best}
 
 
 def _best_groups(config: Mapping[str, Any], rating: list[float]) -> list[int]:
