@@ -125,6 +125,10 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if model.family == "t5" and model.decoder_seq_length % rows:
+        rule = f"sequence parallelism needs it to be a multiple of TP = {rows}"
+        fix = nearest(model.decoder_seq_length, multiples(model.decoder_seq_length, rows))
+        yield Problem("model.decoder_seq_length", model.decoder_seq_length, rule, fix)
     if cp > 1 and model.family != "gpt":
         rule = f"cuts sequences that are read from left to right; family is {model.family}"
         yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
@@ -170,9 +174,6 @@ def pipeline_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
     pp, layers = parallel.pipeline_model_parallel_size, stacked_layers(model)
     if pp == 1:
         return
-    if model.position_embedding_type == "relative" and model.family == "gpt":
-        rule = "position_embedding_type = relative shares one table among all layers"
-        yield Problem("parallel.pipeline_model_parallel_size", pp, rule, "Nearest: 1.")
     if parallel.pipeline_split is not None:
         yield from _split_problems(parallel.pipeline_split, layers)
     elif parallel.num_layers_per_virtual_pipeline_stage is not None:

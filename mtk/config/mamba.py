@@ -123,7 +123,7 @@ def implied_by_pattern(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a pattern says by itself: how many layers there are, and that without attention
     no heads need to be named."""
     pattern = given.get("hybrid_layer_pattern")
-    if not pattern:
+    if pattern is None:
         return {}
     implied: dict[str, Any] = {"num_layers": len(pattern)}
     if ATTENTION not in pattern:

@@ -11,6 +11,7 @@ from mtk.convert.glm_moe import GLM4_MOE
 from mtk.convert.gpt2 import GPT2
 from mtk.convert.gpt_neox import GPT_NEOX
 from mtk.convert.llama import LLAMA
+from mtk.convert.mamba2 import MAMBA2
 from mtk.convert.mistral import MISTRAL
 from mtk.convert.mixtral import MIXTRAL
 from mtk.convert.qwen import QWEN2, QWEN3
@@ -21,6 +22,7 @@ from mtk.errors import ConfigError, ConversionError, Problem
 FAMILIES = (
     GPT2,
     LLAMA,
+    MAMBA2,
     MISTRAL,
     QWEN2,
     QWEN3,
@@ -50,12 +52,19 @@ def family_for(config: ModelConfig, wanted: str | None = None) -> Family:
     for family in FAMILIES:
         if wanted not in (None, family.model_type):
             continue
-        reasons = family.reasons(config)
+        reasons = _reasons(family, config)
         if not reasons:
             return family
         listed = "\n".join(f"      - {reason}" for reason in reasons)
         refused.append(f"  not {family.architecture}:\n{listed}")
     raise ConversionError("No Hugging Face family holds this model:\n" + "\n".join(refused))
+
+
+def _reasons(family: Family, config: ModelConfig) -> list[str]:
+    pattern = config.hybrid_layer_pattern
+    if pattern is not None and not family.patterns:
+        return [f"hybrid_layer_pattern = {pattern}: every layer there is attention and MLP"]
+    return family.reasons(config)
 
 
 def family_of(model_type: object, where: str) -> Family:

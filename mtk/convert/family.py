@@ -63,6 +63,8 @@ class Family:
     weights(config): the table of weights. linears: name endings of weights that are
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
     the parity check runs models of the family. outside: names that never have the prefix.
+    patterns: ``reasons`` knows models whose layers follow a pattern; to all others they are
+    refused.
     """
 
     model_type: str
@@ -77,6 +79,7 @@ class Family:
     probe: Probe = CAUSAL
     outside: tuple[str, ...] = ("lm_head.",)
     spelling: Callable[[Tensors, ModelConfig], Tensors] = as_they_are
+    patterns: bool = False
 
 
 def reasons_against(

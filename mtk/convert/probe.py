@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,3 +94,5 @@ class SegmentProbe:
 
 CAUSAL = CausalProbe()
 SEGMENTS = SegmentProbe()
+# By the family of a native model.
+PROBES: Mapping[str, Probe] = {"gpt": CAUSAL, "bert": SEGMENTS}

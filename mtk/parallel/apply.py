@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
@@ -22,6 +23,7 @@ from mtk.models.attention import AttentionKernel
 from mtk.models.buffers import kept_buffers, kept_tensors
 from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
+from mtk.models.mamba_kernels import use_kernels
 from mtk.parallel.context import context_kernel
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
@@ -110,7 +112,7 @@ def place(
     if stages is not None:
         parts = cut(config, stages, ranks.pp.rank, kernel)
         pieces = mark_tied(pieces, config, stages, ranks)
-    delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
+    delays = stages is not None and parallel.schedule(stacked_layers(config)) in SPLIT_BACKWARD
     held: dict[str, Piece] = {}
     deferred = []
     for part in parts:
@@ -137,6 +139,7 @@ def _apply(
     delays: bool,
 ) -> Deferred | None:
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    use_kernels(part, runtime.mamba_backend)
     shard_mamba(part, ranks, parallel.sequence_parallel, pieces)
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)

@@ -204,7 +204,7 @@ def test_a_weight_the_table_forgot_is_an_error() -> None:
     [
         (["--to", "native"], 0),
         (["--to", "native", "--from", "native"], 2),
-        (["--to", "megatron"], 2),
+        (["--to", "onnx"], 2),
         (["--to", "hf"], 4),
         (["--to", "native", "--tolerance", "1e-12"], 5),
         (["--to", "native", "--tolerance", "inf"], 2),

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtk.convert.reference_bert import bert_forward
+from mtk.convert.reference_forward.bert import bert
 from mtk.convert.reference_forward.bloom import bloom
 from mtk.convert.reference_forward.gated import gated
 from mtk.convert.reference_forward.gpt2 import gpt2
 from mtk.convert.reference_forward.gpt_neox import gpt_neox
-from mtk.convert.reference_forward.plain import Weights, activation
+from mtk.convert.reference_forward.mamba2 import mamba2_forward
+from mtk.convert.reference_forward.plain import Weights
 from mtk.errors import ConversionError
 
 Forward = Callable[[Mapping[str, Any], Weights, Tensor], tuple[Tensor, list[Tensor]]]
@@ -48,15 +49,12 @@ def reference_forward(
         "glm4_moe": gated,
         "gpt_neox": gpt_neox,
         "bloom": bloom,
-        "bert": _bert,
-        "megatron-bert": _bert,
+        "mamba2": mamba2_forward,
+        "bert": bert,
+        "megatron-bert": bert,
     }
     kind = config.get("model_type")
     if kind not in forwards:
         raise ConversionError(f"no reference forward for model_type {kind!r}")
     with torch.no_grad():
         return forwards[str(kind)](config, weights, tokens_BS)
-
-
-def _bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return bert_forward(config, w, tokens_BS, activation(str(config.get("hidden_act", "gelu"))))
