@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
+from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import Rename, WeightTable
 from mtk.convert.probe import CAUSAL, Probe
 from mtk.errors import ConfigError, ConversionError
@@ -45,6 +46,12 @@ COMMON = frozenset(
 SAYINGS = {"family": "is a decoder", "num_experts": "is dense"}
 
 
+def as_they_are(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The one form that most families are written in."""
+    del config
+    return tensors
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table of families; adding a family is adding one of these.
@@ -71,6 +78,7 @@ class Family:
     linears: tuple[str, ...] = ()
     probe: Probe = CAUSAL
     outside: tuple[str, ...] = ("lm_head.",)
+    spelling: Callable[[Tensors, ModelConfig], Tensors] = as_they_are
     patterns: bool = False
 
 

@@ -75,7 +75,8 @@ def read_hf_model(folder: Path, tensors: Tensors | None = None) -> HfModel:
     family = family_of(foreign.get("model_type"), where)
     config = family.from_config(ForeignConfig(foreign, where))
     stored = read_weights(folder) if tensors is None else tensors
-    return HfModel(folder, family, config, foreign, _with_prefix(stored, family))
+    named = family.spelling(_with_prefix(stored, family), config)
+    return HfModel(folder, family, config, foreign, named)
 
 
 def _with_prefix(tensors: Tensors, family: Family) -> Tensors:
