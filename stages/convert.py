@@ -35,6 +35,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
         config.reference,
         config.max_shard_size,
         read_given(config.megatron_args, config.true_vocab_size),
+        config.hf_family,
     )
     session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
     with publish_directory(

@@ -25,6 +25,11 @@ class ConvertConfig:
     source: Literal["auto", "native", "hf", "megatron"] = option(
         "auto", help="What --load must be; auto takes what is there.", aliases=("--from",)
     )
+    hf_family: str | None = option(
+        None,
+        help="model_type to write where several can express the model, e.g. mistral (default: "
+        "the first that can).",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, help="Precision of the written weights (default: as stored)."
     )
@@ -77,6 +82,9 @@ class ConvertConfig:
                 if getattr(self, name) is not None:
                     rule = f"says something of a Megatron checkpoint, not of from = {self.source}"
                     yield Problem(name, getattr(self, name), rule, "Leave it out.")
+        if self.hf_family is not None and self.to != "hf":
+            rule = "names a Hugging Face family, and none is written"
+            yield Problem("hf_family", self.hf_family, rule, "Leave it out, or use --to hf.")
         if self.source == self.to != "megatron":
             rule = f"is the format that --from says {self.load} has already"
             yield Problem("to", self.to, rule)

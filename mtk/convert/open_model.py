@@ -17,6 +17,7 @@ from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import check_complete
 from mtk.convert.source import Source, SourceKind, find_source
 from mtk.errors import ArtifactError, ConversionError
+from mtk.models.buffers import kept_tensors
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
@@ -105,7 +106,7 @@ def assemble(
 ) -> GPT:
     """The module in eval mode, filled strictly from ``tensors``. Raises ConversionError."""
     model = empty_model(config, dtype=dtype, device=device)
-    parameters = dict(model.named_parameters())
+    parameters = kept_tensors(model)
     check_complete(tensors, parameters, f"model in {folder}")
     for name, parameter in parameters.items():
         copy_into(parameter, tensors[name], name, folder)

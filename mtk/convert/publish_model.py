@@ -12,6 +12,7 @@ from mtk.checkpoint import read_model_config
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.config.model import ModelConfig
 from mtk.convert.families import family_for
+from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
     read_hf_config,
     read_hf_model,
@@ -23,7 +24,8 @@ from mtk.convert.lazy import LazyTensors, Tensors, as_dtype
 from mtk.convert.megatron.comparable import MegatronFiles
 from mtk.convert.megatron.open_checkpoint import Given, open_megatron
 from mtk.convert.open_model import assemble, has_tokenizer, read_native, tokenizer_folder
-from mtk.convert.parity import Parity, compare, fixed_prompts, require
+from mtk.convert.parity import Parity, compare, fixed_prompts, past_the_window, require
+from mtk.convert.probe import PROBES
 from mtk.convert.reference_models import (
     Comparable,
     NativeModel,
@@ -42,13 +44,14 @@ ReferenceChoice = Literal["auto", "transformers", "plain"]
 @dataclass(frozen=True)
 class Demands:
     """What a conversion has to honour. dtype: None keeps the stored one. given: of a Megatron
-    checkpoint's arguments."""
+    checkpoint's arguments. family: to write; None for the first that can express the model."""
 
     dtype: torch.dtype | None
     tolerance: float
     reference: ReferenceChoice
     max_shard_size: int
     given: Given = field(default_factory=Given)
+    family: str | None = None
 
 
 def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
@@ -59,7 +62,7 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     """
     config, tensors = read_model(source, demands)
     read = certify_source(source, config, tensors, demands)
-    family = family_for(config)
+    family = family_for(config, demands.family)
     foreign = family.weights(config).as_foreign(as_dtype(tensors, demands.dtype))
     tokenizer = source_tokenizer(source, config)
     write_hf_directory(
@@ -72,7 +75,7 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     if tokenizer is not None:
         tokenizer.save(folder)
     parity = certify(config, tensors, source.folder, reference_model(folder, demands), demands)
-    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
+    _check_round_trip(config, family, as_dtype(tensors, demands.dtype), folder)
     certificate = {**parity.to_dict(), "round_trip_bit_equal": True}
     write_json(folder / "parity.json", certificate | read)
     return parity
@@ -123,14 +126,17 @@ def certify(
 ) -> Parity:
     """Compare a native model with files run by other code. Raises GateError."""
     rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
-    candidate = NativeModel(assemble(config, rounded_native, native_folder))
+    probe = PROBES[config.family]
+    candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"
+    vocab, positions = config.vocab_size or 1, config.positions
     parity = compare(
         candidate,
         reference,
-        fixed_prompts(config.vocab_size or 1, config.positions),
+        fixed_prompts(vocab, positions),
         tolerance=demands.tolerance,
         stored_dtype=stored,
+        longer=past_the_window(vocab, positions, config.window_size),
     )
     require(parity)
     return parity
@@ -178,14 +184,13 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": pad}
 
 
-def _check_round_trip(config: ModelConfig, tensors: Tensors, folder: Path) -> None:
+def _check_round_trip(config: ModelConfig, family: Family, tensors: Tensors, folder: Path) -> None:
     """The written files give back every native weight bit for bit, but for padding rows."""
     vocab = config.vocab_size or 0
-    family = family_for(config)
     back = family.weights(config).as_native(read_weights(folder))
     for name in tensors:
         before, after = tensors[name], back[name]
-        if name in ("embedding.tokens.weight", "output.weight"):
+        if name in ("embedding.tokens.weight", "output.weight", "output_bias"):
             before, after = before[:vocab], after[:vocab]
         if before.dtype != after.dtype or not torch.equal(before, after):
             raise ConversionError(f"{folder}: {name} did not survive the way there and back.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtk.training.batch import LocalBatch, MicroBatch
@@ -43,6 +44,33 @@ class NextToken:
 
     def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
         return (self.token_losses(outputs, batch.labels_BS),)
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """BERT's losses: of the tokens that were masked, and with a binary head of the order of the
+    segments (``extra["order"]``: 0 or 1, -1 does not count). Outputs as ``Bert`` returns them.
+    """
+
+    token_losses: TokenLosses
+    binary: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("lm_loss", "sop_loss") if self.binary else ("lm_loss",)
+
+    def weights(self, batch: MicroBatch | LocalBatch) -> tuple[Tensor, ...]:
+        if not self.binary:
+            return (batch.loss_mask_BS,)
+        return batch.loss_mask_BS, (batch.extra["order"] >= 0).float()
+
+    def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
+        if not self.binary:
+            return (self.token_losses(outputs, batch.labels_BS),)
+        logits_BSV, order_B2 = outputs
+        order = batch.extra["order"].clamp(min=0)
+        swapped = F.cross_entropy(order_B2.float(), order, reduction="none")
+        return self.token_losses(logits_BSV, batch.labels_BS), swapped
 
 
 def counts(objective: Objective, batch: MicroBatch | LocalBatch) -> Tensor:

@@ -134,6 +134,7 @@ def _played(rank: int, layout: Layout) -> tuple[set[str], dict[Fault | None, Obs
         rank=rank,
         device=torch.device("cpu"),
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
     )
     sample = random_sample(config)
