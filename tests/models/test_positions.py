@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtk.config.model import ModelConfig
 from mtk.errors import ConfigError
+from mtk.models import attention
 from mtk.models.attention import Form, form_mask
 from mtk.models.gpt import GPT
 from mtk.models.norm import make_norm
@@ -204,6 +205,14 @@ def loud(config: ModelConfig) -> GPT:
             if parameter.ndim == 2:
                 parameter.mul_(8)
     return model
+
+
+def test_heads_spread_for_cuda_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama_config(window_size=4)
+    expected = small_model(config)(torch.arange(20)[None])
+    monkeypatch.setattr(attention, "spreads_groups", lambda q, k, mask: mask is not None)
+    found = small_model(config)(torch.arange(20)[None])
+    torch.testing.assert_close(found, expected)
 
 
 # -- biases -----------------------------------------------------------------------------
