@@ -53,6 +53,10 @@ def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
     return tp == 1 or not model.num_experts or model.moe_ffn_size % (8 * tp) == 0
 
 
+def shares_shared_expert(tp: int, model: ModelConfig) -> bool:
+    return (model.moe_shared_expert_intermediate_size or 0) % tp == 0
+
+
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
     """The padded vocabulary divides, whatever tokenizer decides it where it is open."""
     known = model.vocab_size is not None
@@ -64,6 +68,7 @@ TP_RULES = (
     shares_groups,
     shares_ffn,
     shares_experts_ffn,
+    shares_shared_expert,
     shares_mamba_heads,
     shares_mamba_groups,
 )
@@ -94,6 +99,10 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
     if not shares_experts_ffn(tp, model):
         rule = f"must divide the width of an expert's MLP, {model.moe_ffn_size}, in parts of 8"
         yield Problem(name, tp, rule, fix)
+    if not shares_shared_expert(tp, model):
+        width = model.moe_shared_expert_intermediate_size
+        rule = f"must divide model.moe_shared_expert_intermediate_size = {width}"
+        yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by
         known = f" ({model.padded_vocab_size} now)" if model.vocab_size is not None else ""
@@ -116,6 +125,13 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if model.family == "t5" and model.decoder_seq_length % rows:
+        rule = f"sequence parallelism needs it to be a multiple of TP = {rows}"
+        fix = nearest(model.decoder_seq_length, multiples(model.decoder_seq_length, rows))
+        yield Problem("model.decoder_seq_length", model.decoder_seq_length, rule, fix)
+    if cp > 1 and model.family != "gpt":
+        rule = f"cuts sequences that are read from left to right; family is {model.family}"
+        yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
     yield from mamba_context_problems(parallel, model)
     if not model.has_attention:
         return
@@ -123,8 +139,22 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
         fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
         yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
+    if cp > 1:
+        yield from _scores_over_context(parallel, model)
     if cp > 1 and parallel.cp_comm_type == "a2a":
         yield from _heads_over_context(parallel, model)
+
+
+def _scores_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """What changes scores by position needs a kernel that sees whole sequences."""
+    kind, method = model.position_embedding_type, parallel.cp_comm_type
+    if model.biases_scores:
+        rule = f"position_embedding_type = {kind} biases scores, which no exchange knows yet"
+        cp = parallel.context_parallel_size
+        yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
+    elif model.window_size is not None and method != "a2a":
+        rule = f"knows no windows (window_size = {model.window_size})"
+        yield Problem("parallel.cp_comm_type", method, rule, "Nearest: a2a.")
 
 
 def _heads_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:

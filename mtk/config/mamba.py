@@ -161,7 +161,7 @@ def _pattern(model: ModelConfig, pattern: str) -> Iterator[Problem]:
         has = "has layers of experts" if EXPERTS in pattern else "has no layer of experts (E)"
         rule = f"{has}, and num_experts is {model.num_experts}"
         yield Problem(name, pattern, rule, "Give both, or neither.")
-    if model.moe_layer_freq != 1:
+    if model.moe_layer_freq != "1":
         rule = "the pattern already says which layers have experts"
         yield Problem("moe_layer_freq", model.moe_layer_freq, rule, "Leave it out.")
     yield from _without_a_layer(model)

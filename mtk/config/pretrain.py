@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
@@ -19,7 +20,7 @@ DEFAULT_SPLIT = "969,30,1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(MaskingOptions):
     """Where samples come from."""
 
     data_path: tuple[str, ...] = option(
@@ -28,7 +29,10 @@ class DataConfig:
     train_data_path: tuple[str, ...] = option((), help="As --data-path, for training only.")
     valid_data_path: tuple[str, ...] = option((), help="As --data-path, for validation only.")
     test_data_path: tuple[str, ...] = option((), help="As --data-path, for the test only.")
-    split: str = option(DEFAULT_SPLIT, help="Shares of training, validation and test sequences.")
+    split: str = option(
+        DEFAULT_SPLIT,
+        help="Shares of training, validation and test sequences (BERT, T5: documents).",
+    )
     data_order: Literal["epochs", "megatron"] = option(
         "epochs",
         help="Shuffle each epoch on its own, so that the order does not depend on the training "
@@ -245,6 +249,7 @@ class PretrainConfig:
         if self.data.reset_position_ids and self.model.position_embedding_type == "none":
             rule = "has no effect with position_embedding_type = none"
             yield Problem("data.reset_position_ids", True, rule, "Leave it out.")
+        yield from masking_problems(self.data, self.model)
         yield from self.parallel.problems_with(self.model)
         yield from self._layout_problems()
         yield from self._kernel_problems()
@@ -270,6 +275,9 @@ class PretrainConfig:
             rule, fix = "flash attention has no dropout on the CPU", "--attention-dropout 0"
         elif runtime.device == "cuda" and self.precision.precision == "fp32":
             rule, fix = "flash attention needs bf16 or fp16 on CUDA", "--bf16"
+        elif runtime.device == "cuda" and (self.model.window_size or self.model.biases_scores):
+            rule = "flash attention on CUDA takes no window and no bias on scores here"
+            fix = "--attention-backend sdpa"
         else:
             return
         fix = f"Use {fix}, or --attention-backend auto."

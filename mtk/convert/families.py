@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from mtk.config.model import ModelConfig
+from mtk.convert.bert import BERT, MEGATRON_BERT
+from mtk.convert.bloom import BLOOM
 from mtk.convert.family import Family
+from mtk.convert.gemma import GEMMA
 from mtk.convert.gpt2 import GPT2
+from mtk.convert.gpt_neox import GPT_NEOX
 from mtk.convert.llama import LLAMA
 from mtk.convert.mamba2 import MAMBA2
-from mtk.errors import ConversionError
+from mtk.convert.mistral import MISTRAL
+from mtk.convert.qwen import QWEN2, QWEN3
+from mtk.errors import ConfigError, ConversionError, Problem
 
-FAMILIES = (GPT2, LLAMA, MAMBA2)
+# A native model becomes the first one that can express it.
+FAMILIES = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM, BERT, MEGATRON_BERT)
 
 
-def family_for(config: ModelConfig) -> Family:
-    """The family that can express a native model.
+def family_for(config: ModelConfig, wanted: str | None = None) -> Family:
+    """The first family that can express a native model, or the ``wanted`` one.
 
-    Raises ConversionError with every reason of every family when none can.
+    Raises ConversionError with every reason of every family when none can, ConfigError for a
+    family that is not known.
     """
+    known = [family.model_type for family in FAMILIES]
+    if wanted is not None and wanted not in known:
+        rule = f"is no family that mtk writes: {', '.join(known)}"
+        raise ConfigError([Problem("hf_family", wanted, rule)])
     refused = []
     for family in FAMILIES:
+        if wanted not in (None, family.model_type):
+            continue
         reasons = _reasons(family, config)
         if not reasons:
             return family

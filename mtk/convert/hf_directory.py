@@ -37,7 +37,16 @@ class HfModel:
     @property
     def native(self) -> Tensors:
         """The weights under native names. Raises ConversionError if they do not fit."""
-        return self.family.weights(self.config).as_native(self.tensors)
+        table = self.family.weights(self.config)
+        made = table.as_native(self.tensors, f"files in {self.folder}")
+
+        def read(name: str) -> Tensor:
+            try:
+                return made[name]
+            except ConversionError as error:
+                raise ConversionError(f"{self.folder}: {error}") from error
+
+        return LazyTensors(made, read)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -73,7 +82,9 @@ def _with_prefix(tensors: Tensors, family: Family) -> Tensors:
     """Names as ``ForCausalLM`` classes save them; base classes leave out the prefix."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    full = {name if name.startswith("lm_head.") else family.prefix + name: name for name in tensors}
+    full = {
+        name if name.startswith(family.outside) else family.prefix + name: name for name in tensors
+    }
     return LazyTensors(full, lambda name: tensors[full[name]])
 
 

@@ -65,7 +65,7 @@ class Transpose(Rename):
 
 @dataclass(frozen=True)
 class CutRows(Rename):
-    """Rows that only pad the vocabulary exist on the native side.
+    """Rows (of a bias: values) that only pad the vocabulary exist on the native side.
 
     They never take part in the model, so they are cut on the way out and zero on the
     way in. rows: the true vocabulary; padded: rows of the native matrix.
@@ -80,7 +80,7 @@ class CutRows(Rename):
     def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _check_size(foreign[0], 0, self.rows, self.foreign)
         extra = self.padded - self.rows
-        return (torch.nn.functional.pad(foreign[0], (0, 0, 0, extra)),)
+        return (torch.nn.functional.pad(foreign[0], (0, 0) * (foreign[0].ndim - 1) + (0, extra)),)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,45 @@ class Fuse:
         whole = foreign[0].T if self.transposed else foreign[0]
         _check_size(foreign[0], -1 if self.transposed else 0, sum(self.sizes), self.foreign)
         return tuple(part.contiguous() for part in torch.split(whole, list(self.sizes)))
+
+
+@dataclass(frozen=True)
+class FuseHeads(Fuse):
+    """As :class:`Fuse`, but one head of each part after the other, as GPT-NeoX and BLOOM keep
+    query, key and value. head_size: outputs of a head."""
+
+    head_size: int = 1
+
+    def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        heads = [torch.unflatten(part, 0, (-1, self.head_size)) for part in native]
+        return (torch.stack(heads, dim=1).flatten(0, 2),)
+
+    def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _check_size(foreign[0], 0, sum(self.sizes), self.foreign)
+        heads = torch.unflatten(foreign[0], 0, (-1, len(self.sizes), self.head_size))
+        return tuple(part.flatten(0, 1).contiguous() for part in heads.unbind(1))
+
+
+@dataclass(frozen=True)
+class PairedRows(Rename):
+    """Rotated channels: pairs (2c, 2c + 1) here, as in Meta's and Megatron's interleaved form,
+    (c, c + R/2) there. head_size: rows of a head; rotated: the first R of them."""
+
+    head_size: int
+    rotated: int
+
+    def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.arange(self.head_size)
+        order[: self.rotated] = torch.arange(self.rotated).view(-1, 2).T.flatten()
+        return (self._reordered(native[0], order),)
+
+    def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.arange(self.head_size)
+        order[: self.rotated] = torch.arange(self.rotated).view(2, -1).T.flatten()
+        return (self._reordered(foreign[0], order),)
+
+    def _reordered(self, rows: Tensor, order: Tensor) -> Tensor:
+        return torch.unflatten(rows, 0, (-1, self.head_size))[:, order].flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -166,8 +205,8 @@ class WeightTable:
 
         return LazyTensors(makers, read)
 
-    def as_native(self, foreign: Tensors) -> Tensors:
-        """The native weights, made from foreign ones when read.
+    def as_native(self, foreign: Tensors, where: str = "weight files") -> Tensors:
+        """The native weights, made from foreign ones when read. where: they come from.
 
         Raises ConversionError for weights left over or missing, and for a stored copy
         of a tied weight that differs from it.
@@ -175,7 +214,7 @@ class WeightTable:
         makers = {name: (rule, k) for rule in self.rules for k, name in enumerate(rule.natives)}
         copies = {copy.foreign for copy in self.copies}
         names = [name for name in foreign if name not in copies | self.ignored]
-        check_complete(names, (n for rule in self.rules for n in rule.foreigns), "weight files")
+        check_complete(names, (n for rule in self.rules for n in rule.foreigns), where)
         for copy in self.copies:
             if copy.foreign in foreign and not torch.equal(foreign[copy.foreign], foreign[copy.of]):
                 raise ConversionError(

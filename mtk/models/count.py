@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mtk.config.model import ModelConfig
-from mtk.models.count_pattern import layer_flops, layer_parameters, mlp_weights
+from mtk.models.count_pattern import (
+    layer_flops,
+    layer_parameters,
+    mlp_weights,
+    shared_expert_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ def active_expert_weights(config: ModelConfig) -> int:
 
 
 def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers are there, dense MLPs are not."""
-    router = config.hidden_size * (config.num_experts or 0)
-    return config.moe_layers * (router - mlp_matrices(config, config.ffn_size))
+    """What MoE layers change besides their experts: routers and shared experts are there,
+    dense MLPs are not."""
+    own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
+    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -54,20 +60,36 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
     hidden, layers = config.hidden_size, config.num_layers
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size
     per_norm = hidden * (2 if config.normalization == "LayerNorm" else 1)
-    biases = 0
-    heads, groups = config.num_attention_heads, config.query_groups
-    if config.qkv_bias:
-        biases += config.head_size * (heads + 2 * groups)
-    if config.add_bias_linear:
-        gates = 2 if config.activation == "swiglu" else 1
-        biases += 2 * hidden + gates * config.ffn_size
-    learned = config.positions * hidden if config.position_embedding_type == "learned" else 0
+    per_layer = layer_matrices(config) + layer_biases(config) + 2 * per_norm
+    if config.qk_layernorm:
+        per_layer += 2 * config.head_size * per_norm // hidden
     output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
-    per_layer = layer_matrices(config) + biases + 2 * per_norm
     body = layers * per_layer + _instead_of_dense(config) + expert_weights(config)
     if config.hybrid_layer_pattern is not None:
         body = sum(layer_parameters(config, kind) for kind in kinds(config))
-    return vocab * hidden + learned + body + per_norm + output
+    ends = _embedded_positions(config) + per_norm * (2 if config.embedding_layernorm else 1)
+    return vocab * hidden + ends + body + output
+
+
+def layer_biases(config: ModelConfig) -> int:
+    """Biases of one layer's linear parts, its MLP dense."""
+    hidden, biases = config.hidden_size, 0
+    if config.qkv_bias:
+        biases += config.head_size * (config.num_attention_heads + 2 * config.query_groups)
+    if config.attention_output_bias:
+        biases += hidden
+    if config.mlp_bias:
+        biases += hidden + (2 if config.gated else 1) * config.ffn_size
+    return biases
+
+
+def _embedded_positions(config: ModelConfig) -> int:
+    """Weights that positions are learned in."""
+    if config.position_embedding_type == "learned":
+        return config.positions * config.hidden_size
+    if config.position_embedding_type == "relative":
+        return config.relative_attention_num_buckets * config.num_attention_heads
+    return 0
 
 
 def active_parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -87,8 +109,16 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
     matrices += _instead_of_dense(config) + active_expert_weights(config)
     width = config.num_attention_heads * config.head_size
-    attention = 12.0 * config.num_layers * width * config.seq_length
-    return Flops(full=6.0 * matrices + attention, causal=6.0 * matrices + attention / 2)
+    each_key = 12.0 * config.num_layers * width
+    seen = each_key * keys_seen(config)
+    return Flops(full=6.0 * matrices + each_key * config.seq_length, causal=6.0 * matrices + seen)
+
+
+def keys_seen(config: ModelConfig) -> float:
+    """Keys that a token of a training sequence looks at, on average (half a key rounded off)."""
+    length = config.seq_length
+    window = length if config.window_size is None else min(config.window_size, length)
+    return window - window**2 / (2 * length)
 
 
 def kinds(config: ModelConfig) -> str:

@@ -15,7 +15,15 @@ SCAN_FLOPS = 7
 
 def mlp_weights(config: ModelConfig, width: int) -> int:
     """Matrices of an MLP, or of one expert, of this width."""
-    return (3 if config.activation == "swiglu" else 2) * config.hidden_size * width
+    return (3 if config.gated else 2) * config.hidden_size * width
+
+
+def shared_expert_weights(config: ModelConfig) -> int:
+    """Weights of one MoE layer's shared expert, the gate of tokens among them."""
+    width = config.moe_shared_expert_intermediate_size
+    if width is None:
+        return 0
+    return mlp_weights(config, width) + config.hidden_size * config.moe_shared_expert_gate
 
 
 def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
@@ -29,7 +37,8 @@ def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
     if kind == EXPERTS:
         experts = config.moe_router_topk if active else config.num_experts or 0
         router = hidden * (config.num_experts or 0)
-        return router + experts * mlp_weights(config, config.moe_ffn_size)
+        others = router + shared_expert_weights(config)
+        return others + experts * mlp_weights(config, config.moe_ffn_size)
     return mlp_weights(config, config.ffn_size)
 
 
@@ -46,7 +55,7 @@ def _vectors(config: ModelConfig, kind: str) -> int:
         convolution = channels * (sizes.conv + (1 if config.mamba_conv_bias else 0))
         projections = sizes.width + channels + sizes.heads + hidden
         return norm + convolution + sizes.width + 3 * sizes.heads + (projections if bias else 0)
-    gates = 2 if config.activation == "swiglu" else 1
+    gates = 2 if config.gated else 1
     return norm + (hidden + gates * config.ffn_size if bias and kind != EXPERTS else 0)
 
 

@@ -18,6 +18,7 @@ RESIDUAL_OUTPUTS = (
     "attention.output.weight",
     "mlp.down.weight",
     "mlp.experts.down",
+    "mlp.shared.down.weight",
     "mamba.output.weight",
 )
 
@@ -30,14 +31,16 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(branches)), norms 1, biases 0;
+    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(branches)), norms such that they
+    multiply by 1, biases 0;
     Mamba's own as :mod:`mtk.models.mamba_init` says. A layer has two branches, one of a pattern
     one."""
     own = mamba_value(name, shape, config, seed) if ".mamba." in name else None
     if own is not None:
         return own
     if len(shape) == 1:
-        return torch.full(shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        norm = "norm" in name and name.endswith("weight") and not config.apply_layernorm_1p
+        return torch.full(shape, 1.0 if norm else 0.0)
     std = config.init_method_std
     if name.endswith(RESIDUAL_OUTPUTS):
         branches = 2 if config.hybrid_layer_pattern is None else 1

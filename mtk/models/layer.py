@@ -13,10 +13,11 @@ from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
 from mtk.models.attention import Attention, AttentionKernel
 from mtk.models.balance import BalanceLosses
-from mtk.models.block import Block, make_norm
+from mtk.models.block import Block
 from mtk.models.mamba import Mamba
 from mtk.models.mlp import MLP
 from mtk.models.moe import MoE
+from mtk.models.norm import make_norm
 
 
 class SingleBlock(nn.Module):
@@ -53,10 +54,11 @@ class SingleBlock(nn.Module):
         mask: Tensor | None = None,
         cache: Any = None,
         documents: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if self.attention is not None:
             normed = self.attention_norm(x_BSE)
-            branch = self.attention(normed, rotary, mask, cache, documents)
+            branch = self.attention(normed, rotary, mask, cache, documents, bias)
         elif self.mamba is not None:
             branch = self.mamba(self.mamba_norm(x_BSE), cache, documents)
         else:

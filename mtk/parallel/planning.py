@@ -84,18 +84,16 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
-    """Layers of each (virtual) stage: of a GPT exactly those that training gives it, else as
-    even as can be."""
+    """Layers of each (virtual) stage, exactly those that training gives it."""
     parallel, layers = config.parallel, layers_of(config.model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
-    if stages > 1 and config.model.family == "gpt":
-        from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
+    if stages == 1:
+        return (layers,)
+    from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
 
-        return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
-    each, more = divmod(layers, stages)
-    return tuple(each + (stage < more) for stage in range(stages))
+    return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
 
 
 def stages_of(config: PlanConfig, rank: int) -> tuple[int, ...]:
@@ -228,11 +226,14 @@ def _projections(config: PlanConfig, kind: str | None) -> float:
     if kind == MAMBA:
         return shared + tokens * mamba_activations(model, size, _tp(config))
     attends, feeds = kind in (None, ATTENTION), kind != ATTENTION
-    heads = 2 * model.num_attention_heads + 2 * model.query_groups
-    gates = 2 if model.activation == "swiglu" else 1
+    queries = model.num_attention_heads * model.head_size
+    keys_values = 2 * model.query_groups * model.head_size
+    # QK norms keep what comes into them.
+    normed = queries + keys_values // 2 if model.qk_layernorm else 0
+    gates = 2 if model.gated else 1
     moe = model.moe_layers / model.num_layers if kind is None else float(kind == EXPERTS)
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
-    sharded = attends * heads * model.head_size + feeds * (gates + 1) * width
+    sharded = attends * (2 * queries + keys_values + normed) + feeds * (gates + 1) * width
     return shared + tokens * (sharded * size / _tp(config) + moe * _routing(model, size))
 
 

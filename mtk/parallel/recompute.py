@@ -20,7 +20,7 @@ Shape suffixes: B batch, S tokens, E hidden size, H query heads, G key/value hea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ from mtk.models.attention import (
     score_mask,
     sdpa_kernel,
 )
-from mtk.models.gpt import GPT, AnyCache, run_in_order
+from mtk.models.gpt import GPT, AnyCache, Memory, run_in_order
 from mtk.models.ssd import Scan
 
 
@@ -56,7 +56,8 @@ def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
             len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1
         )
         dropout = model.config.hidden_dropout or model.config.attention_dropout
-        model.run_layers = RecomputedLayers(units, random=bool(dropout))
+        places = {id(block): place for place, block in enumerate(model.layers.values())}
+        model.run_layers = RecomputedLayers(units, places, random=bool(dropout))
 
 
 def _recompute_core(block: Any) -> None:
@@ -91,11 +92,13 @@ def units_of(layers: int, method: str | None, size: int) -> tuple[Unit, ...]:
 class RecomputedLayers:
     """The :class:`mtk.models.gpt.LayerRunner` of full recomputation.
 
+    places: of each block (by ``id``) in the stage; a call may be for some blocks in a row only.
     random: layers draw random numbers, whose state is kept with each unit's input; reading it
     makes the host wait for the GPU, so it is left where nothing is drawn.
     """
 
     units: tuple[Unit, ...]
+    places: Mapping[int, int]
     random: bool
 
     def __call__(
@@ -106,13 +109,19 @@ class RecomputedLayers:
         mask: Tensor | None,
         caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
+        bias: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         if caches is not None or not torch.is_grad_enabled():
-            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents)
+            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents, bias, memory)
+        here = {self.places[id(block)]: block for block in blocks}
         for unit in self.units:
-            chosen = [blocks[layer] for layer in unit.layers]
+            chosen = [here[layer] for layer in unit.layers if layer in here]
+            if not chosen:
+                continue
             run = partial(_checkpointed, random=self.random) if unit.recomputed else _plain
-            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents)
+            inputs = (x_BSE, rotary, mask, None, documents, bias, memory)
+            x_BSE = run(partial(run_in_order, chosen), *inputs)
         return x_BSE
 
 

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.models.attention import Attention
+from mtk.models.bert import Bert
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
 from mtk.models.layer import SingleBlock
 from mtk.models.mlp import MLP
+from mtk.models.t5 import T5, DecoderBlock
 from mtk.parallel.collectives import (
     copy_to_parts,
     gather_rows,
@@ -30,9 +32,12 @@ from mtk.parallel.collectives import (
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.stages import SHARED_BIASES
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
+# Modules that see whole sequences on every rank, also under sequence parallelism.
+COMPUTED_ALIKE = ("pooler.", "order.")
 
 
 class Region:
@@ -57,6 +62,13 @@ class Region:
         if self.sequence is None:
             return sum_of_parts(x_BSE, self.group, site)
         return scatter_sum_of_parts(x_BSE.flatten(0, 1), self.group, site)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Residual stream -> [B, S, E] for what every rank computes alike."""
+        if self.sequence is None:
+            return x
+        gathered = gather_rows(x, self.group, "tp.pooler", replicated=True)
+        return gathered.view(-1, self.sequence, gathered.shape[-1])
 
 
 class RowParallelLinear(nn.Linear):
@@ -84,19 +96,33 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         return
     sequence = model.config.seq_length // ranks.cp.size
     region = Region(ranks.tp, sequence if sequence_parallel else None)
+    # Where the output is made; all of a decoder-only model, or of an encoder.
+    last = region
+    if isinstance(model, T5):
+        last = Region(ranks.tp, model.config.decoder_seq_length if sequence_parallel else None)
     cutter = Cutter(ranks, pieces)
     for index, block in model.layers.items():
         assert isinstance(block, Block | SingleBlock)
         name = f"layers.{index}"
+        own = last if isinstance(block, DecoderBlock) else region
         if block.attention is not None:
-            _shard_attention(block.attention, f"{name}.attention", region, cutter)
+            _shard_attention(block.attention, f"{name}.attention", own, cutter)
+        if isinstance(block, DecoderBlock):
+            cross = block.cross_attention
+            _shard_attention(cross, f"{name}.cross_attention", own, cutter)
+            cross.register_forward_pre_hook(_memory_entering(region))
         if isinstance(block.mlp, MLP):
-            _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
+            _shard_mlp(block.mlp, f"{name}.mlp", own, cutter)
     if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
         _shard_embedding(model.embedding, region, cutter)
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
-    model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
+    _shard_score_biases(model, cutter)
+    model.head = VocabParallelHead(model.config.vocab_size or 0, last.enter, ranks.tp)
+    if isinstance(model, Bert | T5) and model.output_bias is not None:
+        cutter.cut(model, "output_bias", 0, "output_bias")
+    if isinstance(model, Bert) and model.pooler is not None:
+        model.pooler.whole = region.whole
     if sequence_parallel:
         _sum_gradients_of_rows(model, ranks.tp, pieces)
 
@@ -106,6 +132,8 @@ def _shard_attention(attention: Attention, name: str, region: Region, cutter: Cu
     cutter.rows(attention.query, f"{name}.query")
     for part in ("key", "value"):
         cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
+    for part in ("query_norm", "key_norm"):
+        cutter.of_own_heads(getattr(attention, part), f"{name}.{part}")
     cutter.cut(attention.output, "weight", 1, f"{name}.output.weight")
     attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
 
@@ -128,6 +156,18 @@ def _shard_embedding(embedding: Embedding, region: Region, cutter: Cutter) -> No
         embedding.register_forward_pre_hook(_rows_of_positions(region.group))
 
 
+def _shard_score_biases(model: GPT, cutter: Cutter) -> None:
+    """Each rank biases the scores of its own heads."""
+    tp, heads = cutter.ranks.tp, model.config.num_attention_heads // cutter.ranks.tp.size
+    model.own_heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
+    if model.config.position_embedding_type == "alibi":
+        model.fill_tables(model.alibi_slopes.device)  # type: ignore[arg-type]
+    for name in SHARED_BIASES:
+        table = getattr(model, name, None)
+        if table is not None:
+            cutter.cut(table, "weight", 1, f"{name}.weight")
+
+
 def entering(region: Region, site: str) -> Any:
     """A hook that lets a module's first input enter the region."""
 
@@ -138,14 +178,24 @@ def entering(region: Region, site: str) -> Any:
     return hook
 
 
-def _rows_of_positions(group: Group) -> Any:
-    """Learned positions are added to this rank's rows only."""
+def _memory_entering(region: Region) -> Any:
+    """The encoder's states enter as the decoder's do."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
-        tokens_BS, positions = inputs
-        rows = positions.expand_as(tokens_BS).flatten()
-        return tokens_BS, rows.chunk(group.size)[group.rank]
+        return (*inputs[:-1], region.enter(inputs[-1], "tp.memory"))
+
+    return hook
+
+
+def _rows_of_positions(group: Group) -> Any:
+    """Positions and segments are added to this rank's rows only."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        tokens_BS, *others = inputs
+        rows = (x.expand_as(tokens_BS).flatten() for x in others)
+        return tokens_BS, *(x.chunk(group.size)[group.rank] for x in rows)
 
     return hook
 
@@ -153,6 +203,8 @@ def _rows_of_positions(group: Group) -> Any:
 def _sum_gradients_of_rows(model: GPT, tp: Group, pieces: Pieces) -> None:
     """What is applied to a rank's rows alone has a partial gradient on each rank."""
     for name, _ in model.named_parameters():
+        if name.startswith(COMPUTED_ALIKE):
+            continue
         piece = pieces[name]
         if any(group.name == tp.name for group in piece.copies) and not piece.partial:
             pieces[name] = piece.with_partial(tp)
@@ -191,6 +243,12 @@ class Cutter:
                 piece = self.pieces[full].narrow(0, start, size).without_copies(self.ranks.tp)
                 piece = piece.with_copies(sharing).with_partial(sharing)
                 self._replace(module, attribute, full, piece)
+
+    def of_own_heads(self, norm: nn.Module | None, name: str) -> None:
+        """Whole weights on every rank, whose gradient there is that of its own heads."""
+        for part, _ in () if norm is None else norm.named_parameters():
+            full = f"{name}.{part}"
+            self.pieces[full] = self.pieces[full].with_partial(self.ranks.tp)
 
     def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
         old = getattr(module, attribute)

@@ -14,6 +14,7 @@ import dataclasses
 from math import lcm
 from typing import TypeVar
 
+from mtk.config.layer_pattern import shrunk_pattern
 from mtk.config.layout_rules import longest_stage, stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
@@ -85,6 +86,7 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     length = min(model.seq_length, _up(SEQUENCE, unit))
     mamba = model.has_mamba
     vocabulary_unit = lcm(VOCABULARY_UNIT, tp)
+    shared = model.moe_shared_expert_intermediate_size
     return dataclasses.replace(
         model,
         kv_channels=head,
@@ -93,9 +95,12 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         moe_ffn_hidden_size=min(model.moe_ffn_size, _up(hidden, 8 * tp))
         if model.num_experts
         else None,
-        moe_layer_freq=min(model.moe_layer_freq, 2, model.num_layers),
+        moe_shared_expert_intermediate_size=min(shared, _up(hidden, 8 * tp)) if shared else None,
+        moe_layer_freq=shrunk_pattern(model.moe_layer_freq, model.num_layers),
         seq_length=length,
         max_position_embeddings=length,
+        # Still hides something.
+        window_size=model.window_size and min(model.window_size, max(1, length // 2)),
         mamba_head_dim=min(model.mamba_head_dim, HEAD) if mamba else model.mamba_head_dim,
         mamba_state_dim=min(model.mamba_state_dim, STATE) if mamba else model.mamba_state_dim,
         mamba_chunk_size=min(model.mamba_chunk_size, CHUNK) if mamba else model.mamba_chunk_size,

@@ -37,6 +37,32 @@ def llama(**changes: Any) -> ModelConfig:
     return llama_config(**({"vocab_size": VOCAB} | changes))
 
 
+def gemma(**changes: Any) -> ModelConfig:
+    values = {
+        "activation": "geglu-tanh",
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "kv_channels": 8,
+    }
+    return llama(**(values | changes))
+
+
+def neox(**changes: Any) -> ModelConfig:
+    values = {
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "use_parallel_residual": True,
+        "activation": "gelu",
+        "untie_embeddings_and_output_weights": True,
+    }
+    return gpt2_config(**(values | changes))
+
+
+def bloom(**changes: Any) -> ModelConfig:
+    values = {"position_embedding_type": "alibi", "embedding_layernorm": True}
+    return gpt2_config(**(values | changes))
+
+
 def loud_model(config: ModelConfig, seed: int = 1) -> GPT:
     """Every weight matters: none is zero or one, and logits spread over several units."""
     model = small_model(config, seed)

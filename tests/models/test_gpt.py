@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtk.errors import ConfigError
 from mtk.models.attention import reference_kernel
 from mtk.models.count import flops_per_token, parameter_count
 from mtk.models.gpt import GPT
@@ -147,11 +146,6 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model(x_BS), model(x_BS))
     model.train()
     assert not torch.equal(model(x_BS), model(x_BS))
-
-
-def test_families_without_a_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match="family"):
-        small_model(small_config(family="bert"))
 
 
 def test_reinitialising_is_idempotent() -> None:

@@ -45,6 +45,45 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.add_bias_linear": False,
         "model.untie_embeddings_and_output_weights": True,
     },
+    # Scaled, partial and interleaved rotation, parallel residuals, all biases.
+    "neox": {
+        "model.position_embedding_type": "rope",
+        "model.rotary_percent": 0.5,
+        "model.rotary_interleaved": True,
+        "model.rope_scaling_type": "linear",
+        "model.rope_scaling_factor": 3.0,
+        "model.use_parallel_residual": True,
+        "model.add_qkv_bias": False,
+        "model.num_query_groups": 8,
+    },
+    "qwen3": {
+        "model.position_embedding_type": "rope",
+        "model.rope_scaling_type": "llama3",
+        "model.rope_original_max_positions": 8,
+        "model.normalization": "RMSNorm",
+        "model.activation": "swiglu",
+        "model.add_bias_linear": False,
+        "model.qk_layernorm": True,
+        "model.kv_channels": 6,
+    },
+    # A sliding window, and all that Gemma does otherwise; biases in the attention alone.
+    "gemma": {
+        "model.position_embedding_type": "rope",
+        "model.normalization": "RMSNorm",
+        "model.activation": "geglu-tanh",
+        "model.add_bias_linear": False,
+        "model.add_qkv_bias": False,
+        "model.add_attention_bias": True,
+        "model.apply_layernorm_1p": True,
+        "model.scale_embeddings": True,
+        "model.qk_layernorm": True,
+        "model.window_size": 5,
+    },
+    "bloom": {
+        "model.position_embedding_type": "alibi",
+        "model.embedding_layernorm": True,
+        "model.num_query_groups": 8,
+    },
 }
 _MAMBA: dict[str, Any] = {
     "model.position_embedding_type": "none",

@@ -1,0 +1,78 @@
+"""Llama and its kin: Mistral (a window), Qwen2 (biases in query, key and value), Qwen3 (norms of
+heads), Gemma (norms around zero, scaled embeddings, GEGLU)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtk.convert.reference_forward.plain import Weights, activation, affine, attend, tied
+from mtk.convert.reference_forward.rope import Rotation
+
+# Heads of keys, and channels of a head, where config.json says nothing of them.
+GROUPS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16}
+DEPTHS = {"qwen3": 128, "gemma": 256}
+
+
+def gated(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+    kind, heads = str(config["model_type"]), int(config["num_attention_heads"])
+    groups = int(config.get("num_key_value_heads", GROUPS.get(kind)) or heads)
+    width = int(config["hidden_size"])
+    depth = int(config.get("head_dim", DEPTHS.get(kind)) or width // heads)
+    epsilon = float(config.get("rms_norm_eps", 1e-6))
+    turn = Rotation(config, depth)
+    gemma = kind == "gemma"
+    act = activation("gelu_new" if gemma else str(config.get("hidden_act", "silu")))
+    stated = bool(config.get("attention_bias"))
+    biased = {"q": stated, "k": stated, "v": stated, "o": stated}
+    if kind == "qwen2":
+        biased = {"q": True, "k": True, "v": True, "o": False}
+    mlp_bias = kind == "llama" and bool(config.get("mlp_bias"))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        scale = w[f"{name}.weight"] + (1.0 if gemma else 0.0)
+        return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + epsilon) * scale
+
+    x_BSE = w["model.embed_tokens.weight"][tokens_BS]
+    if gemma:
+        x_BSE = x_BSE * math.sqrt(width)
+    states = [x_BSE]
+    for i in range(int(config["num_hidden_layers"])):
+        a, m = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        y = norm(x_BSE, f"model.layers.{i}.input_layernorm")
+        q, k, v = (affine(y, w, f"{a}.{name}_proj", bias=biased[name]) for name in "qkv")
+        window = _window(config, kind, i)
+        parts = []
+        for head in range(heads):
+            group = head // (heads // groups)
+            own, shared = (slice(n * depth, (n + 1) * depth) for n in (head, group))
+            query, key = q[..., own], k[..., shared]
+            if kind == "qwen3":
+                query, key = norm(query, f"{a}.q_norm"), norm(key, f"{a}.k_norm")
+            parts.append(attend(turn(query), turn(key), v[..., shared], window=window))
+        x_BSE = x_BSE + affine(torch.cat(parts, dim=-1), w, f"{a}.o_proj", bias=biased["o"])
+        y = norm(x_BSE, f"model.layers.{i}.post_attention_layernorm")
+        gate = act(affine(y, w, f"{m}.gate_proj", bias=mlp_bias))
+        inner = gate * affine(y, w, f"{m}.up_proj", bias=mlp_bias)
+        x_BSE = x_BSE + affine(inner, w, f"{m}.down_proj", bias=mlp_bias)
+        states.append(x_BSE)
+    shares = tied(config, gemma)
+    output = w["model.embed_tokens.weight"] if shares else w["lm_head.weight"]
+    return norm(x_BSE, "model.norm") @ output.T, states
+
+
+def _window(config: Mapping[str, Any], kind: str, layer: int) -> int | None:
+    """Tokens that a token of this layer sees; None for all before it."""
+    size = config.get("sliding_window", 4096)
+    if kind == "mistral":
+        return None if size is None else int(size)
+    if not kind.startswith("qwen") or not config.get("use_sliding_window") or size is None:
+        return None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return int(size) if layer >= int(config.get("max_window_layers", 28)) else None
+    return int(size) if kinds[layer] == "sliding_attention" else None
