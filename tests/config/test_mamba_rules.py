@@ -58,7 +58,7 @@ def test_the_pattern_says_how_many_layers() -> None:
         ({"num_experts": 4}, ["no layer of experts (E)", "num_experts is 4"]),
         (
             {"hybrid_layer_pattern": "ME*E", "num_experts": 4, "moe_layer_freq": 2},
-            ["moe_layer_freq = 2", "already says"],
+            ["moe_layer_freq = '2'", "already says"],
         ),
         ({"mamba_num_groups": 3}, ["mamba_num_groups = 3", "8 heads", "Nearest: 2"]),
         ({"mamba_head_dim": 12}, ["mamba_head_dim = 12", "2 x hidden_size = 64", "8 or 16"]),
@@ -73,6 +73,10 @@ def test_the_pattern_says_how_many_layers() -> None:
         (PURE | {"position_embedding_type": "rope"}, ["only means something with attention"]),
         (PURE | {"num_attention_heads": 4}, ["num_attention_heads = 4", "of which"]),
         (PURE | {"add_qkv_bias": True}, ["add_qkv_bias = True"]),
+        (PURE | {"window_size": 4, "qk_layernorm": True}, ["window_size = 4", "qk_layernorm"]),
+        (PURE | {"position_embedding_type": "alibi"}, ["= 'alibi'", "with attention"]),
+        (PURE | {"add_mlp_bias": True}, ["add_mlp_bias = True", "(-)"]),
+        ({"use_parallel_residual": True}, ["use_parallel_residual", "has one"]),
         (PURE | {"ffn_hidden_size": 64}, ["ffn_hidden_size = 64", "with an MLP"]),
         (NO_MAMBA | {"mamba_state_dim": 64}, ["mamba_state_dim = 64", "with Mamba layers"]),
         (

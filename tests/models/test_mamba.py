@@ -33,6 +33,16 @@ CONFIGS = {
     "hybrid": hybrid_config(activation="swiglu", untie_embeddings_and_output_weights=True),
     "hybrid-biases": hybrid_config(add_bias_linear=True, position_embedding_type="learned"),
     "experts": hybrid_config(**MOE),
+    "gemma-like": hybrid_config(
+        apply_layernorm_1p=True,
+        qk_layernorm=True,
+        window_size=5,
+        add_attention_bias=True,
+        activation="geglu-tanh",
+        position_embedding_type="rope",
+        kv_channels=8,
+    ),
+    "mlp-bias": hybrid_config(add_mlp_bias=True, position_embedding_type="relative"),
 }
 
 
@@ -46,9 +56,9 @@ def test_parameters_are_counted(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_six_times_the_matrices_and_the_rest(name: str) -> None:
     config = CONFIGS[name]
-    matrices = 0
+    matrices, tables = 0, ("embedding", "relative")
     for key, parameter in build_model(config).named_parameters():
-        if parameter.ndim > 1 and "conv_" not in key and not key.startswith("embedding"):
+        if parameter.ndim > 1 and "conv_" not in key and not key.startswith(tables):
             share = 2 / 4 if ".experts." in key else 1.0  # two of four a token
             matrices += int(share * parameter.numel())
     if not config.untie_embeddings_and_output_weights:
@@ -57,11 +67,13 @@ def test_flops_are_six_times_the_matrices_and_the_rest(name: str) -> None:
     scan = pattern.count("M") * 3 * 7 * (12 * 6) * 10
     width = config.num_attention_heads * config.head_size
     scores = pattern.count("*") * 12 * width * config.seq_length
+    window = config.window_size or config.seq_length
+    seen = (window - window**2 / (2 * config.seq_length)) / config.seq_length
     flops = flops_per_token(config)
     assert flops.full == 6 * matrices + scan + scores
-    assert flops.causal == 6 * matrices + scan + scores / 2
+    assert flops.causal == pytest.approx(6 * matrices + scan + scores * seen, rel=1e-12)
     output = 6 * config.padded_vocab_size * config.hidden_size
-    assert sum(layer_costs(config)) + output == flops.causal
+    assert sum(layer_costs(config)) + output == pytest.approx(flops.causal, rel=1e-12)
 
 
 def test_published_sizes() -> None:
@@ -89,6 +101,8 @@ def test_initial_values_depend_on_names_and_the_seed() -> None:
     assert (value("skip", 600) == 1).all()
     weights = value("conv_b.weight", 30, 4)
     assert weights.abs().max() <= 0.5 and weights.std() == pytest.approx(0.5 / 3**0.5, rel=0.15)
+    zero_centred = dataclasses.replace(config, apply_layernorm_1p=True)
+    assert (initial_value("layers.0.mamba.norm.weight", (30,), zero_centred, 1) == 1).all()
     assert not value("conv_b.bias", 30).any() and (value("norm.weight", 30) == 1).all()
     assert torch.equal(rates, value("a_log", 600).exp())
     assert not torch.equal(rates, value("a_log", 600, layer=1).exp())
