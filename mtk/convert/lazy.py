@@ -17,6 +17,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# Endings of names whose tensors keep their precision: rounded they would choose other experts.
+EXACT = ("expert_bias",)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -41,6 +43,11 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def cast_to(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a floating-point tensor of this name becomes where ``dtype`` is asked for."""
+    return None if name.endswith(EXACT) else dtype
+
+
 def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
     """Floating-point tensors in ``dtype``; None keeps each as it is stored.
 
@@ -51,9 +58,10 @@ def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
     def read(name: str) -> Tensor:
         tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
+        wanted = cast_to(name, dtype)
+        if wanted is None or not tensor.is_floating_point() or tensor.dtype == wanted:
             return tensor
-        cast = tensor.to(dtype)
+        cast = tensor.to(wanted)
         if not cast.isfinite().all() and tensor.isfinite().all():
             largest = tensor.abs().max().item()
             short = str(dtype).removeprefix("torch.")
