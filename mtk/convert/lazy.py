@@ -17,8 +17,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# Endings of names whose tensors keep their precision: rounded they would choose other experts.
-EXACT = ("expert_bias",)
+
+
+# Endings of what keeps its own type: rounded, biases of experts would choose other ones.
+EXACT = ("router.expert_bias", "gate.e_score_correction_bias")
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -43,13 +45,9 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def cast_to(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """What a floating-point tensor of this name becomes where ``dtype`` is asked for."""
-    return None if name.endswith(EXACT) else dtype
-
-
 def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
-    """Floating-point tensors in ``dtype``; None keeps each as it is stored.
+    """Floating-point tensors in ``dtype``; None keeps each as it is stored, as those named in
+    ``EXACT`` always are.
 
     Reading a finite value that ``dtype`` cannot hold raises ConversionError.
     """
@@ -58,10 +56,9 @@ def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
     def read(name: str) -> Tensor:
         tensor = tensors[name]
-        wanted = cast_to(name, dtype)
-        if wanted is None or not tensor.is_floating_point() or tensor.dtype == wanted:
+        if not tensor.is_floating_point() or tensor.dtype == dtype or name.endswith(EXACT):
             return tensor
-        cast = tensor.to(wanted)
+        cast = tensor.to(dtype)
         if not cast.isfinite().all() and tensor.isfinite().all():
             largest = tensor.abs().max().item()
             short = str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from mtk.convert.hf_directory import (
     write_hf_directory,
     write_json,
 )
-from mtk.convert.lazy import LazyTensors, Tensors, as_dtype, cast_to
+from mtk.convert.lazy import LazyTensors, Tensors, as_dtype
 from mtk.convert.megatron.comparable import MegatronFiles
 from mtk.convert.megatron.open_checkpoint import Given, open_megatron
 from mtk.convert.open_model import assemble, has_tokenizer, read_native, tokenizer_folder
@@ -125,9 +125,7 @@ def certify(
     demands: Demands,
 ) -> Parity:
     """Compare a native model with files run by other code. Raises GateError."""
-    rounded_native = LazyTensors(
-        native, lambda name: rounded(native[name], cast_to(name, demands.dtype))
-    )
+    rounded_native = LazyTensors(native, lambda name: rounded(name, native[name], demands.dtype))
     probe = PROBES[config.family]
     candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"

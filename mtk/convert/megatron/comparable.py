@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtk.convert.lazy import LazyTensors, Tensors, cast_to
+from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.convert.megatron.open_checkpoint import MegatronModel
 from mtk.convert.megatron.ranks import Rank
 from mtk.convert.megatron.reference_forward import Files, ReferenceForward
@@ -23,11 +23,9 @@ class MegatronFiles:
 
         def loaded(rank: Rank, virtual: int) -> Tensors:
             chunk = rank.chunks[virtual]
-
-            def read(name: str) -> Tensor:
-                return rounded(rank.file.tensor(chunk[name]), cast_to(name, dtype)).double()
-
-            return LazyTensors(chunk, read)
+            return LazyTensors(
+                chunk, lambda name: rounded(name, rank.file.tensor(chunk[name]), dtype).double()
+            )
 
         stages = [
             [
