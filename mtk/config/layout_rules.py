@@ -53,6 +53,10 @@ def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
     return tp == 1 or not model.num_experts or model.moe_ffn_size % (8 * tp) == 0
 
 
+def shares_shared_expert(tp: int, model: ModelConfig) -> bool:
+    return (model.moe_shared_expert_intermediate_size or 0) % tp == 0
+
+
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
     """The padded vocabulary divides, whatever tokenizer decides it where it is open."""
     known = model.vocab_size is not None
@@ -64,6 +68,7 @@ TP_RULES = (
     shares_groups,
     shares_ffn,
     shares_experts_ffn,
+    shares_shared_expert,
     shares_mamba_heads,
     shares_mamba_groups,
 )
@@ -94,6 +99,10 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
     if not shares_experts_ffn(tp, model):
         rule = f"must divide the width of an expert's MLP, {model.moe_ffn_size}, in parts of 8"
         yield Problem(name, tp, rule, fix)
+    if not shares_shared_expert(tp, model):
+        width = model.moe_shared_expert_intermediate_size
+        rule = f"must divide model.moe_shared_expert_intermediate_size = {width}"
+        yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by
         known = f" ({model.padded_vocab_size} now)" if model.vocab_size is not None else ""
@@ -116,6 +125,10 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if model.family == "t5" and model.decoder_seq_length % rows:
+        rule = f"sequence parallelism needs it to be a multiple of TP = {rows}"
+        fix = nearest(model.decoder_seq_length, multiples(model.decoder_seq_length, rows))
+        yield Problem("model.decoder_seq_length", model.decoder_seq_length, rule, fix)
     if cp > 1 and model.family != "gpt":
         rule = f"cuts sequences that are read from left to right; family is {model.family}"
         yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
@@ -161,9 +174,6 @@ def pipeline_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
     pp, layers = parallel.pipeline_model_parallel_size, stacked_layers(model)
     if pp == 1:
         return
-    if model.position_embedding_type == "relative" and model.family == "gpt":
-        rule = "position_embedding_type = relative shares one table among all layers"
-        yield Problem("parallel.pipeline_model_parallel_size", pp, rule, "Nearest: 1.")
     if parallel.pipeline_split is not None:
         yield from _split_problems(parallel.pipeline_split, layers)
     elif parallel.num_layers_per_virtual_pipeline_stage is not None:

@@ -11,8 +11,9 @@ from typing import Any, Literal, Self
 from mtk.config.attention import AttentionOptions, attention_problems
 from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
+from mtk.config.layer_pattern import has_experts
 from mtk.config.mamba import EXPERTS, MambaOptions, implied_by_pattern, mamba_problems, mamba_sizes
-from mtk.config.moe import MoeOptions, moe_problems
+from mtk.config.moe import AUX_LOSS_COEFF, MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
 from mtk.config.schema import option
@@ -106,7 +107,14 @@ class ModelConfig(
         """Whether layer number ``layer`` is an MoE layer; Megatron counts them from 0 too."""
         if self.hybrid_layer_pattern is not None:
             return self.hybrid_layer_pattern[layer] == EXPERTS
-        return self.num_experts is not None and layer % self.moe_layer_freq == 0
+        return self.num_experts is not None and has_experts(self.moe_layer_freq, layer)
+
+    @property
+    def aux_loss_coeff(self) -> float:
+        """Weight of the balancing loss, after derivation."""
+        if self.moe_aux_loss_coeff is not None:
+            return self.moe_aux_loss_coeff
+        return AUX_LOSS_COEFF if self.moe_router_load_balancing_type == "seq_aux_loss" else 0.0
 
     @property
     def moe_layers(self) -> int:
@@ -185,6 +193,7 @@ class ModelConfig(
             num_query_groups=self.query_groups,
             ffn_hidden_size=self.ffn_size,
             moe_ffn_hidden_size=self.moe_ffn_size if self.num_experts else None,
+            moe_aux_loss_coeff=self.aux_loss_coeff if self.num_experts else None,
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
             mamba_num_heads=mamba_sizes(self).heads if self.has_mamba else None,

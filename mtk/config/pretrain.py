@@ -185,6 +185,11 @@ class RuntimeConfig:
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
+    mamba_backend: Literal["torch", "mamba-ssm"] = option(
+        "torch",
+        help="What computes the scan and the convolution of Mamba layers: plain PyTorch, or the "
+        "CUDA kernels of the packages mamba-ssm and causal-conv1d.",
+    )
     deterministic_mode: bool = option(
         False, help="Only deterministic kernels: two runs give identical checkpoints."
     )
@@ -263,6 +268,7 @@ class PretrainConfig:
             rule = "delays weight gradients, which a compiled block computes with all others"
             fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
             yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
+        yield from self._mamba_kernel()
         if runtime.attention_backend != "flash":
             return
         if runtime.device == "cpu" and self.model.attention_dropout:
@@ -276,6 +282,19 @@ class PretrainConfig:
             return
         fix = f"Use {fix}, or --attention-backend auto."
         yield Problem("runtime.attention_backend", "flash", rule, fix)
+
+    def _mamba_kernel(self) -> Iterator[Problem]:
+        if self.runtime.mamba_backend != "mamba-ssm":
+            return
+        name, rule, fix = "runtime.mamba_backend", "", "Use --mamba-backend torch."
+        if not self.model.has_mamba:
+            rule, fix = "computes Mamba layers, of which the model has none", "Leave it out."
+        elif self.runtime.device == "cpu":
+            rule = "has kernels for CUDA only"
+        elif self.runtime.deterministic_mode:
+            rule = "adds up gradients in any order; --deterministic-mode asks for one"
+        if rule:
+            yield Problem(name, "mamba-ssm", rule, fix)
 
     def derived(self) -> Self:
         """The batch in numbers, so that whatever reads the configuration sees the same one."""

@@ -77,6 +77,10 @@ def sdpa_kernel(
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
     mask = score_mask(q_BHSD, mask, documents, form, bias)
+    if spreads_groups(q_BHSD, k_BGTD, mask):
+        repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
+        k_BGTD = k_BGTD.repeat_interleave(repeats, dim=1)
+        v_BGTD = v_BGTD.repeat_interleave(repeats, dim=1)
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
@@ -86,6 +90,12 @@ def sdpa_kernel(
         is_causal=mask is None and form.causal,
         enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
     )
+
+
+def spreads_groups(q_BHSD: Tensor, k_BGTD: Tensor, mask: Tensor | None) -> bool:
+    """On CUDA the fused kernel that takes a mask knows no groups of heads; PyTorch's own way out
+    repeats keys and values too, and keeps all scores besides."""
+    return q_BHSD.is_cuda and mask is not None and q_BHSD.shape[1] != k_BGTD.shape[1]
 
 
 def flash_kernel(
@@ -191,6 +201,9 @@ class Attention(nn.Module):
         self.kernel = kernel
         self.form = form_of(config) if form is None else form
         self.interleaved = config.rotary_interleaved
+        # Kernels divide by sqrt(D); another scale is brought in with the queries.
+        scale = config.softmax_scale
+        self.query_scale = None if scale is None else scale * head**0.5
         self.query = nn.Linear(hidden, config.num_attention_heads * head, bias=config.qkv_bias)
         self.key = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
         self.value = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
@@ -208,11 +221,16 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         documents: Tensor | None = None,
         bias: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """mask, documents, bias: as for :class:`AttentionKernel`."""
+        """mask, documents, bias: as for :class:`AttentionKernel`. memory: [B, T, E] that keys
+        and values come from instead of ``x_BSE``."""
+        source = x_BSE if memory is None else memory
         q_BHSD = self._heads(self.query(x_BSE))
-        k_BGSD = self._heads(self.key(x_BSE))
-        v_BGSD = self._heads(self.value(x_BSE))
+        k_BGSD = self._heads(self.key(source))
+        v_BGSD = self._heads(self.value(source))
+        if self.query_scale is not None:
+            q_BHSD = q_BHSD * self.query_scale
         if self.query_norm is not None and self.key_norm is not None:
             q_BHSD, k_BGSD = self.query_norm(q_BHSD), self.key_norm(k_BGSD)
         if rotary is not None:

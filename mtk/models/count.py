@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mtk.config.model import ModelConfig
-from mtk.models.count_pattern import layer_flops, layer_parameters, mlp_weights
+from mtk.models.count_pattern import (
+    keys_seen,
+    layer_flops,
+    layer_parameters,
+    mlp_weights,
+    shared_expert_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,10 @@ def active_expert_weights(config: ModelConfig) -> int:
 
 
 def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers are there, dense MLPs are not."""
-    router = config.hidden_size * (config.num_experts or 0)
-    return config.moe_layers * (router - mlp_matrices(config, config.ffn_size))
+    """What MoE layers change besides their experts: routers and shared experts are there,
+    dense MLPs are not."""
+    own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
+    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -106,13 +113,6 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     each_key = 12.0 * config.num_layers * width
     seen = each_key * keys_seen(config)
     return Flops(full=6.0 * matrices + each_key * config.seq_length, causal=6.0 * matrices + seen)
-
-
-def keys_seen(config: ModelConfig) -> float:
-    """Keys that a token of a training sequence looks at, on average (half a key rounded off)."""
-    length = config.seq_length
-    window = length if config.window_size is None else min(config.window_size, length)
-    return window - window**2 / (2 * length)
 
 
 def kinds(config: ModelConfig) -> str:

@@ -17,13 +17,21 @@ from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
 from mtk.models.layer import make_layer
+from mtk.models.mamba import StateCache
 from mtk.models.norm import make_norm
 from mtk.models.relative import RelativeBias
 from mtk.models.rotary import rotary_table
 from mtk.models.score_bias import alibi_bias, alibi_slopes, distances, with_masks
 
+# Of attention and of Mamba layers.
+AnyCache = LayerCache | StateCache
 # x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
 Product = Callable[..., Tensor]
+
+
+# What a decoder's layers look at besides themselves: states [B, S, E], and where (bool,
+# broadcastable to [B, heads, T, S]; None: everywhere).
+Memory = tuple[Tensor, Tensor | None]
 
 
 class LayerRunner(Protocol):
@@ -35,9 +43,10 @@ class LayerRunner(Protocol):
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
         bias: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor: ...
 
 
@@ -46,14 +55,16 @@ def run_in_order(
     x_BSE: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
-    caches: Sequence[LayerCache] | None,
+    caches: Sequence[AnyCache] | None,
     documents: Tensor | None,
     bias: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """The :class:`LayerRunner` that keeps every activation."""
+    more = () if memory is None else (memory,)
     for index, block in enumerate(blocks):
         cache = None if caches is None else caches[index]
-        x_BSE = block(x_BSE, rotary, mask, cache, documents, bias)
+        x_BSE = block(x_BSE, rotary, mask, cache, documents, bias, *more)
     return x_BSE
 
 
@@ -170,13 +181,19 @@ class GPT(nn.Module):
         if not last:
             self.final_norm = self.output = None
 
+    @property
+    def stateful_layers(self) -> tuple[int, ...]:
+        """Places, among this module's layers, of those whose cache is a state (Mamba)."""
+        blocks = enumerate(self.layers.values())
+        return tuple(place for place, block in blocks if getattr(block, "mamba", None) is not None)
+
     def forward(
         self,
         inputs: Tensor,
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
         key_positions: Tensor | None = None,
     ) -> Tensor:
@@ -186,9 +203,10 @@ class GPT(nn.Module):
         positions: int64 [S] or [B, S], default 0..S-1 (later stages must be told). mask:
         bool, True where a query may look, broadcastable to [B, heads, S, T]; None is causal
         (only right without caches, or for the first tokens into empty ones). caches: one per
-        layer. documents: int64 [B, S], tokens look back inside their own document only.
-        key_positions: int64 [T] or [B, T] with a mask, of all tokens in the caches, default
-        0..T-1; windows and biases go by them (prompts padded on the left start later).
+        layer (of Mamba layers a ``StateCache``; these know no mask). documents: int64 [B, S],
+        tokens look back inside their own document only. key_positions: int64 [T] or [B, T] with
+        a mask, of all tokens in the caches, default 0..T-1; windows and biases go by them
+        (prompts padded on the left start later).
 
         Returns states instead where a later pipeline stage follows.
         """
@@ -208,7 +226,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
         key_positions: Tensor | None = None,
     ) -> Tensor:

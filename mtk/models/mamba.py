@@ -101,12 +101,13 @@ class GatedNorm(nn.Module):
 
     def forward(self, x_BSI: Tensor, gate_BSI: Tensor) -> Tensor:
         gated = x_BSI.float() * F.silu(gate_BSI.float())
-        groups = gated.unflatten(-1, (-1, min(self.group_size, gated.shape[-1])))
+        groups = torch.unflatten(gated, -1, (-1, min(self.group_size, gated.shape[-1])))
         squares = groups.square().sum(-1, keepdim=True)
         if self.whole is not None:
             squares = self.whole(squares)
         normed = groups * torch.rsqrt(squares / self.group_size + self.epsilon)
-        return self.weight * normed.flatten(-2).to(x_BSI.dtype)
+        out: Tensor = self.weight * normed.flatten(-2).to(x_BSI.dtype)
+        return out
 
 
 class Mamba(nn.Module):
@@ -177,7 +178,7 @@ class Mamba(nn.Module):
         documents, parts = stream.documents, (stream.x, stream.b, stream.c)
         befores: tuple[Tensor | None, ...] = (None,) * 3
         if before is not None:
-            befores = before.split([part.shape[-1] for part in parts], dim=-1)
+            befores = torch.split(before, [part.shape[-1] for part in parts], dim=-1)
         x_BSI, b_BSC, c_BSC = (
             self.kernels.convolve(part, *conv, before=earlier, documents_BS=documents)
             for part, conv, earlier in zip(parts, weights[:3], befores, strict=True)
@@ -188,11 +189,11 @@ class Mamba(nn.Module):
         # A single token needs no matrices.
         scan = recurrent if state is not None and x_BSI.shape[1] == 1 else self.kernels.scan
         y_BSHP, state = scan(
-            x_BSI.unflatten(-1, (-1, self.head_dim)),
+            torch.unflatten(x_BSI, -1, (-1, self.head_dim)),
             dt_BSH,
             -weights.a_log.float().exp(),
-            b_BSC.unflatten(-1, (-1, self.state_dim)),
-            c_BSC.unflatten(-1, (-1, self.state_dim)),
+            torch.unflatten(b_BSC, -1, (-1, self.state_dim)),
+            torch.unflatten(c_BSC, -1, (-1, self.state_dim)),
             weights.skip,
             chunk=self.chunk,
             documents_BS=documents,

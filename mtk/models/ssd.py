@@ -107,13 +107,14 @@ def chunked(
     def cut(x: Tensor) -> Tensor:
         """[B, S, ...] -> [B, K, Q, ...]; a step of size 0 changes no state."""
         padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
-        return padded.unflatten(1, (chunks, chunk))
+        return torch.unflatten(padded, 1, (chunks, chunk))
 
     b_BKLGN, c_BKQGN = cut(b_BSGN), cut(c_BSGN)
-    inflow_BKLGRP = cut((x_BSHP * dt_BSH[..., None]).to(dtype)).unflatten(3, (groups, -1))
-    logs_BKGRQ = cut(dt_BSH * a_H).unflatten(3, (groups, -1)).movedim(2, -1).double()
+    inflow = cut((x_BSHP * dt_BSH[..., None]).to(dtype))
+    inflow_BKLGRP = torch.unflatten(inflow, 3, (groups, -1))
+    logs_BKQGR = torch.unflatten(cut(dt_BSH * a_H), 3, (groups, -1))
     segments_BKQ = None if documents_BS is None else _segments(documents_BS, chunks, chunk)
-    sums_BKGRQ = logs_BKGRQ.cumsum(-1)
+    sums_BKGRQ = logs_BKQGR.movedim(2, -1).double().cumsum(-1)
 
     # Inside each chunk: tokens Q look at the tokens L before them.
     decays = _decays(sums_BKGRQ, None if segments_BKQ is None else segments_BKQ[:, :, None, None])
@@ -134,7 +135,7 @@ def chunked(
     decayed = (inflow_BKLGRP * left_BKGRQ.movedim(-1, 2)[..., None]).to(dtype)
     added = torch.einsum("bklgn,bklgrp->bkgrpn", b_BKLGN, decayed).float()
     start = added.new_zeros(batch, heads, width, size) if state is None else state
-    states = torch.cat((start.unflatten(1, (groups, -1))[:, None], added), dim=1)
+    states = torch.cat((torch.unflatten(start, 1, (groups, -1))[:, None], added), dim=1)
     states = _hand_on(states, sums_BKGRQ[..., -1], ends_BK)
     across = torch.einsum("bkqgn,bkgrpn->bkqgrp", c_BKQGN, states[:, :-1].to(dtype))
     across = across * carried_BKGRQ.movedim(-1, 2)[..., None]
@@ -172,4 +173,4 @@ def _segments(documents_BS: Tensor, chunks: int, chunk: int) -> Tensor:
     runs_BS = new_BS.cumsum(1)
     missing = chunks * chunk - runs_BS.shape[1]
     runs_BS = torch.cat((runs_BS, runs_BS[:, -1:].expand(-1, missing)), dim=1)
-    return runs_BS.unflatten(1, (chunks, chunk))
+    return torch.unflatten(runs_BS, 1, (chunks, chunk))

@@ -87,19 +87,21 @@ class HeadExchange:
     def enter(self, stream: Stream, weights: Weights) -> tuple[Stream, Weights]:
         repeats = self._repeats(stream.b.shape[-1])
         shared = [self._repeated(x, repeats, -1) for x in (stream.b, stream.c)]
-        parts = [x.unflatten(-1, (self.group.size, -1)) for x in (stream.x, *shared, stream.dt)]
+        whole = (stream.x, *shared, stream.dt)
+        parts = [torch.unflatten(x, -1, (self.group.size, -1)) for x in whole]
         # One message to each rank: all that it mixes.
         rows = torch.cat(parts, dim=-1).movedim(2, 0).contiguous()
         rows = collectives.exchange_rows(rows, None, None, self.group, "cp.mamba")
         mixed_BTC = in_order(rows.movedim(0, 1).flatten(1, 2), self.group.size, 1)
-        x, b, c, dt = mixed_BTC.split([part.shape[-1] for part in parts], dim=-1)
+        x, b, c, dt = torch.split(mixed_BTC, [part.shape[-1] for part in parts], dim=-1)
         documents = stream.documents
-        whole = None if documents is None else all_documents(documents, self.group)
-        return Stream(x, b, c, dt, whole), self._own(weights, repeats)
+        if documents is not None:
+            documents = all_documents(documents, self.group)
+        return Stream(x, b, c, dt, documents), self._own(weights, repeats)
 
     def leave(self, y_BTC: Tensor) -> Tensor:
         """[B, T, own channels] -> [B, S, I]."""
-        rows = by_rank(y_BTC, self.group.size, 1).unflatten(1, (self.group.size, -1))
+        rows = torch.unflatten(by_rank(y_BTC, self.group.size, 1), 1, (self.group.size, -1))
         rows = rows.movedim(1, 0).contiguous()
         rows = collectives.exchange_rows(rows, None, None, self.group, "cp.mamba.out")
         return rows.movedim(0, 2).flatten(2, 3)
@@ -131,7 +133,7 @@ class HeadExchange:
         """Each group of channels ``repeats`` times, one behind the other."""
         if repeats == 1:
             return x
-        groups = x.unflatten(dim, (-1, self.state))
+        groups = torch.unflatten(x, dim, (-1, self.state))
         at = dim - 1 if dim < 0 else dim
         return groups.repeat_interleave(repeats, dim=at).flatten(at, at + 1)
 

@@ -66,7 +66,7 @@ def make_ranks(
     """Build all groups of a layout; every rank of the job must call it at the same time.
 
     The default process group must exist when ``dims.world`` > 1 and have that size.
-    kv_groups: key/value heads of the model; state_groups: groups of its Mamba layers. sharded:
+    kv_groups: key/value heads of the model. state_groups: groups of its Mamba layers. sharded:
     FSDP shards over ``shards`` (else it keeps whole copies on each of them). made: groups by
     their ranks that earlier layouts of this process have made; they are used again, and new
     ones added.

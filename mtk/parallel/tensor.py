@@ -22,6 +22,7 @@ from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
 from mtk.models.layer import SingleBlock
 from mtk.models.mlp import MLP
+from mtk.models.t5 import T5, DecoderBlock
 from mtk.parallel.collectives import (
     copy_to_parts,
     gather_rows,
@@ -31,6 +32,7 @@ from mtk.parallel.collectives import (
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.stages import SHARED_BIASES
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
@@ -94,22 +96,33 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         return
     sequence = model.config.seq_length // ranks.cp.size
     region = Region(ranks.tp, sequence if sequence_parallel else None)
+    # Where the output is made; all of a decoder-only model, or of an encoder.
+    last = region
+    if isinstance(model, T5):
+        last = Region(ranks.tp, model.config.decoder_seq_length if sequence_parallel else None)
     cutter = Cutter(ranks, pieces)
     for index, block in model.layers.items():
         assert isinstance(block, Block | SingleBlock)
         name = f"layers.{index}"
+        own = last if isinstance(block, DecoderBlock) else region
         if block.attention is not None:
-            _shard_attention(block.attention, f"{name}.attention", region, cutter)
+            _shard_attention(block.attention, f"{name}.attention", own, cutter)
+        if isinstance(block, DecoderBlock):
+            cross = block.cross_attention
+            _shard_attention(cross, f"{name}.cross_attention", own, cutter)
+            cross.register_forward_pre_hook(_memory_entering(region))
         if isinstance(block.mlp, MLP):
-            _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
+            _shard_mlp(block.mlp, f"{name}.mlp", own, cutter)
     if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
         _shard_embedding(model.embedding, region, cutter)
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
     _shard_score_biases(model, cutter)
-    model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
-    if isinstance(model, Bert):
-        _shard_bert(model, region, cutter)
+    model.head = VocabParallelHead(model.config.vocab_size or 0, last.enter, ranks.tp)
+    if isinstance(model, Bert | T5) and model.output_bias is not None:
+        cutter.cut(model, "output_bias", 0, "output_bias")
+    if isinstance(model, Bert) and model.pooler is not None:
+        model.pooler.whole = region.whole
     if sequence_parallel:
         _sum_gradients_of_rows(model, ranks.tp, pieces)
 
@@ -143,22 +156,16 @@ def _shard_embedding(embedding: Embedding, region: Region, cutter: Cutter) -> No
         embedding.register_forward_pre_hook(_rows_of_positions(region.group))
 
 
-def _shard_bert(model: Bert, region: Region, cutter: Cutter) -> None:
-    """The output bias follows the vocabulary; the pooler sees whole sequences on every rank."""
-    if model.output_bias is not None:
-        cutter.cut(model, "output_bias", 0, "output_bias")
-    if model.pooler is not None:
-        model.pooler.whole = region.whole
-
-
 def _shard_score_biases(model: GPT, cutter: Cutter) -> None:
     """Each rank biases the scores of its own heads."""
     tp, heads = cutter.ranks.tp, model.config.num_attention_heads // cutter.ranks.tp.size
     model.own_heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
     if model.config.position_embedding_type == "alibi":
         model.fill_tables(model.alibi_slopes.device)  # type: ignore[arg-type]
-    if model.relative_bias is not None:
-        cutter.cut(model.relative_bias, "weight", 1, "relative_bias.weight")
+    for name in SHARED_BIASES:
+        table = getattr(model, name, None)
+        if table is not None:
+            cutter.cut(table, "weight", 1, f"{name}.weight")
 
 
 def entering(region: Region, site: str) -> Any:
@@ -167,6 +174,16 @@ def entering(region: Region, site: str) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
         return (region.enter(inputs[0], site), *inputs[1:])
+
+    return hook
+
+
+def _memory_entering(region: Region) -> Any:
+    """The encoder's states enter as the decoder's do."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        return (*inputs[:-1], region.enter(inputs[-1], "tp.memory"))
 
     return hook
 

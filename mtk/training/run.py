@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
@@ -95,7 +96,7 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
 
 def _tell_layout(run: Run) -> None:
     config, stepper = run.config, run.stepper
-    dtype, layers = COMPUTE_DTYPES[config.precision.precision], config.model.num_layers
+    dtype, layers = COMPUTE_DTYPES[config.precision.precision], stacked_layers(config.model)
     text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
     run.session.reporter.info(text)
     run.session.reporter.event("layout", **fields)

@@ -183,8 +183,12 @@ def newest(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(step.glob("*.safetensors"))}
 
 
-def test_bert_learns_and_continues_bit_for_bit(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train_iters": 40, "lr_decay_iters": 40, "save_interval": 25}
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_learns_and_continues_bit_for_bit(tmp_path: Path, family: str) -> None:
+    changes: dict[str, Any] = {
+        **{"family": family, "train_iters": 40, "lr_decay_iters": 40, "save_interval": 25},
+        **({"decoder_seq_length": 24} if family == "t5" else {}),
+    }
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(config(straight, **changes), QUIET)
     run(config(stopped, **{**changes, "train_iters": 25}), QUIET)
