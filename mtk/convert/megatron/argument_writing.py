@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mtk.config.layer_pattern import layer_pattern
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_divisor
 from mtk.convert.megatron.argument_tables import NEUTRAL, words
@@ -23,7 +24,8 @@ WRITTEN = words(
     kv_channels seq_length max_position_embeddings position_embedding_type rotary_base
     rotary_percent normalization norm_epsilon activation add_bias_linear add_qkv_bias
     untie_embeddings_and_output_weights hidden_dropout attention_dropout num_experts
-    moe_router_topk moe_ffn_hidden_size moe_layer_freq moe_aux_loss_coeff moe_z_loss_coeff
+    moe_router_topk moe_router_pre_softmax moe_ffn_hidden_size moe_layer_freq moe_aux_loss_coeff
+    moe_z_loss_coeff
     init_method_std vocab_size make_vocab_size_divisible_by
     """
 )
@@ -87,15 +89,20 @@ def write_arguments(config: ModelConfig, rows: int, tensor: int, pipeline: int) 
     if config.num_experts is not None:
         args |= {
             "moe_router_topk": config.moe_router_topk,
-            "moe_router_pre_softmax": config.moe_router_topk == 1,
+            "moe_router_pre_softmax": config.moe_router_topk == 1 or config.moe_router_pre_softmax,
             "moe_router_load_balancing_type": "seq_aux_loss",
             "moe_ffn_hidden_size": config.moe_ffn_size,
-            "moe_layer_freq": config.moe_layer_freq,
+            "moe_layer_freq": _layer_freq(config),
             "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
             "moe_z_loss_coeff": config.moe_z_loss_coeff or None,
             "moe_grouped_gemm": False,
         }
     return args
+
+
+def _layer_freq(config: ModelConfig) -> int | list[int]:
+    pattern = layer_pattern(config.moe_layer_freq)
+    return pattern if isinstance(pattern, int) else [int(one) for one in pattern]
 
 
 def dtype_arguments(dtype: torch.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtk.config.layer_pattern import as_text
 from mtk.config.model import ModelConfig
 from mtk.convert.family import ForeignConfig
 from mtk.convert.megatron.argument_tables import (
@@ -157,10 +158,10 @@ def _experts(found: ForeignConfig) -> dict[str, Any]:
         return {}
     topk = found.get("moe_router_topk", int, 2)
     first = found.get("moe_router_pre_softmax", bool, False)
-    if first != (topk == 1):
+    if topk == 1 and not first:
         found.complaints.append(
-            f"moe_router_pre_softmax = {first} with moe_router_topk = {topk}: mtk weighs the "
-            f"chosen experts among themselves, and by their probability among all if it is one"
+            "moe_router_pre_softmax = False with moe_router_topk = 1: the weight of a single "
+            "expert would be 1 whatever the router says"
         )
     balancing = found.data.get("moe_router_load_balancing_type") or "aux_loss"
     kinds = balancing if isinstance(balancing, list) else [balancing]
@@ -171,6 +172,7 @@ def _experts(found: ForeignConfig) -> dict[str, Any]:
     return {
         "num_experts": count,
         "moe_router_topk": topk,
+        "moe_router_pre_softmax": first and topk > 1,
         "moe_ffn_hidden_size": found.get(
             "moe_ffn_hidden_size", int, found.get("ffn_hidden_size", int)
         ),
@@ -180,17 +182,14 @@ def _experts(found: ForeignConfig) -> dict[str, Any]:
     }
 
 
-def _layer_frequency(found: ForeignConfig) -> int:
+def _layer_frequency(found: ForeignConfig) -> str:
     value = found.data.get("moe_layer_freq", 1)
     if isinstance(value, int) and value >= 1:
-        return value
-    layers = found.get("num_layers", int)
-    if isinstance(value, list) and len(value) == layers:
-        for step in range(1, layers + 1):
-            if value == [int(layer % step == 0) for layer in range(layers)]:
-                return step
-    found.complaints.append(f"moe_layer_freq = {value!r}: mtk has experts in every Nth layer")
-    return 1
+        return str(value)
+    if isinstance(value, list) and value and all(one in (0, 1) for one in value):
+        return as_text(tuple(one == 1 for one in value))
+    found.complaints.append(f"moe_layer_freq = {value!r}: is no number and no list of 0 and 1")
+    return "1"
 
 
 def _coefficient(found: ForeignConfig, name: str) -> float:

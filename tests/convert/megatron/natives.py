@@ -44,6 +44,9 @@ MODELS: dict[str, ModelConfig] = {
         num_layers=4, activation="squared-relu", add_bias_linear=False, ffn_hidden_size=72
     ),
     "mixtral": mixtral(num_query_groups=4),
+    "pattern": mixtral(
+        num_query_groups=4, moe_router_pre_softmax=True, moe_layer_freq="[0]+[1]*2+[0]"
+    ),
     "switch": mixtral(num_query_groups=4, moe_router_topk=1, moe_layer_freq=1, add_qkv_bias=True),
 }
 
