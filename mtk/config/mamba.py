@@ -174,11 +174,18 @@ def _without_a_layer(model: ModelConfig) -> Iterator[Problem]:
         if model.num_attention_heads != 1:
             fix = "Leave it out, or add a *."
             yield Problem("num_attention_heads", model.num_attention_heads, rule, fix)
-        if model.position_embedding_type == "rope":
-            fix = "Use --position-embedding-type none."
-            yield Problem("position_embedding_type", "rope", rule, fix)
-        if model.add_qkv_bias:
-            yield Problem("add_qkv_bias", True, rule, "Leave it out.")
+        if model.position_embedding_type in ("rope", "alibi", "relative"):
+            kind, fix = model.position_embedding_type, "Use --position-embedding-type none."
+            yield Problem("position_embedding_type", kind, rule, fix)
+        for name in ("add_qkv_bias", "add_attention_bias", "qk_layernorm", "window_size"):
+            if getattr(model, name):
+                yield Problem(name, getattr(model, name), rule, "Leave it out.")
+    if model.use_parallel_residual:
+        rule = "puts two parts in a layer; each layer of a pattern has one"
+        yield Problem("use_parallel_residual", True, rule, "Leave it out.")
+    if model.add_mlp_bias and not model.has_mlp:
+        rule = "only means something with an MLP, of which the pattern has none (-)"
+        yield Problem("add_mlp_bias", True, rule, "Leave it out.")
     plain = dataclasses.replace(model, ffn_hidden_size=None).ffn_size
     experts = model.num_experts is not None and model.moe_ffn_hidden_size is None
     if not (model.has_mlp or experts) and model.ffn_size != plain:

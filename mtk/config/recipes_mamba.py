@@ -65,7 +65,7 @@ MAMBA_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "micro_batch_size": 2,
         "lr": 8e-4,
     },
-    # Waleffe et al. 2024: Mamba-2-Hybrid.
+    # Waleffe et al. 2024: Mamba-2-Hybrid, as trained on 1.1T tokens.
     "hybrid-8b": {
         **_BASE,
         "hybrid_layer_pattern": "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-",

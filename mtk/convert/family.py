@@ -56,9 +56,9 @@ def as_they_are(tensors: Tensors, config: ModelConfig) -> Tensors:
 class Family:
     """One row of the table of families; adding a family is adding one of these.
 
-    model_type, architecture: as in ``config.json``. blocks: submodule that lists the
-    layers in the transformers class. prefix: what some published files leave out in
-    front of names. reasons(config): ALL reasons why a native model cannot be
+    model_type, architecture: as in ``config.json``. blocks: submodules (parted by spaces)
+    that list the layers in the transformers class. prefix: what some published files leave
+    out in front of names. reasons(config): ALL reasons why a native model cannot be
     expressed, empty if it can. to_config / from_config: ``config.json`` both ways.
     weights(config): the table of weights. linears: name endings of weights that are
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how

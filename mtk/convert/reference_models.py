@@ -98,7 +98,9 @@ class TransformersModel:
             for name, parameter in model.named_parameters():
                 parameter.copy_(rounded(name, parameter, dtype))
         self._model, self._probe = model.eval(), family.probe
-        self._blocks: Sequence[nn.Module] = list(model.get_submodule(family.blocks))
+        self._blocks: Sequence[nn.Module] = [
+            block for name in family.blocks.split() for block in model.get_submodule(name)
+        ]
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         return _traced(

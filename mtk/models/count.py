@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from mtk.config.model import ModelConfig
 from mtk.models.count_pattern import (
+    keys_seen,
     layer_flops,
     layer_parameters,
     mlp_weights,
@@ -112,13 +113,6 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     each_key = 12.0 * config.num_layers * width
     seen = each_key * keys_seen(config)
     return Flops(full=6.0 * matrices + each_key * config.seq_length, causal=6.0 * matrices + seen)
-
-
-def keys_seen(config: ModelConfig) -> float:
-    """Keys that a token of a training sequence looks at, on average (half a key rounded off)."""
-    length = config.seq_length
-    window = length if config.window_size is None else min(config.window_size, length)
-    return window - window**2 / (2 * length)
 
 
 def kinds(config: ModelConfig) -> str:

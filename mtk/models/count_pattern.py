@@ -26,6 +26,13 @@ def shared_expert_weights(config: ModelConfig) -> int:
     return mlp_weights(config, width) + config.hidden_size * config.moe_shared_expert_gate
 
 
+def keys_seen(config: ModelConfig) -> float:
+    """Keys that a token of a training sequence looks at, on average (half a key rounded off)."""
+    length = config.seq_length
+    window = length if config.window_size is None else min(config.window_size, length)
+    return window - window**2 / (2 * length)
+
+
 def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
     """Weights of the matrices of a layer; ``active``: of experts those that a token goes to."""
     hidden, head = config.hidden_size, config.head_size
@@ -45,10 +52,13 @@ def matrices(config: ModelConfig, kind: str, *, active: bool = False) -> int:
 def _vectors(config: ModelConfig, kind: str) -> int:
     """Everything of a layer that is no matrix: norms, biases, convolutions, scalars of heads."""
     hidden, bias = config.hidden_size, config.add_bias_linear
-    norm = hidden * (2 if config.normalization == "LayerNorm" else 1)
+    centred = 2 if config.normalization == "LayerNorm" else 1
+    norm = hidden * centred
     if kind == ATTENTION:
+        norm += 2 * config.head_size * centred if config.qk_layernorm else 0
         keys_values = config.head_size * (config.num_attention_heads + 2 * config.query_groups)
-        return norm + (keys_values if config.qkv_bias else 0) + (hidden if bias else 0)
+        output = hidden if config.attention_output_bias else 0
+        return norm + (keys_values if config.qkv_bias else 0) + output
     if kind == MAMBA:
         sizes = mamba_sizes(config)
         channels = sizes.width + 2 * sizes.shared
@@ -56,7 +66,8 @@ def _vectors(config: ModelConfig, kind: str) -> int:
         projections = sizes.width + channels + sizes.heads + hidden
         return norm + convolution + sizes.width + 3 * sizes.heads + (projections if bias else 0)
     gates = 2 if config.gated else 1
-    return norm + (hidden + gates * config.ffn_size if bias and kind != EXPERTS else 0)
+    biased = config.mlp_bias and kind != EXPERTS
+    return norm + (hidden + gates * config.ffn_size if biased else 0)
 
 
 def layer_parameters(config: ModelConfig, kind: str) -> int:
@@ -69,8 +80,8 @@ def layer_flops(config: ModelConfig, kind: str) -> tuple[float, float]:
     products = 6.0 * matrices(config, kind, active=True)
     if kind == ATTENTION:
         width = config.num_attention_heads * config.head_size
-        scores = 12.0 * width * config.seq_length
-        return products + scores, products + scores / 2
+        full, seen = 12.0 * width * config.seq_length, 12.0 * width * keys_seen(config)
+        return products + full, products + seen
     if kind == MAMBA:
         sizes = mamba_sizes(config)
         products += 3.0 * SCAN_FLOPS * sizes.width * sizes.state

@@ -32,9 +32,8 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(branches)), norms such that they
-    multiply by 1, biases 0;
-    Mamba's own as :mod:`mtk.models.mamba_init` says. A layer has two branches, one of a pattern
-    one."""
+    multiply by 1, biases 0; Mamba's own as :mod:`mtk.models.mamba_init` says. A layer has two
+    branches, one of a pattern one."""
     own = mamba_value(name, shape, config, seed) if ".mamba." in name else None
     if own is not None:
         return own

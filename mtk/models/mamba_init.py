@@ -2,7 +2,7 @@
 
 Convolutions as torch draws them, biases zero; decay rates uniform in ``mamba_a_range``; step
 sizes log-uniform in ``mamba_dt_range``, so that heads begin with memories of different
-lengths; all of x skips to the output.
+lengths; all of x skips to the output. The gated norm's weights are never zero-centred.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mtk.models.generator import generator_of
 def mamba_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
     """fp32 on the CPU; None for parameters that start like any others."""
     part = name.rpartition(".mamba.")[2]
-    if part == "skip":
+    if part in ("skip", "norm.weight"):
         return torch.ones(shape)
     if part == "a_log":
         return _uniform(name, shape, *config.mamba_a_range, seed).log()

@@ -14,6 +14,10 @@ SP, EP, SHARDING = "sequence_parallel", "expert_model_parallel_size", "data_para
 EPS = {"optimizer.adam_eps": 1e-4}
 
 
+DOCUMENTS = {"data.reset_attention_mask": True}
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize("kind", ["mamba", "hybrid"])
 @pytest.mark.parametrize(
     ("world", "layout"),
@@ -36,3 +40,49 @@ EPS = {"optimizer.adam_eps": 1e-4}
 )
 def test_equals_one_process(kind: str, world: int, layout: dict[str, Any]) -> None:
     assert difference(configure(kind, world, EPS, **layout)).failures == []
+
+
+@pytest.mark.parametrize("layout", [{TP: 2, SP: True}, {CP: 2}], ids=str)
+def test_packed_documents(layout: dict[str, Any]) -> None:
+    assert difference(configure("hybrid", 2, EPS | DOCUMENTS, **layout)).failures == []
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, {EP: 2}),
+        (2, {PP: 2}),
+        pytest.param(4, {EP: 2, TP: 2, SP: True}, marks=slow),
+        pytest.param(4, {EP: 2, CP: 2, SHARDING: "full"}, marks=slow),
+    ],
+    ids=str,
+)
+def test_experts_among_the_layers(world: int, layout: dict[str, Any]) -> None:
+    assert difference(configure("hybrid-moe", world, EPS, **layout)).failures == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full", "recompute_method": "uniform"},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    ],
+    ids=str,
+)
+def test_recomputation_changes_nothing(changes: dict[str, Any]) -> None:
+    config = configure("hybrid", 2, EPS, **{TP: 2, SP: True}, **changes)
+    assert difference(config).failures == []
+
+
+def test_projections_with_biases_and_convolutions_without() -> None:
+    changes = {"model.add_bias_linear": True, "model.mamba_conv_bias": False}
+    for layout in ({TP: 4, SP: True}, {CP: 4}):
+        assert difference(configure("mamba", 4, EPS | changes, **layout)).failures == []
+
+
+@slow
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_schedules(schedule: str) -> None:
+    config = configure("hybrid", 2, EPS, **{PP: 2, "pipeline_schedule": schedule})
+    assert difference(config).failures == []

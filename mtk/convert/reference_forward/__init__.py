@@ -23,6 +23,7 @@ from mtk.convert.reference_forward.gpt2 import gpt2
 from mtk.convert.reference_forward.gpt_neox import gpt_neox
 from mtk.convert.reference_forward.mamba2 import mamba2_forward
 from mtk.convert.reference_forward.plain import Weights
+from mtk.convert.reference_forward.t5 import t5
 from mtk.errors import ConversionError
 
 Forward = Callable[[Mapping[str, Any], Weights, Tensor], tuple[Tensor, list[Tensor]]]
@@ -52,6 +53,7 @@ def reference_forward(
         "mamba2": mamba2_forward,
         "bert": bert,
         "megatron-bert": bert,
+        "t5": t5,
     }
     kind = config.get("model_type")
     if kind not in forwards:
