@@ -1,9 +1,10 @@
 """The tiny models of the parity matrix, and the run of each layout.
 
 Sizes are multiples of 2, 3, 4, 6 and 8 where layouts cut them, so that most layouts of up to 8
-ranks are legal. Between them the two models have: GPT-2's parts and Llama's, tied and untied
+ranks are legal. Between them the first two models have: GPT-2's parts and Llama's, tied and untied
 output, learned and rotary positions, biases or none, and fewer key/value heads than tensor
-ranks (one, and four).
+ranks (one, and four). The third, only run where it is asked for, is the second with DeepSeek-V3's
+router and a shared expert.
 """
 
 from __future__ import annotations
@@ -39,26 +40,40 @@ _BASE: Mapping[str, Any] = {
     "save": "unused",
     "device": "cpu",
 }
+_MOE: Mapping[str, Any] = {
+    **_BASE,
+    "num_query_groups": 4,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "untie_embeddings_and_output_weights": True,
+    "num_experts": 24,
+    "moe_ffn_hidden_size": 64,
+    # Some pipeline stages have experts, others have none.
+    "moe_layer_freq": 4,
+    # Heavy enough to be seen in the gradients.
+    "moe_aux_loss_coeff": 0.3,
+    "moe_z_loss_coeff": 0.03,
+}
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "dense": {**_BASE, "num_query_groups": 1},
-    "moe": {
-        **_BASE,
-        "num_query_groups": 4,
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "activation": "swiglu",
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "untie_embeddings_and_output_weights": True,
-        "num_experts": 24,
-        "moe_ffn_hidden_size": 64,
-        # Some pipeline stages have experts, others have none.
-        "moe_layer_freq": 4,
-        # Heavy enough to be seen in the gradients.
-        "moe_aux_loss_coeff": 0.3,
-        "moe_z_loss_coeff": 0.03,
+    "moe": _MOE,
+    "moe-biased": {
+        **_MOE,
+        "moe_layer_freq": "[0]*3+[1]*5",
+        "moe_router_topk": 4,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 6,
+        "moe_router_group_topk": 2,
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_shared_expert_gate": True,
     },
 }
+BOTH = ("dense", "moe")
 # Any number of copies of the model can share it.
 SHARED_BY_ALL = BatchConfig(micro_batch_size=1, global_batch_size=840)
 LEAST_SAMPLES = 4
@@ -107,7 +122,7 @@ def cases(config: VerifyMatrixConfig) -> list[Case]:
 
 
 def _models(choice: str) -> Sequence[str]:
-    return tuple(MODELS) if choice == "both" else (choice,)
+    return BOTH if choice == "both" else (choice,)
 
 
 def _cases(model: str, config: VerifyMatrixConfig) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.config.recipes import RECIPES
+from mtk.convert.mixtral import reasons, to_config
+from mtk.models.build import build_on_meta
 from mtk.models.count_families import active_parameters, flops_per_token, parameters
 
 LLAMA = {
@@ -191,3 +194,81 @@ def test_bert_has_no_masked_half_and_t5_counts_both_stacks() -> None:
     matrices = 6 * (2 * (layer + layer / 4 + query_output / 4 + key_value) + 100 * 64 / 4)
     assert t5.full == matrices + width * (32 + 8 + 2)
     assert t5.causal == matrices + width * (32 + 8 + 1)
+
+
+BUILT: list[dict[str, Any]] = [
+    {},
+    {"moe_layer_freq": "[0]*2+[1]*2", "ffn_hidden_size": 40},
+    {"moe_shared_expert_intermediate_size": 24},
+    {
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_shared_expert_gate": True,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_layer_freq": 3,
+        "activation": "gelu",
+        "moe_router_topk": 3,
+    },
+    {
+        "moe_shared_expert_intermediate_size": 24,
+        "hybrid_layer_pattern": "M*-E",
+        "mamba_num_groups": 2,
+    },
+]
+
+
+@pytest.mark.parametrize("changes", BUILT, ids=str)
+def test_models_with_experts_as_built(changes: dict[str, Any]) -> None:
+    """Counted on the module; of a token's work on the matrices that it passes."""
+    config = model(
+        **{
+            **LLAMA,
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "moe_ffn_hidden_size": 16,
+            "num_experts": 8,
+            "seq_length": 16,
+            "vocab_size": 50,
+            "mamba_head_dim": 16 if "hybrid_layer_pattern" in changes else 64,
+            **changes,
+        }
+    )
+    built = {name: p.numel() for name, p in build_on_meta(config).named_parameters()}
+    assert parameters(config) == sum(built.values())
+    k = config.moe_router_topk
+    idle = sum(n // 8 * (8 - k) for name, n in built.items() if ".experts." in name)
+    assert active_parameters(config) == sum(built.values()) - idle
+    shared = [n for name, n in built.items() if ".shared." in name]
+    without = replace(
+        config, moe_shared_expert_intermediate_size=None, moe_shared_expert_gate=False
+    )
+    extra = flops_per_token(config).full - flops_per_token(without).full
+    assert extra == 6 * sum(shared)
+    assert bool(shared) == (config.moe_shared_expert_intermediate_size is not None)
+
+
+def test_the_published_mixtral_is_the_recipe() -> None:
+    recipe = {
+        k: v for k, v in RECIPES["mixtral-8x7b"].items() if k in ModelConfig.__dataclass_fields__
+    }
+    config = model(**recipe, vocab_size=32000)
+    assert parameters(config) == 46_702_792_704
+    found = to_config(config)
+    published = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    assert {key: found[key] for key in published} == published
+    assert reasons(config) == []

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import pickle
-import textwrap
 from pathlib import Path
 from typing import Any
 
