@@ -22,7 +22,7 @@ import yaml
 
 from mtk.artifacts import InputRecord, input_file
 from mtk.config.evaluate import EvaluateConfig
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import ConfigError, DataError, GateError, Problem
 
 # Read by the libraries when they are imported. Whoever sets them otherwise means it.
 ENVIRONMENT = {
@@ -31,8 +31,11 @@ ENVIRONMENT = {
     "HF_EVALUATE_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "DISABLE_MULTIPROC": "1",  # the harness's bootstrap would fork this process
 }
+# Where they keep what they have read, in case they were imported before.
+SWITCHES = ("huggingface_hub.constants", "datasets.config")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # The harness takes 100,000 resamplings, minutes for what changes in the third digit.
 RESAMPLINGS = 1000
@@ -63,9 +66,13 @@ def require_harness() -> None:
 def surroundings(folder: Path | None, *, first: bool) -> Iterator[None]:
     """Inside the block nothing is downloaded, relative paths are those of ``folder``, and what
     the harness prints goes to stderr (of the first rank)."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: ENVIRONMENT[name] for name in missing})
+    offline = os.environ["HF_HUB_OFFLINE"] == "1"
+    modules = [sys.modules[name] for name in SWITCHES if offline and name in sys.modules]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     stream = sys.stderr if first else io.StringIO()
     try:
         with (
@@ -75,9 +82,10 @@ def surroundings(folder: Path | None, *, first: bool) -> Iterator[None]:
         ):
             yield
     finally:
-        for name, found in before.items():
-            if found is None:
-                os.environ.pop(name, None)
+        for module, found in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = found  # type: ignore[attr-defined]
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 # -- what belongs to the digest -----------------------------------------------------------
@@ -211,7 +219,8 @@ def _shots(task: Any, asked: int | None) -> None:
 def run_tasks(model: Any, tasks: Mapping[str, Any], limit: int | None, *, first: bool) -> Any:
     """The harness's evaluation; every rank runs it and gets the same requests answered.
 
-    Raises DataError for tasks that run code or need pictures.
+    Raises DataError for tasks that run code or need pictures, GateError for a metric beyond
+    what a number holds.
     """
     from lm_eval.evaluator import evaluate
 
@@ -223,6 +232,11 @@ def run_tasks(model: Any, tasks: Mapping[str, Any], limit: int | None, *, first:
             bootstrap_iters=RESAMPLINGS if first else 0,
             log_samples=True,
         )
+    except OverflowError as error:
+        raise GateError(
+            f"a metric of {', '.join(tasks)} is too large for a number ({error}): the model gives "
+            f"these texts next to no probability. Nothing was published."
+        ) from error
     except ValueError as error:
         if "unsafe" in str(error) or "multimodal" in str(error):
             raise DataError(f"{error} mtk does not run such tasks.") from error

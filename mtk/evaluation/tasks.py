@@ -161,10 +161,15 @@ def harness_task(bench: Bench, generate: Generate) -> Outcome:
     folder = Path(config.lm_eval_tasks).resolve() if config.lm_eval_tasks else None
     data = Path(config.valid_data[0]).resolve() if config.valid_data else None
     bench.reporter.info(f"lm-evaluation-harness: {', '.join(config.harness_tasks)}")
-    with harness.surroundings(folder, first=first):
+    with (
+        bench.reporter.progress("evaluate", None, "sequences") as bar,
+        harness.surroundings(folder, first=first),
+    ):
         from mtk.evaluation.lm_eval_model import MtkModel
 
-        model = MtkModel(bench.scorer, bench.text, generate, max_length=bench.length)
+        model = MtkModel(
+            bench.scorer, bench.text, generate, max_length=bench.length, advance=bar.advance
+        )
         tasks = harness.load_tasks(config, folder, data)
         found = harness.run_tasks(model, tasks, config.limit, first=first)
         result = harness.harness_result(found, config.limit)
