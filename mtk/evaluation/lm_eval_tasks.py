@@ -14,14 +14,10 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtk.artifacts import InputRecord, input_file
 from mtk.config.evaluate import EvaluateConfig
 from mtk.errors import ConfigError, DataError, GateError, Problem
 
@@ -41,17 +37,6 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 # The harness takes 100,000 resamplings, minutes for what changes in the third digit.
 RESAMPLINGS = 1000
 FEWSHOT_SEED = 1234  # the harness's own
-
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """figures: task -> metric -> value. items: one for each question. details: versions and
-    settings. log_likelihoods: every one of them, to see that all are finite."""
-
-    figures: dict[str, Any]
-    items: list[dict[str, Any]]
-    details: dict[str, Any]
-    log_likelihoods: list[float]
 
 
 def require_harness() -> None:
@@ -87,59 +72,6 @@ def surroundings(folder: Path | None, *, first: bool) -> Iterator[None]:
             module.HF_HUB_OFFLINE = found  # type: ignore[attr-defined]
         for name in missing:
             os.environ.pop(name, None)
-
-
-# -- what belongs to the digest -----------------------------------------------------------
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads a task file without running what it names."""
-
-
-_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def harness_inputs(config: EvaluateConfig) -> list[InputRecord]:
-    """The user's task files, and the data files they name. Raises DataError."""
-    if config.lm_eval_tasks is None:
-        return []
-    folder = Path(config.lm_eval_tasks)
-    tasks = sorted([*folder.rglob("*.yaml"), *folder.rglob("*.py")])
-    if not any(path.suffix == ".yaml" for path in tasks):
-        raise DataError(f"{folder} holds no task file (*.yaml). See --lm-eval-tasks.")
-    data = {file for path in tasks if path.suffix == ".yaml" for file in data_files(path, folder)}
-    records = [input_file(path, "task") for path in tasks]
-    return records + [input_file(path, "data") for path in sorted(data)]
-
-
-def data_files(path: Path, folder: Path) -> list[Path]:
-    """The local files that a task file names under ``dataset_kwargs``. Raises DataError."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Plain)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not a task file: {error}.") from error
-    named = content.get("dataset_kwargs") if isinstance(content, dict) else None
-    found = named.get("data_files") if isinstance(named, dict) else None
-    files = [folder / text for text in _texts(found) if not set(text) & set("*?[") and text]
-    files = [file for file in files if "://" not in str(file)]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise DataError(
-            f"{path} names the data file {missing}, which does not exist. Names are relative to "
-            f"--lm-eval-tasks."
-        )
-    return files
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, Sequence):
-        for part in value:
-            yield from _texts(part)
 
 
 # -- tasks --------------------------------------------------------------------------------
@@ -262,70 +194,3 @@ def run_tasks(model: Any, tasks: Mapping[str, Any], limit: int | None, *, first:
         if "unsafe" in str(error) or "multimodal" in str(error):
             raise DataError(f"{error} mtk does not run such tasks.") from error
         raise
-
-
-def harness_result(found: Mapping[str, Any], limit: int | None) -> HarnessResult:
-    """The harness's results as mtk writes them."""
-    from lm_eval import __version__ as version
-
-    figures = {name: _metrics(values) for name, values in found["results"].items()}
-    items, values = [], []
-    for name, samples in found["samples"].items():
-        for sample in samples:
-            items.append(_item(name, sample))
-            values += _log_likelihoods(sample["filtered_resps"])
-    details = {
-        "harness": {
-            "lm_eval": version,
-            "bootstrap_iters": RESAMPLINGS,
-            "limit": limit,
-            "tasks": {
-                name: {
-                    "version": found["versions"].get(name),
-                    "num_fewshot": found["n-shot"].get(name),
-                    "questions": dict(found["n-samples"].get(name, {})),
-                    "higher_is_better": found["higher_is_better"].get(name),
-                }
-                for name in found["results"]
-            },
-        }
-    }
-    return HarnessResult(figures, items, details, values)
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``acc,none`` -> ``acc``; other filters stay in the name."""
-    return {
-        key.removesuffix(",none"): float(value)
-        for key, value in values.items()
-        if isinstance(value, (int, float)) and "," in key
-    }
-
-
-def _item(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    responses = sample["filtered_resps"]
-    values = _log_likelihoods(responses)
-    item: dict[str, Any] = {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"]}
-    if values:
-        item["log_likelihoods"] = values
-        greedy = [bool(r[1]) for r in responses if isinstance(r, (tuple, list))]
-        item |= {"greedy": greedy} if greedy else {}
-    else:
-        item["responses"] = [str(response) for response in responses]
-    item["target"] = str(sample["target"])
-    item["metrics"] = {name: _plain(sample[name]) for name in sample["metrics"]}
-    return item | {name: sample[name] for name in ("doc_hash", "prompt_hash", "target_hash")}
-
-
-def _log_likelihoods(responses: Sequence[Any]) -> list[float]:
-    """Of continuations ((value, greedy) each) or of whole texts; none of generated texts."""
-    values = [r[0] if isinstance(r, (tuple, list)) and r else r for r in responses]
-    return [float(value) for value in values if isinstance(value, (int, float))]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    return float(value) if hasattr(value, "__float__") else str(value)

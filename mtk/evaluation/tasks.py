@@ -156,6 +156,7 @@ def lambada_task(bench: Bench) -> Outcome:
 def harness_task(bench: Bench, generate: Generate) -> Outcome:
     """Tasks of lm-evaluation-harness."""
     from mtk.evaluation import lm_eval_tasks as harness
+    from mtk.evaluation.lm_eval_results import harness_result
 
     config, first = bench.config, bench.scorer.world.first
     folder = Path(config.lm_eval_tasks).resolve() if config.lm_eval_tasks else None
@@ -172,7 +173,7 @@ def harness_task(bench: Bench, generate: Generate) -> Outcome:
         )
         tasks = harness.load_tasks(config, folder, data)
         found = harness.run_tasks(model, tasks, config.limit, first=first)
-        result = harness.harness_result(found, config.limit)
+        result = harness_result(found, config.limit)
     _require_finite(result.log_likelihoods, config.dtype)
     summary = "\n".join(
         f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in values.items())}"
