@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mtk.convert.families import family_of
-from mtk.convert.lazy import Tensors
+from mtk.convert.hf_directory import read_hf_config
+from mtk.convert.lazy import EXACT, Tensors
+from mtk.convert.probe import CAUSAL, Probe
 from mtk.convert.reference_forward import reference_forward
 from mtk.errors import ConversionError
 from mtk.models.gpt import GPT
@@ -39,13 +41,13 @@ class Comparable(Protocol):
 class NativeModel:
     """mtk's own module."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, probe: Probe = CAUSAL) -> None:
         self.name = "mtk"
-        self._model = model.float().eval()
+        self._model, self._probe = model.float().eval(), probe
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         blocks = list(self._model.layers.values())
-        return _traced(blocks, lambda: self._model(tokens_BS))
+        return _traced(blocks, lambda: self._probe.native(self._model, tokens_BS), self._probe)
 
 
 class PlainModel:
@@ -56,25 +58,31 @@ class PlainModel:
     ) -> None:
         self.name = "mtk reference forward"
         self._config = config
-        self._weights = {name: rounded(tensors[name], dtype) for name in tensors}
+        self._weights = {name: rounded(name, tensors[name], dtype) for name in tensors}
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         return reference_forward(self._config, self._weights, tokens_BS)
 
 
 class TransformersModel:
-    """``AutoModelForCausalLM`` on the directory, offline.
+    """The class that ``config.json`` names, or ``AutoModelForCausalLM``, on the directory,
+    offline.
 
     Raises ConversionError when transformers reports any weight that is missing, left
     over or of another shape.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        foreign = read_hf_config(folder)
+        family = family_of(foreign.get("model_type"), str(folder))
+        name = "AutoModelForCausalLM"
+        if family.probe != CAUSAL:
+            name = (foreign.get("architectures") or [family.architecture])[0]
         self.name = f"transformers {metadata.version('transformers')}"
         with _silent_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = getattr(transformers, name).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -87,15 +95,16 @@ class TransformersModel:
         if complaints:
             raise ConversionError(f"transformers does not take {folder} as it is: {complaints}.")
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(rounded(parameter, dtype))
-        self._model = model.eval()
-        family = family_of(model.config.model_type, str(folder))
-        self._blocks: Sequence[nn.Module] = list(model.get_submodule(family.blocks))
+            for name, parameter in model.named_parameters():
+                parameter.copy_(rounded(name, parameter, dtype))
+        self._model, self._probe = model.eval(), family.probe
+        self._blocks: Sequence[nn.Module] = [
+            block for name in family.blocks.split() for block in model.get_submodule(name)
+        ]
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         return _traced(
-            self._blocks, lambda: self._model(input_ids=tokens_BS, use_cache=False).logits
+            self._blocks, lambda: self._probe.foreign(self._model, tokens_BS), self._probe
         )
 
 
@@ -103,24 +112,29 @@ def transformers_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """fp32 values of what ``dtype`` keeps of ``tensor`` (None: all of it)."""
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """fp32 values of what ``dtype`` keeps of a weight (None: all of it)."""
     if not tensor.is_floating_point():
         return tensor
+    if name.endswith(EXACT):
+        return tensor.detach().float()
     return tensor.detach().to(dtype or tensor.dtype).float()
 
 
-def _traced(blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _traced(
+    blocks: Sequence[nn.Module], run: Callable[[], Tensor], probe: Probe
+) -> tuple[Tensor, list[Tensor]]:
     """Run with hooks on the blocks: the first one's input and each one's output."""
     states: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
-        states.append(args[0].detach())
+        states.append(probe.states(args[0].detach()))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
-        states.append((output[0] if isinstance(output, tuple) else output).detach())
+        found = output[0] if isinstance(output, tuple) else output
+        states.append(probe.states(found.detach()))
 
     handles = [blocks[0].register_forward_pre_hook(before)] if blocks else []
     handles += [block.register_forward_hook(after) for block in blocks]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -24,8 +24,9 @@ from mtk.data.token_source import SampleDataset
 class MicroBatch:
     """tokens_BS, labels_BS: int64; loss_mask_BS: float32, 0 where a label does not count.
     indices_B: positions in the dataset's order, for the data audit. documents_BS, positions_BS:
-    int64, as :class:`~mtk.data.packing.Packing` says; None where one forward pass goes over the
-    whole sample."""
+    int64, as :class:`~mtk.data.packing.Packing` says, or from samples that have ``documents``
+    themselves; None where one forward pass goes over the whole sample. extra: whatever else
+    the samples have, by its name there."""
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
@@ -33,6 +34,20 @@ class MicroBatch:
     indices_B: tuple[int, ...]
     documents_BS: torch.Tensor | None = None
     positions_BS: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def uncount(self, begin: int) -> None:
+        """Make the samples from ``begin`` on count for nothing: they only fill the batch."""
+        self.loss_mask_BS[begin:] = 0.0
+        for name, value in _UNCOUNTED.items():
+            if name in self.extra:
+                self.extra[name][begin:] = value
+
+
+# What a sample may have besides extras.
+_FIELDS = frozenset(("tokens", "labels", "loss_mask", "documents"))
+# What an extra is for a sample that does not count.
+_UNCOUNTED = {"order": -1}
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,8 @@ class BatchLoader:
         tokens_BS = _stack(samples, "tokens")
         packing = self._packing
         documents_BS = None if packing is None else packing.documents(tokens_BS)
+        if "documents" in samples[0]:
+            documents_BS = _stack(samples, "documents")
         positions_BS = None if packing is None else packing.position_ids(tokens_BS)
         return MicroBatch(
             self._pinned(tokens_BS),
@@ -141,6 +158,7 @@ class BatchLoader:
             indices,
             None if documents_BS is None else self._pinned(documents_BS),
             None if positions_BS is None else self._pinned(positions_BS),
+            {k: self._pinned(_stack(samples, k)) for k in samples[0] if k not in _FIELDS},
         )
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,9 @@ class GatherKernel:
         bias: Tensor | None = None,
     ) -> Tensor:
         if mask is not None or bias is not None or form != CAUSAL:
-            raise ValueError("gathered keys know causal attention and documents only")
+            raise ValueError(
+                "gathered keys take no masks or biases, only causal attention and documents"
+            )
         if dropout or documents is not None:
             return self._masked(q_BHSD, torch.stack((k_BGTD, v_BGTD)), dropout, documents)
         chunks = self.chunks or chunk_kernel(q_BHSD, k_BGTD, v_BGTD, documents=False)

@@ -161,7 +161,9 @@ class RingKernel:
         bias: Tensor | None = None,
     ) -> Tensor:
         if mask is not None or bias is not None or form != CAUSAL or dropout:
-            raise ValueError("ring attention is causal and has no attention dropout")
+            raise ValueError(
+                "ring attention is causal; it has neither masks, biases nor attention dropout"
+            )
         chunks = self.chunks or chunk_kernel(q_BHSD, k_BGTD, v_BGTD, documents is not None)
         out: Tensor = _Ring.apply(q_BHSD, k_BGTD, v_BGTD, documents, self.group, chunks)  # type: ignore[no-untyped-call]
         return out

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, fill, place
-from mtk.parallel.pipeline import Pipeline, states_boundary
+from mtk.parallel.pipeline import Call, Pipeline, call_bert, call_gpt, call_t5, states_boundary
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
@@ -20,10 +22,14 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
+from mtk.training.objective import MaskedTokens, NextToken, Objective, TokenLosses
 from mtk.training.optimizer import Optimizer
-from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined, TokenLosses
+from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
+
+# How a module of each family is called.
+CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
 
 def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
@@ -61,34 +67,44 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
     """How this rank runs its part of the model."""
     parallel = config.parallel
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
-    losses, feed = losses_of(config.model, ranks), Feed(ranks)
+    objective, feed = objective_of(config.model, ranks), Feed(ranks)
+    call = CALLS[config.model.family]
     if placed.stages is None:
         each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
         # Without FSDP there are no shards that could add up in fp32.
         each = each and ranks.shards.size > 1
-        return Accumulation(placed.parts[0], losses, feed, overlap, reduce_each=each)
+        return Accumulation(placed.parts[0], objective, feed, overlap, reduce_each=each, call=call)
     rows = ranks.tp.size if parallel.sequence_parallel else 1
     dtype = COMPUTE_DTYPES[config.precision.precision]
     pipeline = Pipeline(
         placed.parts,
         placed.stages.ranks,
         ranks.pp,
-        parallel.schedule(config.model.num_layers),
-        states_boundary(config.model.hidden_size, dtype, sequence_ranks=rows),
+        parallel.schedule(stacked_layers(config.model)),
+        states_boundary(
+            config.model.hidden_size,
+            dtype,
+            sequence_ranks=rows,
+            stacks=2 if config.model.family == "t5" else 1,
+        ),
         device=ranks.device,
         deferred=placed.deferred,
         reshard=parallel.data_parallel_sharding == "full",
         overlap=overlap.reduce,
+        call=call,
     )
-    return Pipelined(pipeline, losses, feed, overlap)
+    return Pipelined(pipeline, objective, feed, overlap)
 
 
-def losses_of(model: ModelConfig, ranks: Ranks) -> TokenLosses:
+def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:
     """Cross-entropy from whole logits, or from this rank's part of the vocabulary."""
-    if ranks.tp.size == 1:
-        return token_losses
-    size = model.padded_vocab_size
-    return partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
+    losses: TokenLosses = token_losses
+    if ranks.tp.size > 1:
+        size = model.padded_vocab_size
+        losses = partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
+    if model.family == "bert":
+        return MaskedTokens(losses, model.bert_binary_head)
+    return NextToken(losses)
 
 
 def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
@@ -102,6 +118,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention needs bf16 or fp16 on CUDA"
     if device.type == "cuda" and config.data.reset_attention_mask:
         rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+    if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
+        rule = "flash attention on CUDA takes no window and no bias on scores here"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

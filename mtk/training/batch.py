@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 
 class MicroBatch(Protocol):
     """Inputs, targets (int64) and loss mask (fp32), each [B, S]; with packed documents also
-    the number of each token's document and its position (int64), else None."""
+    the number of each token's document and its position (int64), else None. extra: what a
+    model family or task needs besides, by name, its first dimension B."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
@@ -23,6 +24,20 @@ class MicroBatch(Protocol):
     def documents_BS(self) -> Tensor | None: ...
     @property
     def positions_BS(self) -> Tensor | None: ...
+    @property
+    def extra(self) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """This rank's tokens of a micro-batch, on its device."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+    positions: Tensor | None
+    documents_BS: Tensor | None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,3 @@ class GlobalBatch:
     def tokens(self) -> int:
         """Tokens of the step on all ranks."""
         return self.samples * self.micro_batches[0].tokens_BS.shape[1]
-
-    def valid_tokens(self) -> Tensor:
-        """fp32 scalar: this rank's tokens that count in the loss."""
-        total = self.micro_batches[0].loss_mask_BS.sum()
-        for micro in self.micro_batches[1:]:
-            total = total + micro.loss_mask_BS.sum()
-        return total

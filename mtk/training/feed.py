@@ -6,8 +6,7 @@ from torch import Tensor
 
 from mtk.parallel.context import cut, local_positions
 from mtk.parallel.ranks import Ranks
-from mtk.training.batch import MicroBatch
-from mtk.training.passes import LocalBatch
+from mtk.training.batch import LocalBatch, MicroBatch
 
 
 class Feed:
@@ -26,6 +25,7 @@ class Feed:
             loss_mask_BS=self._own(batch.loss_mask_BS),
             positions=positions,
             documents_BS=self._part(batch.documents_BS),
+            extra={k: x.to(self.device, non_blocking=True) for k, x in batch.extra.items()},
         )
 
     def _own(self, whole_BS: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ class Loop:
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": result.norm.item(),
+                **{name: value.item() for name, value in result.terms.items()},
                 **{name: value.item() for name, value in result.balance.items()},
                 "loss_scale": self.stepper.loss_scale.scale,
                 "skipped_steps": progress.skipped_steps,

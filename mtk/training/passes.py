@@ -7,35 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mtk.models.gpt import GPT
 from mtk.parallel.fsdp import gather_weights, hold_gradients, reduce_held
-from mtk.parallel.pipeline import Pipeline
-from mtk.training.batch import MicroBatch
+from mtk.parallel.pipeline import Call, Pipeline, call_gpt
+from mtk.training.batch import LocalBatch, MicroBatch
+from mtk.training.objective import Objective, sums
 
-# Losses in nats [B, S] from logits and labels.
-TokenLosses = Callable[[Tensor, Tensor], Tensor]
-# Told the losses, labels and loss mask of a micro-batch.
-Score = Callable[[Tensor, Tensor, Tensor], None]
+# Told the model's outputs for a micro-batch.
+Score = Callable[[Any, LocalBatch], None]
 
 
 class Passes(Protocol):
-    """How this rank runs the model. train: returns this rank's part of the mean loss.
+    """How this rank runs the model. train: returns this rank's part of the terms of the loss.
 
-    valid: tokens that count in the global batch; scale: of the loss (fp16). collect is
-    called whenever gradients of a micro-batch are there. evaluate: every rank calls it with
-    equally many micro-batches; only ranks that have losses score them. refresh: weights have
-    changed, what repeats them on this rank must follow.
+    objective: what is minimised. counts: fp32 [terms], what each term's sum is divided by;
+    scale: of the loss (fp16). collect is called whenever gradients of a micro-batch are there.
+    evaluate: every rank calls it with equally many micro-batches; only ranks that have outputs
+    score them. refresh: weights have changed, what repeats them on this rank must follow.
     """
+
+    @property
+    def objective(self) -> Objective: ...
 
     def train(
         self,
         batches: Sequence[MicroBatch],
-        valid: Tensor,
+        counts: Tensor,
         scale: float,
         collect: Callable[[], None],
     ) -> Tensor: ...
@@ -43,17 +45,6 @@ class Passes(Protocol):
     def evaluate(self, batches: Sequence[MicroBatch], score: Score) -> None: ...
 
     def refresh(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """This rank's tokens of a micro-batch, on its device."""
-
-    tokens_BS: Tensor
-    labels_BS: Tensor
-    loss_mask_BS: Tensor
-    positions: Tensor | None
-    documents_BS: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -75,39 +66,39 @@ class Accumulation:
     def __init__(
         self,
         model: GPT,
-        token_losses: TokenLosses,
+        objective: Objective,
         local: Callable[[MicroBatch], LocalBatch],
         overlap: Overlap = Overlap(),
         reduce_each: bool = False,
+        call: Call = call_gpt,
     ) -> None:
-        self.model, self.token_losses, self.local = model, token_losses, local
-        self.overlap, self.reduce_each = overlap, reduce_each
+        self.model, self.objective, self.local = model, objective, local
+        self.overlap, self.reduce_each, self.call = overlap, reduce_each, call
 
     def train(
         self,
         batches: Sequence[MicroBatch],
-        valid: Tensor,
+        counts: Tensor,
         scale: float,
         collect: Callable[[], None],
     ) -> Tensor:
         self.model.train()
         if not self.overlap.gather:
             gather_weights(self.model)
-        total = torch.zeros((), device=valid.device)
+        total = torch.zeros_like(counts)
         for index, batch in enumerate(batches):
             due = self.reduce_each or index == len(batches) - 1
             hold_gradients(self.model, reduce=due and self.overlap.reduce)
             local = self.local(batch)
-            losses_BS = self.losses(local)
-            loss = (losses_BS * local.loss_mask_BS).sum() / valid
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            terms = self.terms(local) / counts
+            (terms.sum() * scale).backward()  # type: ignore[no-untyped-call]
             if due and not self.overlap.reduce:
                 reduce_held(self.model)
             # FSDP adds shards up by itself, a unit at a time; to take each micro-batch's away
             # would keep a second whole shard.
             if index == len(batches) - 1 or not self.reduce_each:
                 collect()
-            total += loss.detach()
+            total += terms.detach()
         return total
 
     @torch.no_grad()
@@ -115,12 +106,11 @@ class Accumulation:
         self.model.eval()
         for batch in batches:
             local = self.local(batch)
-            score(self.losses(local), local.labels_BS, local.loss_mask_BS)
+            score(self.call(self.model, (), local), local)
 
-    def losses(self, local: LocalBatch) -> Tensor:
-        """Nats of every token, fp32 [B, S]."""
-        logits_BSV = self.model(local.tokens_BS, local.positions, documents=local.documents_BS)
-        return self.token_losses(logits_BSV, local.labels_BS)
+    def terms(self, local: LocalBatch) -> Tensor:
+        """fp32 [terms]: the sums of the objective's terms over a micro-batch."""
+        return sums(self.objective, self.call(self.model, (), local), local)
 
     def refresh(self) -> None:
         return
@@ -132,17 +122,17 @@ class Pipelined:
     def __init__(
         self,
         pipeline: Pipeline,
-        token_losses: TokenLosses,
+        objective: Objective,
         local: Callable[[MicroBatch], LocalBatch],
         overlap: Overlap = Overlap(),
     ) -> None:
-        self.pipeline, self.token_losses, self.local = pipeline, token_losses, local
+        self.pipeline, self.objective, self.local = pipeline, objective, local
         self.overlap = overlap
 
     def train(
         self,
         batches: Sequence[MicroBatch],
-        valid: Tensor,
+        counts: Tensor,
         scale: float,
         collect: Callable[[], None],
     ) -> Tensor:
@@ -152,11 +142,15 @@ class Pipelined:
                 gather_weights(module)
         own = [self.local(batch) for batch in batches]
 
-        def loss(logits_BSV: Tensor, index: int) -> Tensor:
-            losses_BS = self.token_losses(logits_BSV, own[index].labels_BS)
-            return (losses_BS * own[index].loss_mask_BS).sum() / valid * scale
+        total = torch.zeros_like(counts)
 
-        return self.pipeline.run(own, loss, collect) / scale
+        def loss(outputs: Any, index: int) -> Tensor:
+            terms = sums(self.objective, outputs, own[index]) / counts
+            total.add_(terms.detach())
+            return terms.sum() * scale
+
+        self.pipeline.run(own, loss, collect)
+        return total
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], score: Score) -> None:
@@ -164,11 +158,9 @@ class Pipelined:
             module.eval()
         own = [self.local(batch) for batch in batches]
 
-        def told(logits_BSV: Tensor, index: int) -> Tensor:
-            local = own[index]
-            losses_BS = self.token_losses(logits_BSV, local.labels_BS)
-            score(losses_BS, local.labels_BS, local.loss_mask_BS)
-            return losses_BS.new_zeros(())
+        def told(outputs: Any, index: int) -> Tensor:
+            score(outputs, own[index])
+            return own[index].loss_mask_BS.new_zeros(())
 
         self.pipeline.evaluate(own, told)
 

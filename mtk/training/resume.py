@@ -16,7 +16,7 @@ from mtk.config import config_digest, leaves, to_dict
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.training.compatibility import check_model, check_tokenizer
-from mtk.training.data import OpenedData
+from mtk.training.opened_data import OpenedData
 from mtk.training.state import read_training
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
@@ -21,15 +22,14 @@ from mtk.precision.main_weights import COMPUTE_DTYPES
 from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.data import (
-    OpenedData,
     data_identity,
-    open_data,
     run_data,
     target_samples,
     with_vocabulary,
 )
 from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
+from mtk.training.opened_data import OpenedData, open_data
 from mtk.training.plots import write_plots
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
@@ -96,7 +96,7 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
 
 def _tell_layout(run: Run) -> None:
     config, stepper = run.config, run.stepper
-    dtype, layers = COMPUTE_DTYPES[config.precision.precision], config.model.num_layers
+    dtype, layers = COMPUTE_DTYPES[config.precision.precision], stacked_layers(config.model)
     text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
     run.session.reporter.info(text)
     run.session.reporter.event("layout", **fields)

@@ -67,6 +67,10 @@ def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
         piece = stepper.pieces[name]
         if piece.owner:
             model[name] = Block(weight, piece.shape, piece.offset)
+    for name, buffer in stepper.buffers.items():
+        piece = stepper.pieces[name]
+        if piece.owner:
+            model[name] = Block(buffer, piece.shape, piece.offset)
     for key, tensor in stepper.optimizer.state_tensors().items():
         kind, name = key.split(".", 1)
         piece = stepper.pieces[name]
@@ -89,7 +93,7 @@ def _prefix(stepper: Stepper) -> str:
 def restore_weights(stepper: Stepper, folder: Path) -> None:
     """Weights only, strictly by name and shape, in any layout. Raises CheckpointError."""
     entries = read_index(folder, "model")
-    shapes = stepper.placed.shapes
+    shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
     check_names(set(entries), set(shapes), folder)
     for name, shape in shapes.items():
         if tuple(entries[name]["shape"]) != shape:
@@ -99,7 +103,10 @@ def restore_weights(stepper: Stepper, folder: Path) -> None:
             )
     for name, piece in stepper.pieces.items():
         block = read_block(folder, name, entries[name], piece.offset, piece.size)
-        stepper.main.restore(name, block)
+        if name in stepper.buffers:
+            stepper.buffers[name].copy_(block)
+        else:
+            stepper.main.restore(name, block)
     stepper.passes.refresh()
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mtk.models.balance import NAMES
 from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
@@ -18,6 +17,8 @@ from mtk.parallel.watchdog import compare_copies
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
+from mtk.training.expert_balance import ExpertBalance
+from mtk.training.objective import counts
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Passes
 from mtk.training.schedule import Schedule
@@ -25,15 +26,18 @@ from mtk.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats per valid token; norm: gradient norm before clipping (both scalars
-    on the device, the same on every rank); applied: False when fp16 overflowed and the
-    update was skipped; balance: an MoE model's balancing losses by name, without their
-    coefficients (they are not part of loss)."""
+    """loss: mean nats per valid token, or the sum of the objective's terms; norm: gradient
+    norm before clipping (both scalars on the device, the same on every rank); applied: False
+    when fp16 overflowed and the update was skipped; balance: figures of an MoE
+    model's balance by name; losses among them are without their coefficients (and not part of
+    loss). terms: those of the loss
+    by name, where there are several."""
 
     loss: Tensor
     norm: Tensor
     applied: bool
     balance: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Stepper:
@@ -57,7 +61,8 @@ class Stepper:
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
-        self.balance = [part.balance for part in placed.parts if part.balance is not None]
+        self.balance = ExpertBalance(placed, ranks)
+        self.buffers = placed.kept_buffers()
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -72,7 +77,7 @@ class Stepper:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
         self.ranks.trace.phase("forward and backward")
         self.optimizer.zero_grad()
-        loss, norm, balance = self.gradients(batch)
+        parts, norm, balance = self.gradients(batch)
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)
@@ -84,35 +89,38 @@ class Stepper:
             )
             self.main.publish()
             self.passes.refresh()
-        named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
-        return StepResult(loss, norm, finite, named)
+            self.balance.move_biases()
+        named = dict(zip(self.balance.names, balance, strict=True))
+        names = self.passes.objective.names
+        terms = dict(zip(names, parts, strict=True)) if len(names) > 1 else {}
+        return StepResult(parts.sum(), norm, finite, named, terms)
 
     def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, global gradient norm, and balancing losses as in ``balance.NAMES`` (zero
+        """Terms of the mean loss, global gradient norm, and figures as in ``balance.names`` (none
         for a dense model); gradients stay on the main weights."""
-        valid = batch.valid_tokens().to(self.device)
-        valid = all_reduce(valid, self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
+        objective = self.passes.objective
+        own = torch.stack([counts(objective, micro) for micro in batch.micro_batches]).sum(0)
+        valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
         scale = self.loss_scale.scale
-        for record in self.balance:
-            record.begin(self.device, samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
-        loss = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
+        self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
+        terms = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
         sum_partial_gradients(self.main.weights, self.pieces)
         self.optimizer.unscale(scale)
-        return self._agree(loss)
+        return self._agree(terms)
 
-    def _agree(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, norm and balancing losses of the whole job from what each rank has."""
-        balance = torch.zeros(len(NAMES), device=self.device)
-        for record in self.balance:
-            balance = balance + record.means()
+    def _agree(self, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms, norm and balance of the whole job from what each rank has."""
+        balance = self.balance.part()
         if not self.ranks.distributed:
-            return loss, self.optimizer.norm(), balance
+            return terms, self.optimizer.norm(), self.balance.figures(balance)
         norm = squared_norm(self.main.weights, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
-        mine = loss.double() if self.ranks.tp.first else torch.zeros_like(norm)
-        parts = torch.cat((torch.stack([mine, norm]), balance.double()))
-        whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
-        return whole[0].float(), whole[1].sqrt().float(), whole[2:].float()
+        mine = terms.double() * float(self.ranks.tp.first)
+        whole = all_reduce(
+            torch.cat((norm[None], mine, balance)), self.ranks.world, "step.loss_and_norm"
+        )
+        own = whole[1 : 1 + len(mine)].float()
+        return own, whole[0].sqrt().float(), self.balance.figures(whole[1 + len(mine) :])
 
     def finite(self) -> bool:
         """Whether all main weights of all ranks are numbers; waits for the device."""
@@ -120,9 +128,9 @@ class Stepper:
         return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0
 
     def check_copies(self) -> None:
-        """Compare the main weights and the optimizer's state with every copy of them on other
-        ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
-        tensors, pieces = dict(self.main.weights), dict(self.pieces)
+        """Compare the main weights, the optimizer's state and kept buffers with every copy of
+        them on other ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        tensors, pieces = {**self.main.weights, **self.buffers}, dict(self.pieces)
         for key, tensor in self.optimizer.state_tensors().items():
             tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
         compare_copies(pieces, tensors, self.ranks.world)

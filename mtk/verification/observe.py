@@ -5,8 +5,9 @@ Shape suffixes: B samples, S sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -34,22 +35,33 @@ class Sample:
     loss_mask_BS: Tensor
     documents_BS: Tensor | None = None
     positions_BS: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Sample:
-        found = (None if x is None else x[start:stop] for x in vars(self).values())
-        return Sample(*found)  # type: ignore[arg-type]
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
+        return Sample(
+            self.tokens_BS[start:stop],
+            self.labels_BS[start:stop],
+            self.loss_mask_BS[start:stop],
+            cut(self.documents_BS),
+            cut(self.positions_BS),
+            {name: x[start:stop] for name, x in self.extra.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rank saw. gradients, weights: the blocks it owns, weights after the step.
-    balance: the balancing losses of experts (zero without)."""
+    """What one rank saw. gradients, weights, buffers: the blocks it owns, the last two after the
+    step. balance: figures of the balance of experts (none without)."""
 
     loss: float
     norm: float
     gradients: Blocks
     weights: Blocks
     balance: tuple[float, ...] = ()
+    buffers: Blocks = field(default_factory=list)
 
 
 def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
@@ -65,7 +77,49 @@ def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
     # Whatever ends documents in real data, here it is token 0.
     packing = Packing(0, config.data.reset_attention_mask, config.data.reset_position_ids)
     documents, positions = packing.documents(tokens_BS), packing.position_ids(tokens_BS)
-    return Sample(tokens_BS, text[:, 1:], mask, documents, positions)
+    sample = Sample(tokens_BS, text[:, 1:], mask, documents, positions)
+    if config.model.family == "bert":
+        return _with_segments(sample, config.model.num_tokentypes, generator)
+    if config.model.family == "t5":
+        return _with_decoder(sample, config, generator)
+    return sample
+
+
+def _with_decoder(sample: Sample, config: PretrainConfig, generator: torch.Generator) -> Sample:
+    """Padded encoder tokens, and a decoder with tokens, labels and mask of its own."""
+    (count, length), decoded = sample.tokens_BS.shape, config.model.decoder_seq_length
+    vocab = config.model.vocab_size or 1
+    text = torch.randint(0, vocab, (count, decoded + 1), generator=generator)
+    keep = torch.rand(count, 1, generator=generator)
+    mask = torch.rand(count, decoded, generator=generator) < keep
+    lengths = torch.randint(1, length + 1, (count, 1), generator=generator)
+    return Sample(
+        sample.tokens_BS,
+        text[:, 1:],
+        mask.float(),
+        (torch.arange(length) >= lengths).long(),
+        extra={"decoder_tokens": text[:, :-1]},
+    )
+
+
+def _with_segments(sample: Sample, types: int, generator: torch.Generator) -> Sample:
+    """As BERT has them: padding of uneven length, segments, their order, some uncounted."""
+    count, length = sample.tokens_BS.shape
+    places, lengths = (
+        torch.arange(length),
+        torch.randint(1, length + 1, (count, 1), generator=generator),
+    )
+    padding = (places >= lengths).long()
+    extra = {
+        "types": torch.randint(0, types, (count, length), generator=generator),
+        "order": torch.randint(-1, 2, (count,), generator=generator),
+    }
+    return dataclasses.replace(
+        sample,
+        loss_mask_BS=sample.loss_mask_BS * (1 - padding),
+        documents_BS=padding,
+        extra=extra,
+    )
 
 
 def share(sample: Sample, micro: int, rank: int, size: int) -> GlobalBatch:
@@ -87,9 +141,14 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     stepper.optimizer.clip_(norm)
     stepper.optimizer.step(config.optimizer.lr, config.optimizer.weight_decay)
     stepper.main.publish()
-    weights = owned(stepper, stepper.main.weights)
+    stepper.balance.move_biases()
     return Observation(
-        loss.item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
+        loss.sum().item(),
+        norm.item(),
+        gradients,
+        owned(stepper, stepper.main.weights),
+        tuple(float(value) for value in balance),
+        owned(stepper, stepper.buffers),
     )
 
 

@@ -15,9 +15,9 @@ from mtk.parallel import collectives
 from mtk.parallel.context import context_kernel
 from mtk.parallel.groups import Group
 from mtk.parallel.ranks import Ranks
+from mtk.training.batch import LocalBatch
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
-from mtk.training.passes import LocalBatch
 from tests.models.sizes import llama_config, small_config, small_model
 from tests.parallel.attention_cases import make_case
 from tests.parallel.ranks import run_ranks

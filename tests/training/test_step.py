@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from mtk.training.batch import GlobalBatch
 from mtk.training.evaluate import held_out_loss
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
+from mtk.training.objective import NextToken
 from mtk.training.optimizer import Optimizer, decays
 from mtk.training.passes import Accumulation
 from mtk.training.schedule import Schedule
@@ -34,6 +35,7 @@ class Micro:
     loss_mask_BS: Tensor
     documents_BS: Tensor | None = None
     positions_BS: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def batch(seed: int, micro_batches: int) -> GlobalBatch:
@@ -85,7 +87,7 @@ def stepper(model: GPT, precision: str = "fp32", **scale: float) -> Stepper:
 
 
 def passes(model: GPT) -> Accumulation:
-    return Accumulation(model, token_losses, Feed(Ranks()))
+    return Accumulation(model, NextToken(token_losses), Feed(Ranks()))
 
 
 def plain_loop(model: GPT, steps: int) -> list[float]:

@@ -1,0 +1,170 @@
+"""BERT in the layouts of transformers: ``bert`` (norms last, Devlin et al. 2019) and
+``megatron-bert`` (norms first, Shoeybi et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mtk.config.model import ModelConfig
+from mtk.convert.family import Family, ForeignConfig, linear, training_length
+from mtk.convert.gpt2 import ACTIVATIONS, SPELLINGS
+from mtk.convert.mapping import CutRows, Rename, Rule, TiedCopy, WeightTable, for_layers
+from mtk.convert.probe import SEGMENTS
+
+PREFIX = {"post": "Bert", "pre": "MegatronBert"}
+TYPES = {"post": "bert", "pre": "megatron-bert"}
+
+
+def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
+    def found(config: ModelConfig) -> list[str]:
+        name = TYPES[placement]
+        if config.family != "bert":
+            return [f"family = {config.family}: {name} is an encoder"]
+        listed = []
+        if config.norm_placement != placement:
+            listed.append(f"norm_placement = {config.norm_placement}: {name} has {placement}")
+        if config.activation not in ACTIVATIONS:
+            listed.append(f"activation = {config.activation}: {name}'s MLP has no gate")
+        if config.query_groups != config.num_attention_heads:
+            groups = config.query_groups
+            listed.append(f"num_query_groups = {groups}: {name} has as many as query heads")
+        if config.head_size * config.num_attention_heads != config.hidden_size:
+            listed.append(f"kv_channels = {config.head_size}: {name}'s heads fill the hidden size")
+        return listed
+
+    return found
+
+
+def to_config(placement: str) -> Callable[[ModelConfig], dict[str, Any]]:
+    def written(config: ModelConfig) -> dict[str, Any]:
+        task = "ForPreTraining" if config.bert_binary_head else "ForMaskedLM"
+        return {
+            "model_type": TYPES[placement],
+            "architectures": [PREFIX[placement] + task],
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "intermediate_size": config.ffn_size,
+            "hidden_act": ACTIVATIONS[config.activation],
+            "hidden_dropout_prob": config.hidden_dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "max_position_embeddings": config.positions,
+            "type_vocab_size": config.num_tokentypes,
+            "initializer_range": config.init_method_std,
+            "layer_norm_eps": config.norm_epsilon,
+            "tie_word_embeddings": True,
+            **training_length(config),
+        }
+
+    return written
+
+
+def from_config(placement: str) -> Callable[[ForeignConfig], ModelConfig]:
+    def read(found: ForeignConfig) -> ModelConfig:
+        found.require("position_embedding_type", ("absolute", None), "only absolute is supported")
+        found.require("tie_word_embeddings", (True, None), "an output matrix of its own")
+        for key in ("is_decoder", "add_cross_attention"):
+            found.require(key, (False, None), "is not supported")
+        names = {foreign: native for native, foreign in ACTIVATIONS.items()} | SPELLINGS
+        found.require("hidden_act", tuple(names), f"supported are {', '.join(names)}")
+        tasks = [PREFIX[placement] + task for task in ("ForPreTraining", "ForMaskedLM")]
+        architecture = (found.data.get("architectures") or ["none"])[0]
+        if architecture not in tasks:
+            found.complaints.append(f"architecture {architecture}: supported are {tasks}")
+        positions = found.get("max_position_embeddings", int, 512)
+        return found.model(
+            family="bert",
+            norm_placement=placement,
+            bert_binary_head=architecture == tasks[0],
+            num_layers=found.get("num_hidden_layers", int),
+            hidden_size=found.get("hidden_size", int),
+            num_attention_heads=found.get("num_attention_heads", int),
+            ffn_hidden_size=found.get("intermediate_size", int),
+            seq_length=found.training_length(positions),
+            max_position_embeddings=positions,
+            num_tokentypes=found.get("type_vocab_size", int, 2),
+            norm_epsilon=found.get("layer_norm_eps", float, 1e-12),
+            activation=names.get(found.get("hidden_act", str, "gelu"), "gelu"),
+            hidden_dropout=found.get("hidden_dropout_prob", float, 0.1),
+            attention_dropout=found.get("attention_probs_dropout_prob", float, 0.1),
+            init_method_std=found.get("initializer_range", float, 0.02),
+            vocab_size=found.get("vocab_size", int),
+        )
+
+    return read
+
+
+def weights(placement: str) -> Callable[[ModelConfig], WeightTable]:
+    """One line a weight; the placements differ in names and in which norms there are."""
+
+    def table(config: ModelConfig) -> WeightTable:
+        vocab, padded = config.vocab_size or 0, config.padded_vocab_size
+        n, h = "layers.{i}", "bert.encoder.layer.{i}"
+        post = placement == "post"
+        attention_norm = f"{h}.attention.output.LayerNorm" if post else f"{h}.attention.ln"
+        mlp_norm = f"{h}.output.LayerNorm" if post else f"{h}.ln"
+        e, p = "bert.embeddings", "cls.predictions"
+        rules: list[Rule] = [
+            CutRows("embedding.tokens.weight", f"{e}.word_embeddings.weight", vocab, padded),
+            Rename("embedding.positions.weight", f"{e}.position_embeddings.weight"),
+            Rename("embedding.types.weight", f"{e}.token_type_embeddings.weight"),
+            *for_layers(
+                config.num_layers,
+                [
+                    *linear(f"{n}.attention_norm", attention_norm, bias=True),
+                    *linear(f"{n}.attention.query", f"{h}.attention.self.query", bias=True),
+                    *linear(f"{n}.attention.key", f"{h}.attention.self.key", bias=True),
+                    *linear(f"{n}.attention.value", f"{h}.attention.self.value", bias=True),
+                    *linear(f"{n}.attention.output", f"{h}.attention.output.dense", bias=True),
+                    *linear(f"{n}.mlp_norm", mlp_norm, bias=True),
+                    *linear(f"{n}.mlp.up", f"{h}.intermediate.dense", bias=True),
+                    *linear(f"{n}.mlp.down", f"{h}.output.dense", bias=True),
+                ],
+            ),
+            *linear("transform.dense", f"{p}.transform.dense", bias=True),
+            *linear("transform.norm", f"{p}.transform.LayerNorm", bias=True),
+            CutRows("output_bias", f"{p}.bias", vocab, padded),
+        ]
+        if post:
+            rules += linear("embedding.norm", f"{e}.LayerNorm", bias=True)
+        else:
+            rules += linear("final_norm", "bert.encoder.ln", bias=True)
+        if config.bert_binary_head:
+            rules += linear("pooler.dense", "bert.pooler.dense", bias=True)
+            rules += linear("order", "cls.seq_relationship", bias=True)
+        copies = (
+            TiedCopy(f"{p}.decoder.weight", f"{e}.word_embeddings.weight"),
+            TiedCopy(f"{p}.decoder.bias", f"{p}.bias"),
+        )
+        return WeightTable(tuple(rules), copies, frozenset(_ignored(config)))
+
+    return table
+
+
+def _ignored(config: ModelConfig) -> set[str]:
+    """A table of positions that old files have; heads that ``ForMaskedLM`` does not load, though
+    published files for it contain them."""
+    names = {"bert.embeddings.position_ids"}
+    if not config.bert_binary_head:
+        for module in ("bert.pooler.dense", "cls.seq_relationship"):
+            names |= {f"{module}.weight", f"{module}.bias"}
+    return names
+
+
+def _family(placement: str) -> Family:
+    return Family(
+        model_type=TYPES[placement],
+        architecture=PREFIX[placement] + "ForPreTraining",
+        blocks="bert.encoder.layer",
+        prefix="bert.",
+        reasons=reasons(placement),
+        to_config=to_config(placement),
+        from_config=from_config(placement),
+        weights=weights(placement),
+        probe=SEGMENTS,
+    )
+
+
+BERT, MEGATRON_BERT = _family("post"), _family("pre")
