@@ -21,9 +21,6 @@ from mtk.parallel.groups import Group
 if TYPE_CHECKING:
     from mtk.evaluation.lm_eval_model import Generate
 
-# Positions with tables of their own; the others reach as far as one likes.
-BOUNDED = ("learned", "rope")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,6 +51,10 @@ class Bench:
 
 def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter: Reporter) -> Bench:
     """Read the data and check it against the model. Raises ConfigError, DataError."""
+    if opened.config.family != "gpt":
+        rule = f"needs a model that predicts the next token; {config.load} is a {{}}"
+        kind = opened.config.family.upper()
+        raise ConfigError([Problem("task", config.task, rule.format(kind))])
     scorer = Scorer(
         opened.model,
         opened.tokenizer.eod,
@@ -73,7 +74,7 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     as_trained = config.task == "WIKITEXT103" and config.windows == "megatron"
     length = config.seq_length or (min(opened.config.seq_length, limit) if as_trained else limit)
     problems = []
-    if length > limit and opened.config.position_embedding_type in BOUNDED:
+    if length > limit and opened.config.positions_are_limited:
         rule = f"exceeds the {limit} positions of the model"
         problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
     elif config.overlapping_eval is not None and config.overlapping_eval > length:

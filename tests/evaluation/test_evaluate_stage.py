@@ -19,6 +19,7 @@ from mtk.evaluation.scoring import Request, batches
 from mtk.models.gpt import GPT
 from tests.convert.models import TEXT, VOCAB, llama, save_native
 from tests.evaluation.stage import CONTEXT, brute_force, evaluate, items, log_prob, results
+from tests.models.sizes import small_config
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,12 @@ def test_rolling_windows_have_all_the_context_the_model_takes(
     figures = results(artifact)["figures"]
     assert figures["total_nll"] == pytest.approx(total, rel=1e-6)
     assert figures["scored_tokens"] == figures["tokens"]
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
+    config = small_config(family="bert", vocab_size=VOCAB)
+    model = save_native(tmp_path / "bert", config)
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"predicts the next token; .* is a BERT"):
+        evaluate(model, data, tmp_path)
