@@ -49,7 +49,9 @@ class MatrixConfig:
     subset: Literal["all", "pairwise"] = option(
         "all", help="All layouts, or few that combine each two techniques at least once."
     )
-    model: Literal["dense", "moe", "both"] = option("both", help="Which tiny models.")
+    model: Literal["dense", "moe", "hybrid", "both"] = option(
+        "both", help="Which tiny model; both are dense and moe, hybrid has Mamba layers."
+    )
     limit: int | None = option(None, help="A random choice (--seed) of so many of the layouts.")
     jobs: int = option(1, help="Layouts that are run at the same time.", runtime=True)
     output: str | None = option(

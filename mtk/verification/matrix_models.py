@@ -1,9 +1,10 @@
 """The tiny models of the parity matrix, and the run of each layout.
 
 Sizes are multiples of 2, 3, 4, 6 and 8 where layouts cut them, so that most layouts of up to 8
-ranks are legal. Between them the two models have: GPT-2's parts and Llama's, tied and untied
+ranks are legal. Between them the first two models have: GPT-2's parts and Llama's, tied and untied
 output, learned and rotary positions, biases or none, and fewer key/value heads than tensor
-ranks (one, and four).
+ranks (one, and four). The third has Mamba layers, with fewer groups than ranks, among attention and
+MLPs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,23 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_aux_loss_coeff": 0.3,
         "moe_z_loss_coeff": 0.03,
     },
+    "hybrid": {
+        **_BASE,
+        "hybrid_layer_pattern": "MM-*M-M*",
+        "num_query_groups": 4,
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "mamba_num_heads": 24,
+        "mamba_head_dim": 4,
+        "mamba_state_dim": 6,
+        "mamba_num_groups": 4,
+        "mamba_chunk_size": 7,
+        # Memories as long as the sequence.
+        "mamba_a_range": (0.1, 2.0),
+    },
 }
+# Of --matrix unless told otherwise.
+BOTH = ("dense", "moe")
 # Any number of copies of the model can share it.
 SHARED_BY_ALL = BatchConfig(micro_batch_size=1, global_batch_size=840)
 LEAST_SAMPLES = 4
@@ -107,7 +124,7 @@ def cases(config: VerifyMatrixConfig) -> list[Case]:
 
 
 def _models(choice: str) -> Sequence[str]:
-    return tuple(MODELS) if choice == "both" else (choice,)
+    return BOTH if choice == "both" else (choice,)
 
 
 def _cases(model: str, config: VerifyMatrixConfig) -> Iterator[Case]:
