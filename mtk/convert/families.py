@@ -7,16 +7,22 @@ from mtk.convert.bert import BERT, MEGATRON_BERT
 from mtk.convert.bloom import BLOOM
 from mtk.convert.family import Family
 from mtk.convert.gemma import GEMMA
+from mtk.convert.glm_moe import GLM4_MOE
 from mtk.convert.gpt2 import GPT2
 from mtk.convert.gpt_neox import GPT_NEOX
 from mtk.convert.llama import LLAMA
 from mtk.convert.mamba2 import MAMBA2
 from mtk.convert.mistral import MISTRAL
+from mtk.convert.mixtral import MIXTRAL
 from mtk.convert.qwen import QWEN2, QWEN3
+from mtk.convert.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mtk.convert.t5 import T5
 from mtk.errors import ConfigError, ConversionError, Problem
 
 # A native model becomes the first one that can express it.
-FAMILIES = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM, BERT, MEGATRON_BERT)
+DECODERS = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM)
+WITH_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
+FAMILIES = (*DECODERS, *WITH_EXPERTS, BERT, MEGATRON_BERT, T5)
 
 
 def family_for(config: ModelConfig, wanted: str | None = None) -> Family:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
+from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import Rename, WeightTable
 from mtk.convert.probe import CAUSAL, Probe
 from mtk.errors import ConfigError, ConversionError
@@ -45,13 +46,19 @@ COMMON = frozenset(
 SAYINGS = {"family": "is a decoder", "num_experts": "is dense"}
 
 
+def as_they_are(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The one form that most families are written in."""
+    del config
+    return tensors
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table of families; adding a family is adding one of these.
 
-    model_type, architecture: as in ``config.json``. blocks: submodule that lists the
-    layers in the transformers class. prefix: what some published files leave out in
-    front of names. reasons(config): ALL reasons why a native model cannot be
+    model_type, architecture: as in ``config.json``. blocks: submodules (parted by spaces)
+    that list the layers in the transformers class. prefix: what some published files leave
+    out in front of names. reasons(config): ALL reasons why a native model cannot be
     expressed, empty if it can. to_config / from_config: ``config.json`` both ways.
     weights(config): the table of weights. linears: name endings of weights that are
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
@@ -71,6 +78,7 @@ class Family:
     linears: tuple[str, ...] = ()
     probe: Probe = CAUSAL
     outside: tuple[str, ...] = ("lm_head.",)
+    spelling: Callable[[Tensors, ModelConfig], Tensors] = as_they_are
     patterns: bool = False
 
 

@@ -6,6 +6,7 @@ native model rotates neighbouring channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mtk.config.model import ModelConfig
@@ -19,7 +20,7 @@ from mtk.convert.mapping import (
     WeightTable,
     for_layers,
 )
-from mtk.convert.rope import KINDS, read_rope, write_rope
+from mtk.convert.rope import KINDS, Spelling, read_rope, write_rope
 
 LINEARS = (
     "self_attn.q_proj",
@@ -31,6 +32,8 @@ LINEARS = (
     "mlp.down_proj",
 )
 
+ALL_CHANNELS = Spelling()
+LayerRules = Callable[[ModelConfig, int], list[Rule]]
 # For ``reasons_against``.
 Takes = dict[str, tuple[tuple[Any, ...], str]]
 
@@ -54,7 +57,7 @@ def takes_rope(config: ModelConfig) -> Takes:
     return found
 
 
-def to_config(config: ModelConfig) -> dict[str, Any]:
+def to_config(config: ModelConfig, spelling: Spelling = ALL_CHANNELS) -> dict[str, Any]:
     """Sizes and rope as all of them state them; rope in both the old and the new spelling."""
     return {
         "vocab_size": config.vocab_size,
@@ -66,7 +69,7 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "max_position_embeddings": config.positions,
         "rms_norm_eps": config.norm_epsilon,
-        **write_rope(config),
+        **write_rope(config, spelling),
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.init_method_std,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
@@ -82,6 +85,7 @@ def options(
     groups: int | None = None,
     head: int | None = None,
     tied: bool = False,
+    spelling: Spelling = ALL_CHANNELS,
 ) -> dict[str, Any]:
     """Native options of what all of them state; complaints go to ``found``.
 
@@ -104,7 +108,7 @@ def options(
         "seq_length": found.training_length(longest),
         "max_position_embeddings": longest,
         "position_embedding_type": "rope",
-        **read_rope(found, longest),
+        **read_rope(found, longest, spelling),
         "normalization": "RMSNorm",
         "norm_epsilon": found.get("rms_norm_eps", float, 1e-6),
         "activation": "swiglu",
@@ -116,8 +120,8 @@ def options(
     }
 
 
-def weights(config: ModelConfig) -> WeightTable:
-    """One line a weight."""
+def weights(config: ModelConfig, mlp: LayerRules | None = None) -> WeightTable:
+    """One line a weight. mlp: rules of the MLP of layer number i, where it is not a dense one."""
     vocab, padded = config.vocab_size or 0, config.padded_vocab_size
     n, h = "layers.{i}", "model.layers.{i}"
     rules: list[Rule] = [
@@ -128,11 +132,9 @@ def weights(config: ModelConfig) -> WeightTable:
                 *linear(f"{n}.attention_norm", f"{h}.input_layernorm", bias=False),
                 *_attention(config, f"{n}.attention", f"{h}.self_attn"),
                 *linear(f"{n}.mlp_norm", f"{h}.post_attention_layernorm", bias=False),
-                *linear(f"{n}.mlp.gate", f"{h}.mlp.gate_proj", bias=config.mlp_bias),
-                *linear(f"{n}.mlp.up", f"{h}.mlp.up_proj", bias=config.mlp_bias),
-                *linear(f"{n}.mlp.down", f"{h}.mlp.down_proj", bias=config.mlp_bias),
             ],
         ),
+        *(rule for i in range(config.num_layers) for rule in (mlp or dense_mlp)(config, i)),
         *linear("final_norm", "model.norm", bias=False),
     ]
     copies: tuple[TiedCopy, ...] = (TiedCopy("lm_head.weight", "model.embed_tokens.weight"),)
@@ -141,6 +143,16 @@ def weights(config: ModelConfig) -> WeightTable:
         copies = ()
     tables = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers))
     return WeightTable(tuple(rules), copies, frozenset(tables))
+
+
+def dense_mlp(config: ModelConfig, i: int) -> list[Rule]:
+    """The MLP of layer ``i``."""
+    n, h, bias = f"layers.{i}.mlp", f"model.layers.{i}.mlp", config.mlp_bias
+    return [
+        *linear(f"{n}.gate", f"{h}.gate_proj", bias=bias),
+        *linear(f"{n}.up", f"{h}.up_proj", bias=bias),
+        *linear(f"{n}.down", f"{h}.down_proj", bias=bias),
+    ]
 
 
 def _attention(config: ModelConfig, n: str, h: str) -> list[Rename]:

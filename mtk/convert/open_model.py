@@ -62,7 +62,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> OpenedModel:
-    """A native checkpoint, a Hugging Face directory (GPT-2, Llama) or a quantised one.
+    """A native checkpoint, a Hugging Face directory of a known family or a quantised one.
 
     Quantised weights are expanded to ``dtype``. Raises ArtifactError, CheckpointError or
     ConversionError, saying what the directory holds instead.

@@ -125,7 +125,7 @@ def certify(
     demands: Demands,
 ) -> Parity:
     """Compare a native model with files run by other code. Raises GateError."""
-    rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
+    rounded_native = LazyTensors(native, lambda name: rounded(name, native[name], demands.dtype))
     probe = PROBES[config.family]
     candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"

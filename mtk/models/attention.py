@@ -77,6 +77,10 @@ def sdpa_kernel(
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
     mask = score_mask(q_BHSD, mask, documents, form, bias)
+    if spreads_groups(q_BHSD, k_BGTD, mask):
+        repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
+        k_BGTD = k_BGTD.repeat_interleave(repeats, dim=1)
+        v_BGTD = v_BGTD.repeat_interleave(repeats, dim=1)
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
@@ -86,6 +90,12 @@ def sdpa_kernel(
         is_causal=mask is None and form.causal,
         enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
     )
+
+
+def spreads_groups(q_BHSD: Tensor, k_BGTD: Tensor, mask: Tensor | None) -> bool:
+    """On CUDA the fused kernel that takes a mask knows no groups of heads; PyTorch's own way out
+    repeats keys and values too, and keeps all scores besides."""
+    return q_BHSD.is_cuda and mask is not None and q_BHSD.shape[1] != k_BGTD.shape[1]
 
 
 def flash_kernel(

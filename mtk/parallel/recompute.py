@@ -38,6 +38,7 @@ from mtk.models.attention import (
     flash_kernel,
     score_mask,
     sdpa_kernel,
+    spreads_groups,
 )
 from mtk.models.gpt import GPT, AnyCache, Memory, run_in_order
 from mtk.models.ssd import Scan
@@ -193,6 +194,10 @@ class RecomputedKernel:
         if self.kernel is not sdpa_kernel or torch.compiler.is_compiling():
             return False
         mask = score_mask(q_BHSD, mask, documents, form, bias)
+        if spreads_groups(q_BHSD, k_BGTD, mask):
+            # Only shapes and strides decide.
+            k_BGTD = k_BGTD[:, :1].expand(-1, q_BHSD.shape[1], -1, -1)
+            v_BGTD = v_BGTD[:, :1].expand(-1, q_BHSD.shape[1], -1, -1)
         choice: int = torch._fused_sdp_choice(
             q_BHSD,
             k_BGTD,

@@ -70,8 +70,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "mamba_state_dim": 6,
         "mamba_num_groups": 4,
         "mamba_chunk_size": 7,
-        # Memories as long as the sequence.
-        "mamba_a_range": (0.1, 2.0),
+        # Memories as long as the sequence; a list, as it comes back from JSON.
+        "mamba_a_range": [0.1, 2.0],
     },
 }
 # Of --matrix unless told otherwise.

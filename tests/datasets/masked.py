@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from mtk.data.sentence_dataset import SentenceRules
 from mtk.data.token_source import TokenSource
 from mtk.data.word_vocabulary import WordVocabulary
 from tests.datasets.sources import MemorySource
@@ -49,6 +51,36 @@ class SentenceSource(MemorySource):
         super().__init__([sentence for document in documents for sentence in document])
         counts = [len(document) for document in documents]
         self.document_indices = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+
+
+def golden_source() -> SentenceSource:
+    """Three documents of four sentences, without any randomness."""
+    words = SIZE - FIRST_WORD
+    lengths = ((9, 12, 7, 11), (8, 10, 13, 6), (14, 5, 9, 10))
+    return SentenceSource(
+        [
+            [FIRST_WORD + (37 * d + 11 * s + 5 * np.arange(n)) % words for s, n in enumerate(row)]
+            for d, row in enumerate(lengths)
+        ]
+    )
+
+
+def fingerprint(samples: Iterable[dict[str, Any]], names: Sequence[str]) -> str:
+    """Of the numbers of all samples, the arrays in the order of ``names``."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name in names:
+            digest.update(np.asarray(sample[name]).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+# Megatron-core 0.16.1 gives these samples of golden_source() in its own order, with seed 1234.
+BERT_RULES = SentenceRules(32, short_seq_prob=0.5)
+BERT_NAMES = ("tokens", "types", "labels", "loss_mask", "order")
+BERT_GOLDEN = "b2a5fe804be72118"
+T5_RULES = SentenceRules(48, 16, 0.2, 0.5)
+T5_NAMES = ("tokens", "decoder_tokens", "labels", "loss_mask")
+T5_GOLDEN = "698dd77675d346af"
 
 
 def random_source(

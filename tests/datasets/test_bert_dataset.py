@@ -14,6 +14,9 @@ from mtk.data.masking import mask_budget
 from mtk.data.sentence_dataset import SentenceRules, Sentences
 from mtk.errors import DataError
 from tests.datasets.masked import (
+    BERT_GOLDEN,
+    BERT_NAMES,
+    BERT_RULES,
     CLS,
     FIRST_WORD,
     MASK,
@@ -21,6 +24,8 @@ from tests.datasets.masked import (
     SEP,
     SIZE,
     SentenceSource,
+    fingerprint,
+    golden_source,
     random_source,
     vocabulary,
 )
@@ -35,6 +40,20 @@ def dataset(rules: SentenceRules, samples: int | None = None, **options: Any) ->
     seed = options.pop("seed", 1234)
     sentences = Sentences(source, documents, options.pop("vocabulary", vocabulary()), **names)
     return BertDataset(sentences, rules, samples, seed, **options)
+
+
+def test_golden_values_of_megatron() -> None:
+    data = dataset(BERT_RULES, 6, source=golden_source(), documents=range(3), order="megatron")
+    sample = data[2]  # B, which comes first, was cut at its front and its end
+    assert sample["tokens"].tolist() == [
+        *(CLS, 138, MASK, 148, 153, 158, 139, 144, 149, 154, 159, 164, 169, 174, 179, MASK, SEP),
+        *(MASK, MASK, 136, 141, 146, 117, 122, 127, 132, 137, 142, 147, 152, 157, SEP),
+    ]
+    masked = {2: 143, 15: 184, 17: 126, 18: 131}
+    assert {int(i): int(sample["labels"][i]) for i in np.flatnonzero(sample["loss_mask"])} == masked
+    assert sample["types"].tolist() == [0] * 17 + [1] * 15
+    assert int(sample["order"]) == 1
+    assert fingerprint((data[k] for k in range(len(data))), BERT_NAMES) == BERT_GOLDEN
 
 
 def original(sample: dict[str, Any]) -> np.ndarray:

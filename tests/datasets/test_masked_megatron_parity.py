@@ -20,6 +20,8 @@ from mtk.data.sentence_samples import SentenceSamples
 from mtk.data.t5_dataset import T5Dataset
 from mtk.data.token_source import TokenSource
 from tests.datasets.masked import (
+    BERT_GOLDEN,
+    BERT_RULES,
     BOS,
     CLS,
     EOS,
@@ -28,6 +30,10 @@ from tests.datasets.masked import (
     MASK,
     PAD,
     SEP,
+    T5_GOLDEN,
+    T5_RULES,
+    fingerprint,
+    golden_source,
     pieces,
     random_source,
     vocabulary,
@@ -199,6 +205,28 @@ def test_items(mcore: SimpleNamespace, family: str, rules: SentenceRules, tmp_pa
     same = {"bert": same_bert, "t5": same_t5}[family]
     for k in range(len(found)):
         same(found[k], wanted[k])
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_golden_values(mcore: SimpleNamespace, family: str, tmp_path: Path) -> None:
+    """What the fast tests compare with is what Megatron-core gives."""
+    rules = {"bert": BERT_RULES, "t5": T5_RULES}[family]
+    config = settings(mcore, family, rules, random_seed=1234, path_to_cache=str(tmp_path))
+    config.mock = True
+    kind = {
+        "bert": mcore.bert.BERTMaskedWordPieceDataset,
+        "t5": mcore.t5.T5MaskedWordPieceDataset,
+    }[family]
+    data = kind(Low(golden_source()), None, np.arange(3), 6, mcore.split.train, config)
+    keys = {
+        "bert": ("text", "types", "labels", "loss_mask", "is_random"),
+        "t5": ("text_enc", "text_dec", "labels", "loss_mask"),
+    }[family]
+    samples = [dict(data[k]) for k in range(len(data))]
+    for sample in samples:  # where there is no loss, mtk's labels are 0
+        sample["labels"] = sample["labels"] * sample["loss_mask"]
+    wanted = {"bert": BERT_GOLDEN, "t5": T5_GOLDEN}[family]
+    assert fingerprint(samples, keys) == wanted
 
 
 SOURCES = {name: random_source(np.random.default_rng(i), 300) for i, name in enumerate("abc")}

@@ -16,7 +16,12 @@ from tests.datasets.masked import (
     FIRST_SENTINEL,
     FIRST_WORD,
     PAD,
+    T5_GOLDEN,
+    T5_NAMES,
+    T5_RULES,
     SentenceSource,
+    fingerprint,
+    golden_source,
     random_source,
     vocabulary,
 )
@@ -28,6 +33,20 @@ def dataset(rules: SentenceRules, samples: int = 300, **changes: Any) -> T5Datas
     source = changes.pop("source", SOURCE)
     documents = range(len(source.document_indices) - 1)
     return T5Dataset(Sentences(source, documents, vocabulary(**changes)), rules, samples, 1234)
+
+
+def test_golden_values_of_megatron() -> None:
+    sentences = Sentences(golden_source(), range(3), vocabulary())
+    data = T5Dataset(sentences, T5_RULES, 6, 1234, "megatron")
+    sample = data[0]
+    assert sample["tokens"].tolist() == [
+        *(180, 185, 190, 195, 200, 205, 210, 215, 220, 225, 6, 196, 201, 206, 211, 202, 207, 212),
+        *(7, 232, 237, 242, 213, 218, 223, 228, 233, 238, 243, 248, 253, 258, *([0] * 16)),
+    ]
+    spans = [6, 230, 235, 240, 245, 191, 7, 217, 222, 227]
+    assert sample["decoder_tokens"].tolist() == [BOS, *spans, *([0] * 5)]
+    assert sample["labels"].tolist() == [*spans, EOS, *([0] * 5)]
+    assert fingerprint((data[k] for k in range(len(data))), T5_NAMES) == T5_GOLDEN
 
 
 def is_sentinel(token: int) -> bool:

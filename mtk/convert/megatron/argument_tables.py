@@ -30,7 +30,6 @@ NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("parallel_attn", (False,), "attention and MLP side by side are not supported"),
     ("mrope_section", (None,), "mtk rotates by one position"),
     ("no_rope_freq", (None,), "layers without rotation are not supported"),
-    ("no_rope_fusion", (None, False, True), ""),
     ("rotary_interleaved", (False,), "mtk rotates halves, not neighbours"),
     ("rotary_seq_len_interpolation_factor", (None, 1), "scaled rope is not supported"),
     ("use_rope_scaling", (False,), "scaled rope is not supported"),
@@ -83,38 +82,37 @@ HARMLESS = words(
     add_position_embedding apply_query_key_layer_scaling apply_rope_fusion attention_backend
     attention_softmax_in_fp32 bert_embedder_type bert_embedding_path bias_dropout_fusion
     bias_swiglu_fusion check_weight_hash_across_dp_replicas_interval
-    clone_scatter_output_in_embedding decoder_first_pipeline_num_layers
-    decoder_last_pipeline_num_layers decoder_num_layers decoupled_lr
-    defer_embedding_wgrad_compute dino_head_hidden_size dino_norm_last_layer
-    disable_te_fused_rope embedding_init_method_std embedding_path embedding_weights_in_optimizer
-    encoder_num_layers expert_model_parallel_size expert_tensor_parallel_size
-    fp8_dot_product_attention fp8_multi_head_attention fp32_residual_connection
-    fused_padded_mla_attention fused_single_qkv_rope head_lr_mult ict_head_size
-    initial_loss_scale init_method_std kv_channels kv_lora_rank layernorm_zero_centered_gamma
-    linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim
+    clone_scatter_output_in_embedding create_attention_mask_in_dataloader
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers decoder_num_layers
+    decoupled_lr defer_embedding_wgrad_compute dino_head_hidden_size dino_norm_last_layer
+    disable_te_fused_rope embedding_init_method_std embedding_path
+    embedding_weights_in_optimizer encoder_num_layers expert_model_parallel_size
+    expert_tensor_parallel_size first_last_layers_bf16 fp32_residual_connection
+    fp8_dot_product_attention fp8_multi_head_attention fused_padded_mla_attention
+    fused_single_qkv_rope head_lr_mult ict_head_size init_method_std initial_loss_scale
+    kv_channels kv_lora_rank layernorm_zero_centered_gamma linear_key_head_dim
+    linear_num_key_heads linear_num_value_heads linear_value_head_dim
     log_loss_scale_to_tensorboard log_max_attention_logit log_params_norm loss_scale
     loss_scale_window mamba_head_dim mamba_num_heads masked_softmax_fusion
     memory_efficient_layer_norm min_loss_scale mla_down_proj_fusion moe_aux_loss_coeff
     moe_deepep_num_sms moe_enable_deepep moe_extended_tp moe_flex_dispatcher_backend
     moe_grouped_gemm moe_hybridep_num_sms moe_hybridep_routing_map_mode moe_layer_recompute
     moe_pad_expert_input_to_capacity moe_per_layer_logging moe_permute_fusion
-    moe_router_bias_update_rate moe_router_dtype moe_router_fusion
-    moe_router_padding_for_fp8 moe_router_padding_for_quantization
-    moe_shared_expert_overlap moe_single_grouped_bias moe_single_grouped_weight
-    moe_token_dispatcher_type moe_token_drop_policy moe_token_dropping moe_upcycling_granularity
-    moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mtp_loss_scaling_factor
-    no_persist_layer_norm no_load_rng no_save_rng norm_epsilon num_layers_at_end_in_bf16
-    num_layers_at_start_in_bf16 num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage num_layers_per_virtual_pipeline_stage
-    optimizer_offload_fraction original_max_position_embeddings original_rotary_base
-    output_bert_embeddings persist_layer_norm qk_clip qk_clip_alpha qk_clip_threshold
-    qk_head_dim qk_pos_emb_head_dim recompute_num_layers
-    reset_attention_mask reset_position_ids retriever_score_scaling retro_attention_gate
-    retro_encoder_attention_dropout retro_encoder_layers rope_scaling_factor
-    rotary_scaling_factor scatter_gather_tensors_in_pipeline scaled_masked_softmax_fusion
-    create_attention_mask_in_dataloader first_last_layers_bf16 use_flash_attn use_flash_attn_v1
-    use_flash_attn_v2 use_flash_attn_triton v_head_dim window_attn_skip_freq
-    use_rotary_position_embeddings
+    moe_router_bias_update_rate moe_router_dtype moe_router_fusion moe_router_padding_for_fp8
+    moe_router_padding_for_quantization moe_shared_expert_overlap moe_single_grouped_bias
+    moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy moe_token_dropping
+    moe_upcycling_granularity moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff
+    mtp_loss_scaling_factor no_load_rng no_persist_layer_norm no_rope_fusion no_save_rng
+    norm_epsilon num_layers_at_end_in_bf16 num_layers_at_start_in_bf16
+    num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    num_layers_per_virtual_pipeline_stage optimizer_offload_fraction
+    original_max_position_embeddings original_rotary_base output_bert_embeddings
+    persist_layer_norm qk_clip qk_clip_alpha qk_clip_threshold qk_head_dim qk_pos_emb_head_dim
+    recompute_num_layers reset_attention_mask reset_position_ids retriever_score_scaling
+    retro_attention_gate retro_encoder_attention_dropout retro_encoder_layers
+    rope_scaling_factor rotary_scaling_factor scaled_masked_softmax_fusion
+    scatter_gather_tensors_in_pipeline use_flash_attn use_flash_attn_triton use_flash_attn_v1
+    use_flash_attn_v2 use_rotary_position_embeddings v_head_dim window_attn_skip_freq
     """
 )
 SOUNDS_LIKE_THE_MODEL = re.compile(

@@ -10,6 +10,7 @@ from mtk.convert.megatron.open_checkpoint import MegatronModel
 from mtk.convert.megatron.ranks import Rank
 from mtk.convert.megatron.reference_forward import Files, ReferenceForward
 from mtk.convert.reference_models import rounded
+from mtk.errors import ConversionError
 
 
 class MegatronFiles:
@@ -23,7 +24,7 @@ class MegatronFiles:
         def loaded(rank: Rank, virtual: int) -> Tensors:
             chunk = rank.chunks[virtual]
             return LazyTensors(
-                chunk, lambda name: rounded(rank.file.tensor(chunk[name]), dtype).double()
+                chunk, lambda name: rounded(name, rank.file.tensor(chunk[name]), dtype).double()
             )
 
         stages = [
@@ -37,8 +38,15 @@ class MegatronFiles:
             for virtual in range(sizes.virtual)
             for stage in range(sizes.pipeline)
         ]
+        self._folder = ranks.folder
         self._forward = ReferenceForward(Files(model.args, ranks.version, stages))
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`mtk.convert.reference_models.Comparable`."""
-        return self._forward(tokens_BS)
+        """See :class:`mtk.convert.reference_models.Comparable`. Raises ConversionError for files
+        whose shapes no layout of Megatron could compute with."""
+        try:
+            return self._forward(tokens_BS)
+        except (RuntimeError, IndexError) as error:
+            raise ConversionError(
+                f"{self._folder}: its ranks' tensors do not fit each other ({error})."
+            ) from error

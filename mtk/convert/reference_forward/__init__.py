@@ -23,6 +23,7 @@ from mtk.convert.reference_forward.gpt2 import gpt2
 from mtk.convert.reference_forward.gpt_neox import gpt_neox
 from mtk.convert.reference_forward.mamba2 import mamba2_forward
 from mtk.convert.reference_forward.plain import Weights
+from mtk.convert.reference_forward.t5 import t5
 from mtk.errors import ConversionError
 
 Forward = Callable[[Mapping[str, Any], Weights, Tensor], tuple[Tensor, list[Tensor]]]
@@ -43,11 +44,16 @@ def reference_forward(
         "qwen2": gated,
         "qwen3": gated,
         "gemma": gated,
+        "mixtral": gated,
+        "qwen2_moe": gated,
+        "qwen3_moe": gated,
+        "glm4_moe": gated,
         "gpt_neox": gpt_neox,
         "bloom": bloom,
         "mamba2": mamba2_forward,
         "bert": bert,
         "megatron-bert": bert,
+        "t5": t5,
     }
     kind = config.get("model_type")
     if kind not in forwards:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mtk.checkpoint import load_model
+from mtk.checkpoint.save import CheckpointContent
 from mtk.config.model import ModelConfig
 from mtk.convert.open_model import read_native
 from mtk.convert.source import find_source
 from stages.convert import run
-from tests.convert.models import convert_config, gpt2_config, llama, quiet
+from tests.checkpoint.publish import save_checkpoint
+from tests.convert.models import convert_config, gpt2_config, llama, loud_model, quiet
 
 TOKENS_BS = torch.arange(40).view(2, 20) * 7 % 300
 
@@ -46,6 +48,18 @@ MODELS: dict[str, ModelConfig] = {
     "mixtral": mixtral(num_query_groups=4),
     "switch": mixtral(num_query_groups=4, moe_router_topk=1, moe_layer_freq=1, add_qkv_bias=True),
 }
+
+
+def save(folder: Path, config: ModelConfig) -> Path:
+    """A checkpoint of a model whose every weight matters; its logits spread by one or two, so
+    that the certificate's limit lies far from the rounding of fp32."""
+    model = loud_model(config)
+    with torch.no_grad():
+        for parameter in model.final_norm.parameters():
+            parameter.mul_(0.25)
+    content = CheckpointContent(config, dict(model.named_parameters()))
+    save_checkpoint(folder, content, stage="pretrain", config=config, inputs=[], metrics={})
+    return folder
 
 
 def to_megatron(load: Path, save: Path, tensor: int, pipeline: int, **options: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,32 @@ from tests.convert.megatron.natives import (
     assert_same_weights,
     logits,
     mixtral,
+    save,
     to_megatron,
     to_native,
 )
 from tests.convert.models import convert_config, gpt2_config, llama, quiet, save_native
 
-FAMILY = {"gpt2", "gpt2-untied", "llama", "llama-gqa", "llama-bias"}
+IN_HUGGING_FACE = ("gpt2", "llama-gqa", "llama-bias")
+WIDE = ("gpt2", "llama-gqa", "mixtral")
 
 
 def raw(path: Path) -> dict[str, Any]:
     """A rank's file as Megatron loads it."""
-    with torch.serialization.safe_globals([__import__("argparse").Namespace]):
+    with torch.serialization.safe_globals([Namespace]):
         return dict(torch.load(path, weights_only=True))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_to_another_layout_and_back(name: str, tmp_path: Path) -> None:
     config = MODELS[name]
-    native = save_native(tmp_path / "native", config, tokenizer=False)
-    wide = to_megatron(native, tmp_path / "44", 4, 4)
-    assert len(list(wide.glob("release/mp_rank_*"))) == 16
-    narrow = to_megatron(wide, tmp_path / "22", 2, 2, target_transformer_impl="local")
-    assert sorted(p.name for p in narrow.glob("release/*"))[-1] == "mp_rank_01_001"
+    native = save(tmp_path / "native", config)
+    before, after = ((4, 4), (2, 2)) if name in WIDE else ((2, 2), (1, 4))
+    first = to_megatron(native, tmp_path / "before", *before)
+    assert len(list(first.glob("release/mp_rank_*"))) == before[0] * before[1]
+    narrow = to_megatron(first, tmp_path / "after", *after, target_transformer_impl="local")
+    last = f"mp_rank_{after[0] - 1:02d}_{after[1] - 1:03d}"
+    assert sorted(p.name for p in narrow.glob("release/*"))[-1] == last
     back = to_native(narrow, tmp_path / "back")
     assert_same_weights(native, back)
     assert torch.equal(logits(native), logits(back))
@@ -52,7 +57,7 @@ def test_to_another_layout_and_back(name: str, tmp_path: Path) -> None:
     parity = json.loads((narrow / "parity.json").read_text())
     assert parity["passed"] and parity["round_trip_bit_equal"] and parity["source"]["passed"]
     assert "Megatron" in parity["reference"] and "Megatron" in parity["source"]["reference"]
-    if name in FAMILY:
+    if name in IN_HUGGING_FACE:
         hf = run(convert_config(narrow, tmp_path / "hf", reference="transformers"), quiet())
         assert hf.metrics["max_abs_logit_error"] <= 1e-4
         parity = json.loads((hf.path / "parity.json").read_text())
@@ -77,7 +82,7 @@ def test_from_hugging_face_directly(tmp_path: Path) -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", llama(vocab_size=301), tokenizer=False)
+    native = save(tmp_path / "n", llama(vocab_size=301))
     made = to_megatron(native, tmp_path / "m", 2, 2, dtype="bf16")
     assert (made / "latest_checkpointed_iteration.txt").read_text() == "release"
     content = raw(made / "release" / "mp_rank_01_001" / "model_optim_rng.pt")
@@ -118,7 +123,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 
 def test_one_rank_has_no_copy_of_a_tied_matrix(tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", gpt2_config(), tokenizer=False)
+    native = save(tmp_path / "n", gpt2_config())
     made = to_megatron(native, tmp_path / "m", 1, 1)
     assert first_file(made).parent.name == "mp_rank_00"
     assert "output_layer.weight" not in raw(first_file(made))["model"]
@@ -152,7 +157,7 @@ def experts_of(model: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_expert_parallel_ranks(pipeline: int, tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", mixtral(), tokenizer=False)
+    native = save(tmp_path / "n", mixtral())
     made = to_megatron(native, tmp_path / "m", 2, pipeline)
     models: dict[tuple[int, ...], Any] = {}
     for folder in made.glob("release/mp_rank_*"):
@@ -194,7 +199,7 @@ def grouped(model: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spelling", [te_grouped, grouped])
 def test_spellings_of_experts(spelling: Any, tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", mixtral(), tokenizer=False)
+    native = save(tmp_path / "n", mixtral())
     made = to_megatron(native, tmp_path / "m", 2, 1)
     models = {
         (rank,): spelling(
@@ -207,7 +212,7 @@ def test_spellings_of_experts(spelling: Any, tmp_path: Path) -> None:
 
 
 def test_virtual_stages_and_stages_of_unlike_sizes(tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", MODELS["gpt2"], tokenizer=False)
+    native = save(tmp_path / "n", MODELS["gpt2"])
     made = to_megatron(native, tmp_path / "m", 1, 4)
     chunks = [
         raw(made / "release" / f"mp_rank_00_00{stage}" / "model_optim_rng.pt")["model"]
@@ -235,7 +240,7 @@ def test_virtual_stages_and_stages_of_unlike_sizes(tmp_path: Path) -> None:
 
 def test_more_tensor_ranks_than_groups(tmp_path: Path) -> None:
     """Megatron cuts the fused rows evenly then, in the middle of a group."""
-    native = save_native(tmp_path / "n", llama(num_query_groups=2), tokenizer=False)
+    native = save(tmp_path / "n", llama(num_query_groups=2))
     made = to_megatron(native, tmp_path / "m", 1, 1)
     whole = raw(first_file(made))["model"]
     models: dict[tuple[int, ...], Any] = {}
@@ -266,7 +271,7 @@ def test_more_tensor_ranks_than_groups(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_that_do_not_divide(tensor: int, pipeline: int, message: str, tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", llama(num_layers=4), tokenizer=False)
+    native = save(tmp_path / "n", llama(num_layers=4))
     with pytest.raises(ConfigError, match=message):
         to_megatron(native, tmp_path / "m", tensor, pipeline)
     assert not (tmp_path / "m").exists()
@@ -294,13 +299,13 @@ def test_options_that_mean_nothing(changes: dict[str, Any]) -> None:
     ],
 )
 def test_models_megatron_has_not(changes: Any, reason: str, tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", gpt2_config(**changes), tokenizer=False)
+    native = save(tmp_path / "n", gpt2_config(**changes))
     with pytest.raises(ConversionError, match=reason):
         to_megatron(native, tmp_path / "m", 1, 1)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    native = save_native(tmp_path / "n", gpt2_config(), tokenizer=False)
+    native = save(tmp_path / "n", gpt2_config())
     command = ["convert", "--load", str(native), "--save", str(tmp_path / "m"), "--to", "megatron"]
     assert main([*command, "--target-tensor-parallel-size", "3"]) == 2
     assert main([*command, "--target-tensor-parallel-size", "2"]) == 0
