@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mtk.config.encoder import EncoderOptions, encoder_problems
+from mtk.config.lora import LoraConfig, lora_problems
 from mtk.config.moe import MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
-from mtk.config.schema import option
+from mtk.config.schema import group, option
 from mtk.errors import Problem
 
 
@@ -57,6 +58,7 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
     make_vocab_size_divisible_by: int = option(
         128, help="The embedding is padded to a multiple of this, whatever the layout."
     )
+    lora: LoraConfig = group(LoraConfig, title="Adapters", hidden=True)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -125,6 +127,7 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         yield from position_problems(self)
         yield from moe_problems(self)
         yield from encoder_problems(self)
+        yield from lora_problems(self)
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):

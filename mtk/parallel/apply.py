@@ -42,8 +42,8 @@ class Placed:
 
     parts: its (virtual) pipeline stages in order; without pipelining the one model. pieces:
     what it holds of each of its parameters. shapes: of all parameters of the whole model.
-    stages: where all layers are. deferred: what delays weight gradients of each part, for
-    schedules that ask for it.
+    frozen: names of those that are not trained. stages: where all layers are. deferred: what
+    delays weight gradients of each part, for schedules that ask for it.
     """
 
     parts: tuple[GPT, ...]
@@ -51,12 +51,19 @@ class Placed:
     shapes: Mapping[str, tuple[int, ...]]
     stages: Stages | None = None
     deferred: tuple[Deferred, ...] = ()
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def whole(cls, model: GPT) -> Placed:
         """A model that one process holds."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        return cls((model,), {name: Piece.whole(s) for name, s in shapes.items()}, shapes)
+        pieces = {name: Piece.whole(s) for name, s in shapes.items()}
+        return cls((model,), pieces, shapes, frozen=_frozen(model))
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of the whole model that are trained."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.frozen}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters here by name. Where two stages hold the same one (tied embeddings in
@@ -92,6 +99,7 @@ def place(
     kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
     whole = build_on_meta(config, kernel)
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    frozen = _frozen(whole)
     copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
     pieces = {name: Piece.whole(shape, copies) for name, shape in shapes.items()}
     stages = plan_stages(config, parallel) if ranks.pp.size > 1 else None
@@ -107,7 +115,18 @@ def place(
         deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
         held |= own
     delayed = tuple(found for found in deferred if found is not None)
-    return Placed(tuple(parts), held, shapes, stages, delayed)
+    return Placed(tuple(parts), held, shapes, stages, delayed, frozen)
+
+
+def _store_frozen(part: GPT, dtype: torch.dtype) -> None:
+    """What is not trained needs no more precision than it computes with."""
+    for parameter in part.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _frozen(model: GPT) -> frozenset[str]:
+    return frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
 
 
 def _apply(
@@ -124,6 +143,7 @@ def _apply(
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
     apply_recompute(part, parallel)
+    _store_frozen(part, dtype)
     if runtime.compile:
         for block in part.layers.values():
             block.compile(dynamic=False)

@@ -209,5 +209,5 @@ class _Cutter:
     def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
         old = getattr(module, attribute)
         local = torch.empty(piece.size, dtype=old.dtype, device=old.device)
-        setattr(module, attribute, nn.Parameter(local))
+        setattr(module, attribute, nn.Parameter(local, requires_grad=old.requires_grad))
         self.pieces[name] = piece
