@@ -167,7 +167,7 @@ class FinetuneConfig:
         data, logging = DataConfig(**vars(self.data)), self.logging
         if self.task == "lm" and not logging.eval_iters:
             logging = dataclasses.replace(logging, eval_iters=LoggingConfig().eval_iters)
-        if self.task == "sft":
+        if self.task == "sft" and self.chat.packing:
             data = dataclasses.replace(data, reset_attention_mask=True, reset_position_ids=True)
         length = {name: value for name, value in vars(self.length).items() if name != "epochs"}
         core = PretrainConfig(

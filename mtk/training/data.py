@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, DataError, Problem
 from mtk.log import Reporter
-from mtk.tokenizers import load_tokenizer
+from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.training.batch import GlobalBatch
 from mtk.training.loop import Batches, RunData
 
+DATA_ROLE = "training data"
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -48,8 +50,13 @@ class OpenedData:
 
     def inputs(self) -> list[InputRecord]:
         """Each dataset artifact once, however many of its keys are used."""
-        records = {r.digest: r for r in (d.input_record("training data") for d in self.datasets)}
+        records = {r.digest: r for r in (d.input_record(DATA_ROLE) for d in self.datasets)}
         return list(records.values())
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """What a checkpoint keeps: the tokenizer of the data, if they name one."""
+        if self.tokenizer_folder is not None:
+            shutil.copytree(self.tokenizer_folder, folder)
 
 
 def open_data(config: DataConfig) -> OpenedData:
@@ -185,11 +192,11 @@ def run_data(
     packed = packing(config, data, reporter)
     train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
     return RunData(
-        train=lambda consumed: _batches(train, consumed, samples, schedule.at, share),
-        valid=_fixed(splits.valid, fixed, share),
-        test=_fixed(splits.test, fixed, share),
+        train=lambda consumed: training_batches(train, consumed, samples, schedule.at, share),
+        valid=held_out(splits.valid, fixed, share),
+        test=held_out(splits.test, fixed, share),
         train_samples=samples,
-        token_bytes_V=token_bytes(data.tokenizer_folder, config.model.vocab_size),
+        token_bytes_V=_bytes_of_data(data.tokenizer_folder, config.model.vocab_size),
     )
 
 
@@ -212,7 +219,7 @@ def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Pac
     return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
 
 
-def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
+def held_out(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
     """The first ``samples`` of a held-out split, or all it has.
 
     All ranks get equally many micro-batches of the same size, which collectives and pipelines
@@ -235,7 +242,7 @@ def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches
     return batches
 
 
-def _batches(
+def training_batches(
     dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], share: Share
 ) -> Iterator[GlobalBatch]:
     """Global batches from a cursor on, read ahead by one thread."""
@@ -248,11 +255,14 @@ def _batches(
             consumed += size
 
 
-def token_bytes(folder: Path | None, vocab_size: int | None) -> Tensor | None:
+def _bytes_of_data(folder: Path | None, vocab_size: int | None) -> Tensor | None:
+    return None if folder is None else token_bytes(load_tokenizer(folder), vocab_size)
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int | None) -> Tensor | None:
     """int64 [V]: bytes of text behind each id; None if the tokenizer cannot say."""
-    if folder is None or vocab_size is None:
+    if vocab_size is None:
         return None
-    tokenizer = load_tokenizer(folder)
     lengths = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     if any(piece is None for piece in lengths):
         return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from mtk.config.finetune import FinetuneConfig
 from mtk.config.given_model import complete
 from mtk.config.model import ModelConfig
-from mtk.config.pretrain import LengthConfig, PretrainConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.data.blend import parse_blend
 from mtk.data.build import SampleCounts, build_splits
 from mtk.data.indexed_dataset import IndexedDataset
@@ -17,16 +18,16 @@ from mtk.log import Reporter
 from mtk.training.compatibility import check_tokenizer
 from mtk.training.data import (
     OpenedData,
-    batch_schedule,
     data_identity,
     open_data,
     run_data,
     target_samples,
     with_vocabulary,
 )
-from mtk.training.job import Job
+from mtk.training.job import Job, with_samples
 from mtk.training.loop import RunData
 from mtk.training.pretrained import Pretrained
+from mtk.training.sft import sft_job
 
 STAGE = "finetune"
 
@@ -88,15 +89,5 @@ def _samples_of_epoch(core: PretrainConfig, data: OpenedData) -> int:
     return len(splits.train)
 
 
-# -- all tasks --------------------------------------------------------------------------
-
-
-def with_samples(core: PretrainConfig, samples: int) -> PretrainConfig:
-    """The core's configuration with a length of at least ``samples``, in whole steps."""
-    full = batch_schedule(core).full
-    length = LengthConfig(train_samples=-(-samples // full) * full)
-    return dataclasses.replace(core, length=length)
-
-
 Maker = Callable[[FinetuneConfig, PretrainConfig, Pretrained, Reporter], Job]
-MAKERS: Mapping[str, Maker] = {"lm": _lm}
+MAKERS: Mapping[str, Maker] = {"lm": _lm, "sft": partial(sft_job, STAGE)}

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mtk.artifacts import InputRecord
-from mtk.config.pretrain import PretrainConfig
+from mtk.config.pretrain import LengthConfig, PretrainConfig
 from mtk.log import Reporter
+from mtk.training.data import batch_schedule
 from mtk.training.loop import RunData
 from mtk.training.pretrained import Pretrained
 
 
 class TrainedOn(Protocol):
-    """What is known of the training data. inputs: records of it, in the role "training data";
-    fingerprint, tokenizer_folder: of its tokenizer, or None."""
+    """What is known of the training data. fingerprint, tokenizer_folder: of its tokenizer, or
+    None; inputs: records of it, in the role "training data"; save_tokenizer: into a folder of a
+    checkpoint, if there is one."""
 
     @property
     def fingerprint(self) -> str | None: ...
     @property
     def tokenizer_folder(self) -> Path | None: ...
     def inputs(self) -> list[InputRecord]: ...
+    def save_tokenizer(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,10 @@ class Job:
     @property
     def save(self) -> Path:
         return Path(self.config.checkpoint.save)
+
+
+def with_samples(core: PretrainConfig, samples: int) -> PretrainConfig:
+    """The core's configuration with a length of at least ``samples``, in whole steps."""
+    full = batch_schedule(core).full
+    length = LengthConfig(train_samples=-(-samples // full) * full)
+    return dataclasses.replace(core, length=length)

@@ -67,6 +67,7 @@ class Saver:
             force=True,
         ) as publication:
             write_content(publication.folder, self._content(), self.job.recorded, self._limit)
+            self.job.data.save_tokenizer(publication.folder / "tokenizer")
             if self.stepper.ranks.distributed:
                 path = str(publication.folder.resolve())
                 share_object(path, self.stepper.ranks.world, "save.folder")
@@ -94,7 +95,6 @@ class Saver:
             optimizer=tensors.get("optimizer", {}),
             random=tensors.get("random", {}),
             training=record,
-            tokenizer_folder=self.job.data.tokenizer_folder,
         )
 
     def _write_part(self, folder: Path) -> None:
