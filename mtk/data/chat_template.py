@@ -27,6 +27,16 @@ from mtk.tokenizers import Tokenizer
 # Private characters around what stands in a generation block; no text may hold them.
 START, END = "\ue000", "\ue001"
 Span = tuple[int, int]
+# What a template may raise while it runs.
+RENDERING = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+)
 
 
 class _Generation(Extension):
@@ -90,7 +100,7 @@ class ChatTemplate:
                     messages=messages, add_generation_prompt=prompt, **self.tokens
                 )
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except RENDERING as error:
             raise RecordError("refused by the chat template", f"{self.name}: {error}") from None
 
     def _template(self) -> Any:
