@@ -42,7 +42,7 @@ class Decoder:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self.cache = KVCache(len(model.layers))
+        self.cache = KVCache(len(model.layers), model.stateful_layers)
         self._device = model.output_weight.device
 
     def prefill(

@@ -9,10 +9,12 @@ Shape suffixes: R rows, G key/value heads, S new tokens, T all tokens, D channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+
+from serving.state_cache import StateStore, StateView
 
 LENGTH_STEP = 64
 
@@ -103,10 +105,15 @@ def _doubled(rows: int) -> int:
 
 
 class KVCache:
-    """Caches of all layers. lengths: tokens held by each row in use."""
+    """Caches of all layers. lengths: tokens held by each row in use.
 
-    def __init__(self, num_layers: int) -> None:
-        self._layers = [_LayerStore() for _ in range(num_layers)]
+    stateful: layers that keep a state instead of keys and values (Mamba).
+    """
+
+    def __init__(self, num_layers: int, stateful: Collection[int] = ()) -> None:
+        self._layers: list[_LayerStore | StateStore] = [
+            StateStore() if layer in stateful else _LayerStore() for layer in range(num_layers)
+        ]
         self.lengths: list[int] = []
 
     @property
@@ -134,9 +141,20 @@ class KVCache:
             layer.take_rows(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
-    def prefill_views(self, row: int) -> list[_PrefillView]:
-        return [_PrefillView(layer, row, self.lengths[row]) for layer in self._layers]
+    def prefill_views(self, row: int) -> list[_PrefillView | StateView]:
+        start, reserve = self.lengths[row], _doubled(row + 1)
+        return [
+            StateView(layer, row, row + 1, fresh=start == 0, reserve=reserve)
+            if isinstance(layer, StateStore)
+            else _PrefillView(layer, row, start)
+            for layer in self._layers
+        ]
 
-    def decode_views(self, positions_R: Tensor) -> list[_DecodeView]:
-        longest = max(self.lengths) + 1
-        return [_DecodeView(layer, positions_R, longest) for layer in self._layers]
+    def decode_views(self, positions_R: Tensor) -> list[_DecodeView | StateView]:
+        longest, rows = max(self.lengths) + 1, len(self.lengths)
+        return [
+            StateView(layer, 0, rows, fresh=False, reserve=rows)
+            if isinstance(layer, StateStore)
+            else _DecodeView(layer, positions_R, longest)
+            for layer in self._layers
+        ]

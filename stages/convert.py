@@ -1,4 +1,4 @@
-"""Stage ``convert``: native checkpoint <-> Hugging Face directory, with a certificate."""
+"""Stage ``convert``: native, Hugging Face and Megatron checkpoints, with a certificate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from mtk.errors import ConversionError
 from mtk.session import Session
 from stages.skip import up_to_date
 
+KINDS = {"native": "checkpoint", "hf": "hf_model", "megatron": "megatron_model"}
+
 
 def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     """Write ``config.save``; nothing appears there unless both models give the same logits.
@@ -15,6 +17,8 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     Raises ConversionError (no counterpart, weights left over) and GateError (parity).
     """
     from mtk.convert.lazy import DTYPES
+    from mtk.convert.megatron.open_checkpoint import read_given
+    from mtk.convert.megatron.publish import Target, publish_megatron
     from mtk.convert.publish_model import Demands, write_hf, write_native
     from mtk.convert.source import find_source
 
@@ -30,11 +34,13 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
         config.tolerance,
         config.reference,
         config.max_shard_size,
+        read_given(config.megatron_args, config.true_vocab_size),
+        config.hf_family,
     )
     session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
     with publish_directory(
         config.save,
-        kind="hf_model" if config.to == "hf" else "checkpoint",
+        kind=KINDS[config.to],
         stage="convert",
         config=config,
         inputs=inputs,
@@ -43,6 +49,17 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     ) as publication:
         if config.to == "hf":
             parity = write_hf(source, publication.folder, demands)
+        elif config.to == "megatron":
+            parity = publish_megatron(
+                source,
+                publication.folder,
+                demands,
+                Target(
+                    config.target_tensor_parallel_size,
+                    config.target_pipeline_parallel_size,
+                    config.target_transformer_impl,
+                ),
+            )
         else:
             parity = write_native(source, publication.folder, config, demands)
         publication.metrics.update(
@@ -65,5 +82,5 @@ def _check_kinds(config: ConvertConfig, kind: str) -> None:
         raise ConversionError(
             f"{config.load} is quantised; convert what it was made from (mtk lineage shows it)."
         )
-    if kind == config.to:
+    if kind == config.to != "megatron":
         raise ConversionError(f"{config.load} is {kind} already; there is nothing to convert.")

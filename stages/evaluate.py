@@ -1,40 +1,120 @@
-"""Stage ``evaluate``: score a model on given files."""
+"""Stage ``evaluate``: score a model on given files, on one process or several ranks."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtk.artifacts import Artifact, input_file, publish_directory
 from mtk.config.evaluate import EvaluateConfig
-from mtk.errors import ConfigError, DataError, GateError, Problem
+from mtk.data.stop import terminate_cleanly
+from mtk.errors import LayoutError, Problem
 from mtk.session import Session
 from stages.skip import up_to_date
 
 if TYPE_CHECKING:
+    from mtk.artifacts import InputRecord
     from mtk.convert.open_model import OpenedModel
-    from mtk.evaluation.documents import Document
+    from mtk.convert.source import Source
+    from mtk.evaluation.lm_eval_model import Generate
+    from mtk.evaluation.tasks import Outcome
+    from mtk.launch.process import Place
+    from mtk.parallel.groups import Group
 
-FORMAT = {"format": "mtk-evaluation", "version": 1}
+FORMAT = {"format": "mtk-evaluation", "version": 2}
 
 
+@terminate_cleanly()
 def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
     """Write ``results.json`` (figures with their definitions) and ``items.jsonl``.
 
-    Raises DataError for files that cannot be scored, GateError for a loss that is not
-    finite.
+    Starts ``--nproc`` local ranks, unless torchrun or Slurm has started this process as one
+    of its ranks; each holds the whole model and scores its share. Raises DataError for files
+    that cannot be scored, GateError for a loss that is not finite.
     """
-    from mtk.convert.source import find_source
+    from mtk.launch.local import launch
+    from mtk.launch.process import find_place
 
     session = session or Session()
+    if config.harness_tasks:
+        from mtk.evaluation.lm_eval_tasks import require_harness
+
+        require_harness()
+    device = _device(config)
+    place = find_place(device)
+    if place.started_by != "alone" or config.nproc == 1:
+        return evaluate_here(place, config, session)
+    artifact: Artifact = launch(
+        evaluate_here,
+        (config, session.of_rank(0)),
+        config.nproc,
+        device=device,
+        timeout=config.distributed_timeout_minutes * 60,
+    )
+    return artifact
+
+
+def _device(config: EvaluateConfig) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        rule = "torch sees no CUDA device on this machine"
+        raise LayoutError([Problem("device", "cuda", rule, "Use --device cpu.")])
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+@terminate_cleanly()
+def evaluate_here(place: Place, config: EvaluateConfig, session: Session) -> Artifact:
+    """The part of the rank that this process is; every rank returns the artifact."""
+    import torch.distributed as dist
+
+    from mtk.launch.process import join
+    from mtk.parallel.collectives import share_object
+    from mtk.parallel.groups import Group
+
+    with join(place, config.distributed_timeout_minutes * 60) as trace:
+        world = Group("world")
+        if place.world > 1:
+            ranks = tuple(range(place.world))
+            world = Group("world", ranks, place.rank, dist.group.WORLD, trace)
+            trace.know({"world": ranks})
+        if not world.first:
+            session = session.of_rank(place.rank)
+        done: Artifact | None = None
+        source, inputs = _inputs(config)
+        if world.first:
+            done = up_to_date(config.output, "evaluate", config, inputs, session)
+        done = share_object(done, world, "evaluate.start")
+        if done is not None:
+            return done
+        if not world.first:
+            _outcome(config, source, place, world, session)
+            return share_object(None, world, "evaluate.published")  # type: ignore[no-any-return]
+        artifact = _publish(config, source, inputs, place, world, session)
+        share_object(artifact, world, "evaluate.published")
+        return artifact
+
+
+def _inputs(config: EvaluateConfig) -> tuple[Source, list[InputRecord]]:
+    from mtk.convert.source import find_source
+    from mtk.evaluation.lm_eval_tasks import harness_inputs
+
     source = find_source(config.load)
-    inputs = [*source.inputs(), *(input_file(path, "data") for path in config.valid_data)]
-    done = up_to_date(config.output, "evaluate", config, inputs, session)
-    if done is not None:
-        return done
+    data = [input_file(path, "data") for path in config.valid_data]
+    return source, [*source.inputs(), *data, *harness_inputs(config)]
+
+
+def _publish(
+    config: EvaluateConfig,
+    source: Source,
+    inputs: Sequence[InputRecord],
+    place: Place,
+    world: Group,
+    session: Session,
+) -> Artifact:
     with publish_directory(
         config.output,
         kind="evaluation",
@@ -44,153 +124,96 @@ def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
         command=session.command,
         force=session.force,
     ) as publication:
-        results, items = _evaluate(config, session)
-        _write(publication.folder, results, items)
-        publication.metrics.update(results["figures"])
-    _report(config, results, session)
+        outcome, results = _outcome(config, source, place, world, session)
+        _write(publication.folder, results, outcome.items)
+        publication.metrics.update(_flat(outcome.figures))
+    session.reporter.info(outcome.summary)
     return publication.artifact
 
 
-def _evaluate(
-    config: EvaluateConfig, session: Session
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    import torch
-
+def _outcome(
+    config: EvaluateConfig, source: Source, place: Place, world: Group, session: Session
+) -> tuple[Outcome, dict[str, Any]]:
     from mtk.convert.lazy import DTYPES
-    from mtk.convert.open_model import open_model
-    from mtk.evaluation.documents import read_documents
+    from mtk.convert.open_model import open_source
+    from mtk.evaluation import tasks
 
-    documents = {path: read_documents(Path(path), config.text_key) for path in config.valid_data}
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    device = available if config.device == "auto" else config.device
-    opened = open_model(config.load, dtype=DTYPES[config.dtype], device=device)
-    length = _context(config, opened)
-    task = _perplexity if config.task == "WIKITEXT103" else _lambada
-    figures, items, details = task(config, opened, documents, length, session)
-    if not math.isfinite(figures["loss"]):
-        raise GateError(
-            f"the loss is {figures['loss']}: the model's weights, or what it computes in "
-            f"{config.dtype}, are not finite. Nothing was published. Try --dtype fp32."
-        )
+    opened = open_source(source, dtype=DTYPES[config.dtype], device=place.device)
+    bench = tasks.prepare(config, opened, world, session.reporter)
+    if config.harness_tasks:
+        outcome = tasks.harness_task(bench, generator(opened))
+    elif config.task == "LAMBADA":
+        outcome = tasks.lambada_task(bench)
+    else:
+        outcome = tasks.perplexity_task(bench)
     results = {
         **FORMAT,
         "task": config.task,
-        "figures": figures,
+        "figures": outcome.figures,
         "model": {
             "kind": opened.kind,
             "digest": opened.artifact.digest if opened.artifact else None,
             "tokenizer": opened.tokenizer.fingerprint,
             "dtype": config.dtype,
         },
-        "data": [_data_record(path, len(found)) for path, found in documents.items()],
-        "seq_length": length,
-        **details,
+        "seq_length": bench.length,
+        **outcome.details,
     }
-    return results, items
+    return outcome, results
 
 
-def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
-    """Tokens a window may have. Raises ConfigError beyond the model's positions."""
-    limit = opened.config.positions
-    trained = opened.config.seq_length if config.task == "WIKITEXT103" else limit
-    length = config.seq_length or trained
-    problems = []
-    if length > limit and opened.config.position_embedding_type != "none":
-        rule = f"exceeds the {limit} positions of the model"
-        problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
-    elif config.overlapping_eval is not None and config.overlapping_eval > length:
-        rule = f"exceeds the context of {length}: tokens in between would not be scored"
-        found = config.overlapping_eval
-        problems.append(Problem("overlapping_eval", found, rule, f"Nearest: {length}."))
-    if problems:
-        raise ConfigError(problems)
-    return length
+def generator(opened: OpenedModel) -> Generate:
+    """Continues prompts by the serving engine's own decoding."""
+    from mtk.evaluation.lm_eval_model import Continuation
+    from serving.generation import generate
+    from serving.requests import GenerationRequest, StopRules
+    from serving.sampling import SamplingParams
 
+    tokenizer = opened.tokenizer
+    ends = frozenset(token for token in (tokenizer.eod, tokenizer.eos) if token is not None)
 
-def _perplexity(
-    config: EvaluateConfig,
-    opened: OpenedModel,
-    documents: dict[str, list[Document]],
-    length: int,
-    session: Session,
-) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    from mtk.evaluation import detokenizers
-    from mtk.evaluation.perplexity import DEFINITIONS, Settings, perplexity
-
-    rules = {
-        detokenizers.choose(path) if config.detokenizer == "auto" else config.detokenizer
-        for path in config.valid_data
-    }
-    if len(rules) > 1:
-        raise DataError(
-            f"the paths of --valid-data suggest different detokenizers "
-            f"({', '.join(sorted(rules))}). Evaluate the files apart, or choose one with "
-            f"--detokenizer."
+    def continued(prompts: Sequence[Sequence[int]], settings: Continuation) -> list[str]:
+        sampling = SamplingParams(
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, seed=1234
         )
-    chosen = rules.pop()
-    session.reporter.info(f"detokenizer: {chosen}")
-    settings = Settings(length, config.overlapping_eval, config.batch_size, detokenizer=chosen)
-    everything = [document for found in documents.values() for document in found]
-    with session.reporter.progress("evaluate", None, "tokens") as bar:
-        result = perplexity(opened.model, opened.tokenizer, everything, settings, bar.advance)
-    details = {
-        "detokenizer": chosen,
-        "overlapping_eval": config.overlapping_eval,
-        "definitions": DEFINITIONS,
-    }
-    return result.figures, result.items, details
-
-
-def _lambada(
-    config: EvaluateConfig,
-    opened: OpenedModel,
-    documents: dict[str, list[Document]],
-    length: int,
-    session: Session,
-) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    from mtk.evaluation.lambada import DEFINITIONS, lambada
-
-    everything = [document for found in documents.values() for document in found]
-    with session.reporter.progress("evaluate", len(everything), "passages") as bar:
-        result = lambada(
-            opened.model,
-            opened.tokenizer,
-            everything,
-            strict=config.strict_lambada,
-            seq_length=length,
-            batch_size=config.batch_size,
-            advance=bar.advance,
+        request = GenerationRequest(
+            prompts=tuple(tuple(prompt) for prompt in prompts),
+            max_tokens=settings.max_tokens,
+            sampling=sampling,
+            stop=StopRules(token_ids=ends, strings=tuple(s for s in settings.until if s)),
         )
-    return result.figures, result.items, {"definitions": DEFINITIONS}
+        return [output.text for output in generate(opened.model, tokenizer, request)]
+
+    return continued
 
 
-def _data_record(path: str, documents: int) -> dict[str, Any]:
-    from mtk.artifacts.hashing import sha256_file
+def register_with_harness() -> None:
+    """Make ``model="mtk"`` known to lm-evaluation-harness in this process. Raises ConfigError
+    if it is not installed."""
+    from mtk.evaluation.lm_eval_tasks import require_harness
 
-    return {"file": Path(path).name, "sha256": sha256_file(Path(path)), "documents": documents}
+    require_harness()
+    from mtk.evaluation.lm_eval_model import register
+
+    register(generator)
 
 
-def _write(folder: Path, results: dict[str, Any], items: Sequence[dict[str, Any]]) -> None:
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``, for the manifest."""
+
+    def walk(part: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in part.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(walk(figures, prefix))
+
+
+def _write(folder: Path, results: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     with (folder / "items.jsonl").open("w", encoding="utf-8") as stream:
         for number, item in enumerate(items):
             stream.write(json.dumps({"item": number, **item}, ensure_ascii=False) + "\n")
-
-
-def _report(config: EvaluateConfig, results: dict[str, Any], session: Session) -> None:
-    figures = results["figures"]
-    if config.task == "LAMBADA":
-        kind = "last word" if config.strict_lambada else "last token"
-        text = (
-            f"LAMBADA ({kind}): {figures['correct']} of {figures['total']} right, accuracy "
-            f"{figures['accuracy']:.4E}"
-        )
-    else:
-        adjusted = figures["adjusted_perplexity"]
-        text = (
-            f"loss {figures['loss']:.4E}, perplexity {figures['perplexity']:.4E}, adjusted "
-            f"perplexity {'-' if adjusted is None else f'{adjusted:.4E}'}, bits per byte "
-            f"{figures['bits_per_byte']:.4f}"
-        )
-    session.reporter.info(text)

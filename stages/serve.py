@@ -103,7 +103,7 @@ def context_length(config: ServeConfig, model: GPT) -> int:
     Raises ConfigError if it asks for more.
     """
     asked, positions = config.limits.max_seq_length, model.config.positions
-    if model.config.position_embedding_type == "none":
+    if not model.config.positions_are_limited:
         return asked or positions
     if asked is not None and asked > positions:
         rule = f"the model has {positions} positions"

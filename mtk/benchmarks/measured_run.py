@@ -17,8 +17,9 @@ from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import stream_seed
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
-from mtk.training.data import open_data, run_data, with_vocabulary
+from mtk.training.data import run_data, with_vocabulary
 from mtk.training.join import training_ranks
+from mtk.training.opened_data import open_data
 from mtk.training.step import Stepper
 
 

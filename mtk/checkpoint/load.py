@@ -15,6 +15,7 @@ from mtk.checkpoint.tensors import iterate_tensors, read_index
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.errors import CheckpointError, MtkError
+from mtk.models.buffers import kept_tensors
 from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 
@@ -61,8 +62,9 @@ def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy every tensor of the checkpoint into the parameter of its name, strictly."""
-    parameters = dict(model.named_parameters())
+    """Copy every tensor of the checkpoint into the parameter (or the buffer that is kept) of its
+    name, strictly."""
+    parameters = kept_tensors(model)
     check_names(set(read_index(folder, "model")), set(parameters), folder)
     for name, tensor in iterate_tensors(folder, "model"):
         copy_into(parameters[name], tensor, name, folder)

@@ -9,6 +9,7 @@ from mtk.cli import (
     bench_commands,
     config_commands,
     doctor_commands,
+    evaluation_commands,
     flow_commands,
     plan_commands,
     serving_commands,
@@ -23,6 +24,7 @@ GROUPS = {
     "flow": "Prefect flows: chains of stages.",
     "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
+    "evaluation": "Compare evaluations.",
     "bench": "How fast, and how much memory, on the machine at hand.",
     "checkpoint": "Look into checkpoints and check them.",
 }
@@ -38,6 +40,7 @@ TOPICS = (
     serving_commands,
     bench_commands,
     verify_commands,
+    evaluation_commands,
 )
 
 

@@ -64,6 +64,8 @@ PACKAGES = (
     Package("tensorboard", "2.16", extra="track"),
     Package("flash-attn", extra="the CUDA kernels; needs nvcc to build"),
     Package("transformer-engine", extra="the CUDA kernels"),
+    Package("mamba-ssm", extra="the CUDA kernels; needs nvcc to build"),
+    Package("causal-conv1d", extra="the CUDA kernels; needs nvcc to build"),
 )
 
 

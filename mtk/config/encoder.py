@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,19 +29,54 @@ class EncoderOptions:
         help="BERT: pooler and head that tell whether two segments are in order.",
         shortcuts=(("--bert-no-binary-head", False),),
     )
+    decoder_seq_length: int = option(128, help="T5: tokens of the decoder per training sample.")
+    softmax_scale: float | None = option(
+        None, help="T5: factor on attention scores (default: 1 / sqrt(head); published T5: 1)."
+    )
+    scale_tied_output: bool = option(
+        False, help="T5: states are divided by sqrt(hidden-size) before the tied output matrix."
+    )
 
 
-BERT_OPTIONS = ("norm_placement", "num_tokentypes", "bert_binary_head")
+OPTIONS = {
+    "bert": ("norm_placement", "num_tokentypes", "bert_binary_head"),
+    "t5": ("decoder_seq_length", "softmax_scale", "scale_tied_output"),
+}
 
 
 def encoder_problems(model: ModelConfig) -> Iterator[Problem]:
-    """Violations of the rules of BERT, and of its options elsewhere."""
-    if model.family != "bert":
-        for name in BERT_OPTIONS:
+    """Violations of the rules of BERT and T5, and of their options elsewhere."""
+    for family, names in OPTIONS.items():
+        for name in names if model.family != family else ():
             if getattr(model, name) != EncoderOptions.__dataclass_fields__[name].default:
-                rule = "only means something with family = bert"
+                rule = f"only means something with family = {family}"
                 yield Problem(name, getattr(model, name), rule, "Leave it out.")
-        return
+    if model.family == "bert":
+        yield from _bert(model)
+    if model.family == "t5":
+        yield from _t5(model)
+
+
+def _t5(model: ModelConfig) -> Iterator[Problem]:
+    decoded, kind = model.decoder_seq_length, model.position_embedding_type
+    if decoded < 1:
+        yield Problem("decoder_seq_length", decoded, "must be at least 1", "Nearest: 128.")
+    elif kind == "learned" and decoded > model.positions:
+        rule = f"exceeds max_position_embeddings = {model.positions}"
+        yield Problem("decoder_seq_length", decoded, rule, f"Nearest: {model.positions}.")
+    if kind not in ("learned", "relative", "none"):
+        rule = "is not what family t5 has"
+        yield Problem("position_embedding_type", kind, rule, "Nearest: relative.")
+    scale = model.softmax_scale
+    if scale is not None and not 0 < scale < math.inf:
+        rule = "must be greater than 0 and finite"
+        yield Problem("softmax_scale", scale, rule, "Published T5: 1.0.")
+    if model.scale_tied_output and model.untie_embeddings_and_output_weights:
+        rule = "belongs to a tied output matrix"
+        yield Problem("scale_tied_output", True, rule, "Leave it out.")
+
+
+def _bert(model: ModelConfig) -> Iterator[Problem]:
     if model.num_tokentypes < 1:
         yield Problem("num_tokentypes", model.num_tokentypes, "must be at least 1", "Nearest: 2.")
     for name, wanted in (

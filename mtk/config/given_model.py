@@ -14,9 +14,13 @@ from mtk.errors import ConfigError, Problem
 # What may differ from the checkpoint: no shape and no meaning of a weight depends on it.
 FREE = (
     "seq_length",
+    "decoder_seq_length",
     "hidden_dropout",
     "attention_dropout",
     "init_method_std",
+    "mamba_chunk_size",
+    "moe_router_load_balancing_type",
+    "moe_router_bias_update_rate",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_expert_capacity_factor",

@@ -11,6 +11,13 @@ from collections.abc import Iterator
 from math import lcm
 from typing import TYPE_CHECKING
 
+from mtk.config.mamba import mamba_sizes
+from mtk.config.mamba_layout import (
+    mamba_context_problems,
+    mamba_tensor_problems,
+    shares_mamba_groups,
+    shares_mamba_heads,
+)
 from mtk.config.nearest import divisors, multiples, nearest
 from mtk.errors import Problem
 
@@ -28,21 +35,26 @@ def stacked_layers(model: ModelConfig) -> int:
 
 
 def shares_heads(tp: int, model: ModelConfig) -> bool:
-    return model.num_attention_heads % tp == 0
+    return not model.has_attention or model.num_attention_heads % tp == 0
 
 
 def shares_groups(tp: int, model: ModelConfig) -> bool:
     """Ranks split the key/value heads, or several ranks hold the same one."""
-    return model.query_groups % tp == 0 or tp % model.query_groups == 0
+    groups = model.query_groups
+    return not model.has_attention or groups % tp == 0 or tp % groups == 0
 
 
 def shares_ffn(tp: int, model: ModelConfig) -> bool:
-    return model.ffn_size % tp == 0
+    return not model.has_mlp or model.ffn_size % tp == 0
 
 
 def shares_experts_ffn(tp: int, model: ModelConfig) -> bool:
     """Grouped products read rows of 16 bytes, 8 values in bf16."""
     return tp == 1 or not model.num_experts or model.moe_ffn_size % (8 * tp) == 0
+
+
+def shares_shared_expert(tp: int, model: ModelConfig) -> bool:
+    return (model.moe_shared_expert_intermediate_size or 0) % tp == 0
 
 
 def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
@@ -51,23 +63,30 @@ def shares_vocabulary(tp: int, model: ModelConfig) -> bool:
     return (model.padded_vocab_size if known else model.make_vocab_size_divisible_by) % tp == 0
 
 
-TP_RULES = (shares_heads, shares_groups, shares_ffn, shares_experts_ffn)
+TP_RULES = (
+    shares_heads,
+    shares_groups,
+    shares_ffn,
+    shares_experts_ffn,
+    shares_shared_expert,
+    shares_mamba_heads,
+    shares_mamba_groups,
+)
 
 
 def tensor_degrees(model: ModelConfig) -> list[int]:
     """Every legal tensor-parallel size; the vocabulary's padding can follow any of them."""
-    return [
-        tp
-        for tp in range(1, model.num_attention_heads + 1)
-        if all(rule(tp, model) for rule in TP_RULES)
-    ]
+    heads = model.num_attention_heads if model.has_attention else mamba_sizes(model).heads
+    return [tp for tp in range(1, heads + 1) if all(rule(tp, model) for rule in TP_RULES)]
 
 
 def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
     tp, name = parallel.tensor_model_parallel_size, "parallel.tensor_model_parallel_size"
-    fix = nearest(tp, tensor_degrees(model))
+    legal = tensor_degrees(model)
+    fix = nearest(tp, legal)
     heads, groups = model.num_attention_heads, model.query_groups
-    if tp > heads:
+    yield from mamba_tensor_problems(parallel, model, legal)
+    if tp > heads and model.has_attention:
         yield Problem(name, tp, f"must not exceed model.num_attention_heads = {heads}", fix)
     elif not shares_heads(tp, model):
         yield Problem(name, tp, f"must divide model.num_attention_heads = {heads}", fix)
@@ -79,6 +98,10 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
         yield Problem(name, tp, rule, fix)
     if not shares_experts_ffn(tp, model):
         rule = f"must divide the width of an expert's MLP, {model.moe_ffn_size}, in parts of 8"
+        yield Problem(name, tp, rule, fix)
+    if not shares_shared_expert(tp, model):
+        width = model.moe_shared_expert_intermediate_size
+        rule = f"must divide model.moe_shared_expert_intermediate_size = {width}"
         yield Problem(name, tp, rule, fix)
     if not shares_vocabulary(tp, model):
         unit = model.make_vocab_size_divisible_by
@@ -102,15 +125,36 @@ def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[
         rule = f"sequence parallelism needs {seq // cp} tokens of each sequence on a rank "
         rule += f"to be a multiple of TP = {rows}"
         yield Problem("model.seq_length", seq, rule, fix)
+    if model.family == "t5" and model.decoder_seq_length % rows:
+        rule = f"sequence parallelism needs it to be a multiple of TP = {rows}"
+        fix = nearest(model.decoder_seq_length, multiples(model.decoder_seq_length, rows))
+        yield Problem("model.decoder_seq_length", model.decoder_seq_length, rule, fix)
     if cp > 1 and model.family != "gpt":
         rule = f"cuts sequences that are read from left to right; family is {model.family}"
         yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
+    yield from mamba_context_problems(parallel, model)
+    if not model.has_attention:
+        return
     if cp > 1 and parallel.cp_comm_type == "p2p" and model.attention_dropout:
         rule = "cannot be drawn alike in the ring of cp_comm_type = p2p"
         fix = "Use --attention-dropout 0, or --cp-comm-type all_gather (or a2a)."
         yield Problem("model.attention_dropout", model.attention_dropout, rule, fix)
+    if cp > 1:
+        yield from _scores_over_context(parallel, model)
     if cp > 1 and parallel.cp_comm_type == "a2a":
         yield from _heads_over_context(parallel, model)
+
+
+def _scores_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    """What changes scores by position needs a kernel that sees whole sequences."""
+    kind, method = model.position_embedding_type, parallel.cp_comm_type
+    if model.biases_scores:
+        rule = f"position_embedding_type = {kind} biases scores, which no exchange knows yet"
+        cp = parallel.context_parallel_size
+        yield Problem("parallel.context_parallel_size", cp, rule, "Nearest: 1.")
+    elif model.window_size is not None and method != "a2a":
+        rule = f"knows no windows (window_size = {model.window_size})"
+        yield Problem("parallel.cp_comm_type", method, rule, "Nearest: a2a.")
 
 
 def _heads_over_context(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:

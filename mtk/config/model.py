@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+from mtk.config.attention import AttentionOptions, attention_problems
+from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
+from mtk.config.layer_pattern import has_experts
 from mtk.config.lora import LoraConfig, lora_problems
-from mtk.config.moe import MoeOptions, moe_problems
+from mtk.config.mamba import EXPERTS, MambaOptions, implied_by_pattern, mamba_problems, mamba_sizes
+from mtk.config.moe import AUX_LOSS_COEFF, MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
 from mtk.config.schema import group, option
 from mtk.errors import Problem
 
+# Activations that multiply two matrices' outputs (Shazeer 2020).
+GATED = ("swiglu", "geglu", "geglu-tanh")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
+class ModelConfig(
+    PositionOptions, AttentionOptions, BlockOptions, MoeOptions, MambaOptions, EncoderOptions
+):
     """Sizes follow Megatron's names; what is None is derived in :meth:`derived`."""
 
     family: Literal["gpt", "bert", "t5"] = option("gpt", help="Kind of model.")
@@ -29,15 +38,18 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         None, help="Key/value heads: fewer than heads is GQA, 1 is MQA (default: as heads)."
     )
     ffn_hidden_size: int | None = option(
-        None, help="Width of the MLP (default: 4 x hidden, with swiglu 8/3 in steps of 64)."
+        None, help="Width of the MLP (default: 4 x hidden, gated 8/3 in steps of 64)."
     )
     kv_channels: int | None = option(None, help="Width of a head (default: hidden / heads).")
     seq_length: int = option(help="Tokens per training sample.")
     normalization: Literal["LayerNorm", "RMSNorm"] = option("LayerNorm", help="Kind of norm.")
     norm_epsilon: float = option(1e-5, help="Added to the variance in norms.")
-    activation: Literal["gelu", "gelu-tanh", "relu", "squared-relu", "swiglu"] = option(
+    activation: Literal[
+        "gelu", "gelu-tanh", "relu", "squared-relu", "swiglu", "geglu", "geglu-tanh"
+    ] = option(
         "gelu",
-        help="Non-linearity of the MLP; gelu is exact, gelu-tanh is GPT-2's approximation.",
+        help="Non-linearity of the MLP; gelu is exact, gelu-tanh is GPT-2's approximation; "
+        "swiglu and geglu multiply it with a second matrix's output.",
         shortcuts=(("--swiglu", "swiglu"), ("--squared-relu", "squared-relu")),
     )
     add_bias_linear: bool = option(
@@ -83,7 +95,7 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         """Width of the MLP, after derivation."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.activation == "swiglu":
+        if self.gated:
             return int(4 * self.hidden_size * 2 / 3 / 64) * 64 or 64
         return 4 * self.hidden_size
 
@@ -95,7 +107,16 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
 
     def has_experts(self, layer: int) -> bool:
         """Whether layer number ``layer`` is an MoE layer; Megatron counts them from 0 too."""
-        return self.num_experts is not None and layer % self.moe_layer_freq == 0
+        if self.hybrid_layer_pattern is not None:
+            return self.hybrid_layer_pattern[layer] == EXPERTS
+        return self.num_experts is not None and has_experts(self.moe_layer_freq, layer)
+
+    @property
+    def aux_loss_coeff(self) -> float:
+        """Weight of the balancing loss, after derivation."""
+        if self.moe_aux_loss_coeff is not None:
+            return self.moe_aux_loss_coeff
+        return AUX_LOSS_COEFF if self.moe_router_load_balancing_type == "seq_aux_loss" else 0.0
 
     @property
     def moe_layers(self) -> int:
@@ -108,8 +129,21 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
         return self.max_position_embeddings or self.seq_length
 
     @property
+    def gated(self) -> bool:
+        """The MLP has a gate beside its input matrix."""
+        return self.activation in GATED
+
+    @property
     def qkv_bias(self) -> bool:
-        return self.add_bias_linear or self.add_qkv_bias
+        return self.add_bias_linear or self.add_qkv_bias or self.add_attention_bias
+
+    @property
+    def attention_output_bias(self) -> bool:
+        return self.add_bias_linear or self.add_attention_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.add_bias_linear or self.add_mlp_bias
 
     def problems(self) -> Iterator[Problem]:
         yield from self._positive()
@@ -125,8 +159,11 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
             fix = f"Nearest: {nearest_divisor(groups, self.num_attention_heads)}."
             yield Problem("num_query_groups", groups, rule, fix)
         yield from position_problems(self)
+        yield from attention_problems(self)
+        yield from block_problems(self)
         yield from moe_problems(self)
         yield from encoder_problems(self)
+        yield from mamba_problems(self)
         yield from lora_problems(self)
 
     def _positive(self) -> Iterator[Problem]:
@@ -159,6 +196,13 @@ class ModelConfig(PositionOptions, MoeOptions, EncoderOptions):
             num_query_groups=self.query_groups,
             ffn_hidden_size=self.ffn_size,
             moe_ffn_hidden_size=self.moe_ffn_size if self.num_experts else None,
+            moe_aux_loss_coeff=self.aux_loss_coeff if self.num_experts else None,
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
+            mamba_num_heads=mamba_sizes(self).heads if self.has_mamba else None,
         )
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that others decide where they are not given themselves."""
+        return implied_by_pattern(given)

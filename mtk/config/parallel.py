@@ -227,7 +227,8 @@ class ParallelConfig:
     def problems_with(self, model: ModelConfig) -> Iterator[Problem]:
         """What of the model this layout cannot share out; keys from the root."""
         sizes = (model.num_layers, model.num_attention_heads, model.query_groups, model.ffn_size)
-        units = (model.seq_length, model.hidden_size, model.make_vocab_size_divisible_by)
+        units: tuple[int, ...] = (model.seq_length, model.hidden_size)
+        units += (model.make_vocab_size_divisible_by, model.mamba_num_groups)
         if not self._countable or min(*sizes, *units) < 1:
             return
         yield from tensor_problems(self, model)

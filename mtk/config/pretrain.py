@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_multiple
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
@@ -19,7 +20,7 @@ DEFAULT_SPLIT = "969,30,1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(MaskingOptions):
     """Where samples come from."""
 
     data_path: tuple[str, ...] = option(
@@ -28,7 +29,10 @@ class DataConfig:
     train_data_path: tuple[str, ...] = option((), help="As --data-path, for training only.")
     valid_data_path: tuple[str, ...] = option((), help="As --data-path, for validation only.")
     test_data_path: tuple[str, ...] = option((), help="As --data-path, for the test only.")
-    split: str = option(DEFAULT_SPLIT, help="Shares of training, validation and test sequences.")
+    split: str = option(
+        DEFAULT_SPLIT,
+        help="Shares of training, validation and test sequences (BERT, T5: documents).",
+    )
     data_order: Literal["epochs", "megatron"] = option(
         "epochs",
         help="Shuffle each epoch on its own, so that the order does not depend on the training "
@@ -190,6 +194,11 @@ class RuntimeConfig:
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
+    mamba_backend: Literal["torch", "mamba-ssm"] = option(
+        "torch",
+        help="What computes the scan and the convolution of Mamba layers: plain PyTorch, or the "
+        "CUDA kernels of the packages mamba-ssm and causal-conv1d.",
+    )
     deterministic_mode: bool = option(
         False, help="Only deterministic kernels: two runs give identical checkpoints."
     )
@@ -256,6 +265,7 @@ class PretrainConfig:
         if self.data.reset_position_ids and self.model.position_embedding_type == "none":
             rule = "has no effect with position_embedding_type = none"
             yield Problem("data.reset_position_ids", True, rule, "Leave it out.")
+        yield from masking_problems(self.data, self.model)
         yield from self.parallel.problems_with(self.model)
         yield from self._layout_problems()
         yield from self._kernel_problems()
@@ -274,16 +284,33 @@ class PretrainConfig:
             rule = "delays weight gradients, which a compiled block computes with all others"
             fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
             yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
+        yield from self._mamba_kernel()
         if runtime.attention_backend != "flash":
             return
         if runtime.device == "cpu" and self.model.attention_dropout:
             rule, fix = "flash attention has no dropout on the CPU", "--attention-dropout 0"
         elif runtime.device == "cuda" and self.precision.precision == "fp32":
             rule, fix = "flash attention needs bf16 or fp16 on CUDA", "--bf16"
+        elif runtime.device == "cuda" and (self.model.window_size or self.model.biases_scores):
+            rule = "flash attention on CUDA takes no window and no bias on scores here"
+            fix = "--attention-backend sdpa"
         else:
             return
         fix = f"Use {fix}, or --attention-backend auto."
         yield Problem("runtime.attention_backend", "flash", rule, fix)
+
+    def _mamba_kernel(self) -> Iterator[Problem]:
+        if self.runtime.mamba_backend != "mamba-ssm":
+            return
+        name, rule, fix = "runtime.mamba_backend", "", "Use --mamba-backend torch."
+        if not self.model.has_mamba:
+            rule, fix = "computes Mamba layers, of which the model has none", "Leave it out."
+        elif self.runtime.device == "cpu":
+            rule = "has kernels for CUDA only"
+        elif self.runtime.deterministic_mode:
+            rule = "adds up gradients in any order; --deterministic-mode asks for one"
+        if rule:
+            yield Problem(name, "mamba-ssm", rule, fix)
 
     def derived(self) -> Self:
         """The batch in numbers, so that whatever reads the configuration sees the same one."""

@@ -6,21 +6,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from mtk.config.decoder_recipes import DECODERS, LLAMA
+from mtk.config.recipes_mamba import MAMBA_RECIPES
 from mtk.config.resolve import Layer
 from mtk.errors import ConfigError, Problem
-
-_LLAMA: dict[str, Any] = {
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "add_bias_linear": False,
-    "untie_embeddings_and_output_weights": True,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "weight_decay": 0.1,
-    "adam_beta2": 0.95,
-    "lr_decay_style": "cosine",
-}
 
 _GPT3: dict[str, Any] = {
     "lr_decay_style": "cosine",
@@ -34,7 +23,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # The demo's model: learns English well below 2.6 bits per byte in about two
     # minutes on two cores.
     "gpt-tiny": {
-        **_LLAMA,
+        **LLAMA,
         "num_layers": 4,
         "hidden_size": 192,
         "num_attention_heads": 6,
@@ -104,39 +93,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "init_method_std": 0.006,
         "precision": "bf16",
     },
-    # Touvron et al. 2023.
-    "llama2-7b": {
-        **_LLAMA,
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "ffn_hidden_size": 11008,
-        "seq_length": 4096,
-        "micro_batch_size": 1,
-        "global_batch_size": 1024,
-        "lr": 3e-4,
-        "min_lr": 3e-5,
-        "lr_warmup_iters": 2000,
-        "precision": "bf16",
-    },
-    # Jiang et al. 2023, without the sliding window.
-    "mistral-7b": {
-        **_LLAMA,
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "ffn_hidden_size": 14336,
-        "seq_length": 4096,
-        "micro_batch_size": 1,
-        "global_batch_size": 1024,
-        "lr": 3e-4,
-        "min_lr": 3e-5,
-        "precision": "bf16",
-    },
+    **DECODERS,
     # The demo's model with eight experts of its width, two a token.
     "moe-tiny": {
-        **_LLAMA,
+        **LLAMA,
         "num_layers": 4,
         "hidden_size": 192,
         "num_attention_heads": 6,
@@ -153,7 +113,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     },
     # Jiang et al. 2024.
     "mixtral-8x7b": {
-        **_LLAMA,
+        **LLAMA,
         "num_layers": 32,
         "hidden_size": 4096,
         "num_attention_heads": 32,
@@ -199,6 +159,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "lr_warmup_fraction": 0.01,
         "train_iters": 1_000_000,
     },
+    **MAMBA_RECIPES,
 }
 
 

@@ -41,10 +41,14 @@ def resolve(config_class: type[T], layers: Sequence[Layer]) -> Resolved[T]:
 
     A configuration dataclass may define ``problems(self) -> Iterable[Problem]`` (rules)
     and ``derived(self) -> Self`` (values computed from others). All problems of all
-    groups are raised together as one :class:`ConfigError`.
+    groups are raised together as one :class:`ConfigError`. A class method
+    ``implied(given) -> Mapping`` may name options, required ones too, that given ones decide.
     """
     known = list(leaves(config_class))
     values, origins, problems = _merge(known, layers)
+    for key, value in _implied(config_class, (), values).items():
+        if key not in values:
+            values[key], origins[key] = value, "implied"
     reported = {problem.key for problem in problems}
     required = [
         leaf
@@ -108,6 +112,22 @@ def _unknown(key: str, value: Any, origin: str, names: Sequence[str]) -> Problem
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     fix = f"Did you mean {near[0]}?" if near else "See --help for all options."
     return Problem(key, value, f"unknown option (from {origin})", fix)
+
+
+def _implied(
+    config_class: Any, prefix: tuple[str, ...], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each group's ``implied`` says, by dotted key."""
+    found: dict[str, Any] = {}
+    start = "".join(f"{name}." for name in prefix)
+    if hasattr(config_class, "implied"):
+        names = {key.removeprefix(start): v for key, v in values.items() if key.startswith(start)}
+        found = {start + name: value for name, value in config_class.implied(names).items()}
+    annotations = hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if "group" in field.metadata:
+            found |= _implied(annotations[field.name], (*prefix, field.name), values)
+    return found
 
 
 def _construct(config_class: Any, prefix: tuple[str, ...], values: Mapping[str, Any]) -> Any:

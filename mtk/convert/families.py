@@ -4,27 +4,54 @@ from __future__ import annotations
 
 from mtk.config.model import ModelConfig
 from mtk.convert.bert import BERT, MEGATRON_BERT
+from mtk.convert.bloom import BLOOM
 from mtk.convert.family import Family
+from mtk.convert.gemma import GEMMA
+from mtk.convert.glm_moe import GLM4_MOE
 from mtk.convert.gpt2 import GPT2
+from mtk.convert.gpt_neox import GPT_NEOX
 from mtk.convert.llama import LLAMA
-from mtk.errors import ConversionError
+from mtk.convert.mamba2 import MAMBA2
+from mtk.convert.mistral import MISTRAL
+from mtk.convert.mixtral import MIXTRAL
+from mtk.convert.qwen import QWEN2, QWEN3
+from mtk.convert.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mtk.convert.t5 import T5
+from mtk.errors import ConfigError, ConversionError, Problem
 
-FAMILIES = (GPT2, LLAMA, BERT, MEGATRON_BERT)
+# A native model becomes the first one that can express it.
+DECODERS = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM)
+WITH_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
+FAMILIES = (*DECODERS, *WITH_EXPERTS, BERT, MEGATRON_BERT, T5)
 
 
-def family_for(config: ModelConfig) -> Family:
-    """The family that can express a native model.
+def family_for(config: ModelConfig, wanted: str | None = None) -> Family:
+    """The first family that can express a native model, or the ``wanted`` one.
 
-    Raises ConversionError with every reason of every family when none can.
+    Raises ConversionError with every reason of every family when none can, ConfigError for a
+    family that is not known.
     """
+    known = [family.model_type for family in FAMILIES]
+    if wanted is not None and wanted not in known:
+        rule = f"is no family that mtk writes: {', '.join(known)}"
+        raise ConfigError([Problem("hf_family", wanted, rule)])
     refused = []
     for family in FAMILIES:
-        reasons = family.reasons(config)
+        if wanted not in (None, family.model_type):
+            continue
+        reasons = _reasons(family, config)
         if not reasons:
             return family
         listed = "\n".join(f"      - {reason}" for reason in reasons)
         refused.append(f"  not {family.architecture}:\n{listed}")
     raise ConversionError("No Hugging Face family holds this model:\n" + "\n".join(refused))
+
+
+def _reasons(family: Family, config: ModelConfig) -> list[str]:
+    pattern = config.hybrid_layer_pattern
+    if pattern is not None and not family.patterns:
+        return [f"hybrid_layer_pattern = {pattern}: every layer there is attention and MLP"]
+    return family.reasons(config)
 
 
 def family_of(model_type: object, where: str) -> Family:

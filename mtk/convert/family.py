@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
+from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import Rename, WeightTable
 from mtk.convert.probe import CAUSAL, Probe
 from mtk.errors import ConfigError, ConversionError
 
 T = TypeVar("T", int, float, bool, str)
 
+# Options of a model that every family has a place for, or that training alone looks at.
+COMMON = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "moe_ffn_hidden_size",
+        "kv_channels",
+        "seq_length",
+        "max_position_embeddings",
+        "norm_epsilon",
+        "hidden_dropout",
+        "attention_dropout",
+        "init_method_std",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "untie_embeddings_and_output_weights",
+        # Looked at through the biases they make: see ``bias_reasons``.
+        "add_bias_linear",
+        "add_qkv_bias",
+        "add_attention_bias",
+        "add_mlp_bias",
+    }
+)
+# What to say of the options that are refused most.
+SAYINGS = {"family": "is a decoder", "num_experts": "is dense"}
+
+
+def as_they_are(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The one form that most families are written in."""
+    del config
+    return tensors
+
 
 @dataclass(frozen=True)
 class Family:
     """One row of the table of families; adding a family is adding one of these.
 
-    model_type, architecture: as in ``config.json``. blocks: submodule that lists the
-    layers in the transformers class. prefix: what some published files leave out in
-    front of names. reasons(config): ALL reasons why a native model cannot be
+    model_type, architecture: as in ``config.json``. blocks: submodules (parted by spaces)
+    that list the layers in the transformers class. prefix: what some published files leave
+    out in front of names. reasons(config): ALL reasons why a native model cannot be
     expressed, empty if it can. to_config / from_config: ``config.json`` both ways.
     weights(config): the table of weights. linears: name endings of weights that are
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
-    the parity check runs models of the family.
+    the parity check runs models of the family. outside: names that never have the prefix.
+    patterns: ``reasons`` knows models whose layers follow a pattern; to all others they are
+    refused.
     """
 
     model_type: str
@@ -38,6 +77,60 @@ class Family:
     weights: Callable[[ModelConfig], WeightTable]
     linears: tuple[str, ...] = ()
     probe: Probe = CAUSAL
+    outside: tuple[str, ...] = ("lm_head.",)
+    spelling: Callable[[Tensors, ModelConfig], Tensors] = as_they_are
+    patterns: bool = False
+
+
+def reasons_against(
+    config: ModelConfig, name: str, takes: Mapping[str, tuple[tuple[Any, ...], str]]
+) -> list[str]:
+    """Options of ``config`` that family ``name`` has no counterpart for.
+
+    takes: for options the family knows, the values it can express and what to say of others;
+    all other options must have their defaults, so that one added later is never dropped.
+    """
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in COMMON:
+            continue
+        values, saying = takes.get(
+            field.name, ((field.default,), SAYINGS.get(field.name, "has nothing of the kind"))
+        )
+        if value not in values:
+            found.append(f"{field.name} = {value}: {name} {saying}")
+    return found
+
+
+def bias_reasons(
+    config: ModelConfig, name: str, allowed: tuple[tuple[bool, bool, bool], ...]
+) -> list[str]:
+    """Whether the biases of query/key/value, attention output and MLP are ``allowed``."""
+    own = (config.qkv_bias, config.attention_output_bias, config.mlp_bias)
+    if own in allowed:
+        return []
+    places = ("query/key/value", "attention output", "MLP")
+    legal = " or ".join(_listed(places, each) for each in allowed)
+    options = ("add_bias_linear", "add_qkv_bias", "add_attention_bias", "add_mlp_bias")
+    given = ", ".join(f"{each} = {getattr(config, each)}" for each in options)
+    return [f"{given}: biases in {_listed(places, own)}; {name} has them in {legal}"]
+
+
+def _listed(places: tuple[str, ...], flags: tuple[bool, ...]) -> str:
+    chosen = [place for place, flag in zip(places, flags, strict=True) if flag]
+    return " + ".join(chosen) or "no part"
+
+
+def bias_options(*, qkv: bool, output: bool, mlp: bool) -> dict[str, bool]:
+    """Native options for biases in these parts; ``output`` (of attention) needs ``qkv``."""
+    everywhere = qkv and output and mlp
+    return {
+        "add_bias_linear": everywhere,
+        "add_qkv_bias": qkv and not output,
+        "add_attention_bias": qkv and output and not everywhere,
+        "add_mlp_bias": mlp and not everywhere,
+    }
 
 
 class ForeignConfig:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear, training_length
+from mtk.convert.family import (
+    Family,
+    ForeignConfig,
+    bias_reasons,
+    linear,
+    reasons_against,
+    training_length,
+)
 from mtk.convert.mapping import (
     CutRows,
     Fuse,
@@ -24,20 +31,13 @@ SPELLINGS = {"gelu_pytorch_tanh": "gelu-tanh", "gelu_fast": "gelu-tanh"}
 
 def reasons(config: ModelConfig) -> list[str]:
     """Everything that keeps ``config`` from being a GPT-2."""
-    found = []
-    if config.num_experts is not None:
-        found.append(f"num_experts = {config.num_experts}: GPT-2 is dense")
-    if config.family != "gpt":
-        found.append(f"family = {config.family}: GPT-2 is a decoder")
-    if config.position_embedding_type != "learned":
-        kind = config.position_embedding_type
-        found.append(f"position_embedding_type = {kind}: GPT-2 learns positions")
-    if config.normalization != "LayerNorm":
-        found.append(f"normalization = {config.normalization}: GPT-2 has LayerNorm")
-    if config.activation not in ACTIVATIONS:
-        found.append(f"activation = {config.activation}: GPT-2's MLP has no gate")
-    if not config.add_bias_linear:
-        found.append("add_bias_linear = False: every linear layer of GPT-2 has a bias")
+    takes = {
+        "position_embedding_type": (("learned",), "learns positions"),
+        "normalization": (("LayerNorm",), "has LayerNorm"),
+        "activation": (tuple(ACTIVATIONS), "has an MLP without a gate"),
+    }
+    found = reasons_against(config, "GPT-2", takes)
+    found += bias_reasons(config, "GPT-2", ((True, True, True),))
     if config.query_groups != config.num_attention_heads:
         groups = config.query_groups
         found.append(f"num_query_groups = {groups}: GPT-2 has as many key/value as query heads")

@@ -19,6 +19,7 @@ from mtk.convert.families import family_of
 from mtk.convert.family import Family, ForeignConfig
 from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.errors import ConversionError
+from mtk.models.build import build_on_meta
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -37,7 +38,26 @@ class HfModel:
     @property
     def native(self) -> Tensors:
         """The weights under native names. Raises ConversionError if they do not fit."""
-        return self.family.weights(self.config).as_native(self.tensors)
+        table = self.family.weights(self.config)
+        made = table.as_native(self.tensors, f"files in {self.folder}")
+        sources = {name: rule.foreigns for rule in table.rules for name in rule.natives}
+        module = build_on_meta(self.config)
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+        def read(name: str) -> Tensor:
+            try:
+                tensor = made[name]
+            except (ConversionError, RuntimeError) as error:
+                files = ", ".join(sources[name])
+                raise ConversionError(f"{self.folder}: {files} cannot be read: {error}") from error
+            if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                raise ConversionError(
+                    f"{self.folder}: {', '.join(sources[name])} makes {name} of shape "
+                    f"{list(tensor.shape)}, config.json asks for {list(shapes[name])}."
+                )
+            return tensor
+
+        return LazyTensors(made, read)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -66,14 +86,17 @@ def read_hf_model(folder: Path, tensors: Tensors | None = None) -> HfModel:
     family = family_of(foreign.get("model_type"), where)
     config = family.from_config(ForeignConfig(foreign, where))
     stored = read_weights(folder) if tensors is None else tensors
-    return HfModel(folder, family, config, foreign, _with_prefix(stored, family))
+    named = family.spelling(_with_prefix(stored, family), config)
+    return HfModel(folder, family, config, foreign, named)
 
 
 def _with_prefix(tensors: Tensors, family: Family) -> Tensors:
     """Names as ``ForCausalLM`` classes save them; base classes leave out the prefix."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    full = {name if name.startswith("lm_head.") else family.prefix + name: name for name in tensors}
+    full = {
+        name if name.startswith(family.outside) else family.prefix + name: name for name in tensors
+    }
     return LazyTensors(full, lambda name: tensors[full[name]])
 
 
@@ -161,6 +184,8 @@ def write_hf_directory(
     known = {key: value for key, value in tokens.items() if value is not None}
     special = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     write_json(folder / CONFIG, {**config, **special, "dtype": dtype})
+    if "decoder_start_token_id" in config:
+        known["decoder_start_token_id"] = config["decoder_start_token_id"]
     write_json(folder / "generation_config.json", known)
 
 

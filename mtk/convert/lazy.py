@@ -19,6 +19,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+# Endings of what keeps its own type: rounded, biases of experts would choose other ones.
+EXACT = ("router.expert_bias", "gate.e_score_correction_bias")
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Names known now, contents made by ``read`` on each access and not kept.
 
@@ -42,7 +46,8 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
-    """Floating-point tensors in ``dtype``; None keeps each as it is stored.
+    """Floating-point tensors in ``dtype``; None keeps each as it is stored, as those named in
+    ``EXACT`` always are.
 
     Reading a finite value that ``dtype`` cannot hold raises ConversionError.
     """
@@ -51,7 +56,7 @@ def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
     def read(name: str) -> Tensor:
         tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
+        if not tensor.is_floating_point() or tensor.dtype == dtype or name.endswith(EXACT):
             return tensor
         cast = tensor.to(dtype)
         if not cast.isfinite().all() and tensor.isfinite().all():

@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,6 +110,83 @@ class Fuse:
 
 
 @dataclass(frozen=True)
+class FuseHeads(Fuse):
+    """As :class:`Fuse`, but one head of each part after the other, as GPT-NeoX and BLOOM keep
+    query, key and value. head_size: outputs of a head."""
+
+    head_size: int = 1
+
+    def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        heads = [torch.unflatten(part, 0, (-1, self.head_size)) for part in native]
+        return (torch.stack(heads, dim=1).flatten(0, 2),)
+
+    def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _check_size(foreign[0], 0, sum(self.sizes), self.foreign)
+        heads = torch.unflatten(foreign[0], 0, (-1, len(self.sizes), self.head_size))
+        return tuple(part.flatten(0, 1).contiguous() for part in heads.unbind(1))
+
+
+@dataclass(frozen=True)
+class PairedRows(Rename):
+    """Rotated channels: pairs (2c, 2c + 1) here, as in Meta's and Megatron's interleaved form,
+    (c, c + R/2) there. head_size: rows of a head; rotated: the first R of them."""
+
+    head_size: int
+    rotated: int
+
+    def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.arange(self.head_size)
+        order[: self.rotated] = torch.arange(self.rotated).view(-1, 2).T.flatten()
+        return (self._reordered(native[0], order),)
+
+    def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.arange(self.head_size)
+        order[: self.rotated] = torch.arange(self.rotated).view(2, -1).T.flatten()
+        return (self._reordered(foreign[0], order),)
+
+    def _reordered(self, rows: Tensor, order: Tensor) -> Tensor:
+        return torch.unflatten(rows, 0, (-1, self.head_size))[:, order].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class StackExperts:
+    """One native weight [X, ...], a foreign one for each of its X experts.
+
+    foreign: their names, with ``{e}`` for the number.
+    """
+
+    native: str
+    foreign: str
+    experts: int
+
+    @property
+    def natives(self) -> tuple[str, ...]:
+        return (self.native,)
+
+    @property
+    def foreigns(self) -> tuple[str, ...]:
+        return tuple(self.foreign.format(e=expert) for expert in range(self.experts))
+
+    def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _check_size(native[0], 0, self.experts, self.native)
+        return native[0].unbind(0)
+
+    def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Reads one expert after the other: beside the stack never more than one is there."""
+        first = foreign[0]
+        stack = first.new_empty((self.experts, *first.shape))
+        for expert, name in enumerate(self.foreigns):
+            part = first if expert == 0 else foreign[expert]
+            if (part.shape, part.dtype) != (first.shape, first.dtype):
+                raise ConversionError(
+                    f"{name} is {part.dtype} {list(part.shape)}, but {self.foreigns[0]} is "
+                    f"{first.dtype} {list(first.shape)}; experts are alike."
+                )
+            stack[expert] = part
+        return (stack,)
+
+
+@dataclass(frozen=True)
 class TiedCopy:
     """A foreign weight that may be stored again although it is tied to ``of``."""
 
@@ -159,15 +236,19 @@ class WeightTable:
         """The foreign weights, made from native ones when read. Raises ConversionError."""
         makers = {name: (rule, k) for rule in self.rules for k, name in enumerate(rule.foreigns)}
         check_complete(native, (n for rule in self.rules for n in rule.natives), "native model")
+        parts = _Held(native)
 
         def read(name: str) -> Tensor:
             rule, position = makers[name]
-            return rule.to_foreign([native[part] for part in rule.natives])[position]
+            if len(rule.foreigns) == 1:
+                return rule.to_foreign(_Parts(native, rule.natives))[0]
+            # Of its own, so that keeping one expert does not keep all of them.
+            return rule.to_foreign(parts.of(rule.natives))[position].clone()
 
         return LazyTensors(makers, read)
 
-    def as_native(self, foreign: Tensors) -> Tensors:
-        """The native weights, made from foreign ones when read.
+    def as_native(self, foreign: Tensors, where: str = "weight files") -> Tensors:
+        """The native weights, made from foreign ones when read. where: they come from.
 
         Raises ConversionError for weights left over or missing, and for a stored copy
         of a tied weight that differs from it.
@@ -175,7 +256,7 @@ class WeightTable:
         makers = {name: (rule, k) for rule in self.rules for k, name in enumerate(rule.natives)}
         copies = {copy.foreign for copy in self.copies}
         names = [name for name in foreign if name not in copies | self.ignored]
-        check_complete(names, (n for rule in self.rules for n in rule.foreigns), "weight files")
+        check_complete(names, (n for rule in self.rules for n in rule.foreigns), where)
         for copy in self.copies:
             if copy.foreign in foreign and not torch.equal(foreign[copy.foreign], foreign[copy.of]):
                 raise ConversionError(
@@ -185,9 +266,39 @@ class WeightTable:
 
         def read(name: str) -> Tensor:
             rule, position = makers[name]
-            return rule.to_native([foreign[part] for part in rule.foreigns])[position]
+            return rule.to_native(_Parts(foreign, rule.foreigns))[position]
 
         return LazyTensors(makers, read)
+
+
+class _Parts(Sequence[Tensor]):
+    """Tensors by position, each read when asked for."""
+
+    def __init__(self, tensors: Tensors, names: tuple[str, ...]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tensors[self._names[index]]
+
+
+class _Held:
+    """The native weights of the rule asked for last: its foreign ones are read in turn, and to
+    read a whole stack again for each of its experts would take them squared."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._names: tuple[str, ...] = ()
+        self._parts: list[Tensor] = []
+
+    def of(self, names: tuple[str, ...]) -> list[Tensor]:
+        if names != self._names:
+            self._parts.clear()
+            self._parts = [self._tensors[name] for name in names]
+            self._names = names
+        return self._parts
 
 
 def check_complete(found: Collection[str], wanted: Iterable[str], where: str) -> None:

@@ -16,7 +16,8 @@ from mtk.convert.hf_directory import read_hf_model
 from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import check_complete
 from mtk.convert.source import Source, SourceKind, find_source
-from mtk.errors import ArtifactError
+from mtk.errors import ArtifactError, ConversionError
+from mtk.models.buffers import kept_tensors
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
@@ -61,7 +62,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> OpenedModel:
-    """A native checkpoint, a Hugging Face directory (GPT-2, Llama) or a quantised one.
+    """A native checkpoint, a Hugging Face directory of a known family or a quantised one.
 
     Quantised weights are expanded to ``dtype``. Raises ArtifactError, CheckpointError or
     ConversionError, saying what the directory holds instead.
@@ -85,6 +86,11 @@ def read_native(source: Source) -> tuple[ModelConfig, Tensors]:
     """Configuration and weights (lazy) in native form, wherever they come from."""
     if source.kind == "native":
         return read_model_config(source.folder), source.native_tensors()
+    if source.kind == "megatron":
+        raise ConversionError(
+            f"{source.folder} is a checkpoint of Megatron; make it one of mtk first: mtk convert "
+            f"--load {source.folder} --to native --save DIR."
+        )
     stored = dequantized(source.folder) if source.kind == "quantized" else None
     found = read_hf_model(source.folder, stored)
     return found.config, found.native
@@ -100,7 +106,7 @@ def assemble(
 ) -> GPT:
     """The module in eval mode, filled strictly from ``tensors``. Raises ConversionError."""
     model = empty_model(config, dtype=dtype, device=device)
-    parameters = dict(model.named_parameters())
+    parameters = kept_tensors(model)
     check_complete(tensors, parameters, f"model in {folder}")
     for name, parameter in parameters.items():
         copy_into(parameter, tensors[name], name, folder)

@@ -22,6 +22,8 @@ from mtk.convert.reference_models import Comparable
 from mtk.errors import GateError
 
 PROMPTS, TOKENS, SEED = 8, 128, 20240229
+# Tokens after the first that a window of attention hides.
+BEYOND = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Parity:
     reference: str
     prompts: int
     tokens_per_prompt: int
+    longest_prompt: int
     seed: int
     stored_dtype: str
     max_abs_logit_error: float
@@ -66,6 +69,18 @@ def fixed_prompts(vocab_size: int, positions: int, seed: int = SEED) -> Tensor:
     return torch.randint(vocab_size, (PROMPTS, length), generator=generator)
 
 
+def past_the_window(
+    vocab_size: int, positions: int, window: int | None, seed: int = SEED
+) -> Tensor | None:
+    """int64 [1, S]: a prompt that is longer than the ``window`` of attention, where those of
+    :func:`fixed_prompts` would not show a wrong one; None where they do."""
+    if window is None or window + BEYOND <= min(TOKENS, positions):
+        return None
+    length = min(window + BEYOND, positions)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randint(vocab_size, (1, length), generator=generator)
+
+
 def compare(
     candidate: Comparable,
     reference: Comparable,
@@ -73,11 +88,13 @@ def compare(
     *,
     tolerance: float,
     stored_dtype: str,
+    longer: Tensor | None = None,
 ) -> Parity:
-    """Run both on every prompt, one prompt at a time."""
+    """Run both on every prompt, one prompt at a time, and on the ``longer`` one [1, S]."""
     sums = _Sums()
-    for index in range(tokens_BS.shape[0]):
-        sums.add(index, tokens_BS[index : index + 1], candidate, reference)
+    prompts = [*torch.split(tokens_BS, 1), *([] if longer is None else [longer])]
+    for index, prompt_1S in enumerate(prompts):
+        sums.add(index, prompt_1S, candidate, reference)
     spread = sums.spread()
     limit = tolerance * min(1.0, max(spread, 1e-2)) if math.isfinite(spread) else tolerance
     # Written so that NaN fails.
@@ -87,8 +104,9 @@ def compare(
     return Parity(
         candidate=candidate.name,
         reference=reference.name,
-        prompts=tokens_BS.shape[0],
+        prompts=len(prompts),
         tokens_per_prompt=tokens_BS.shape[1],
+        longest_prompt=prompts[-1].shape[1],
         seed=SEED,
         stored_dtype=stored_dtype,
         max_abs_logit_error=sums.max_error,

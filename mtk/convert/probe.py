@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,5 +92,46 @@ class SegmentProbe:
         return x_BSE[:, : SegmentInputs.of(x_BSE[..., 0]).real]
 
 
+@dataclass(frozen=True)
+class PairInputs:
+    """Tokens for an encoder, the last ones padding, and the same in reverse for a decoder."""
+
+    decoder_BS: Tensor
+    padding_BS: Tensor
+    real: int
+
+    @classmethod
+    def of(cls, tokens_BS: Tensor) -> PairInputs:
+        segments = SegmentInputs.of(tokens_BS)
+        return cls(tokens_BS.flip(1), segments.padding_BS, segments.real)
+
+
+@dataclass(frozen=True)
+class PairProbe:
+    """An encoder reads padded tokens, a decoder others."""
+
+    def native(self, model: Any, tokens_BS: Tensor) -> Tensor:
+        inputs = PairInputs.of(tokens_BS)
+        logits: Tensor = model(tokens_BS, inputs.decoder_BS, documents=inputs.padding_BS)
+        return logits
+
+    def foreign(self, model: nn.Module, tokens_BS: Tensor) -> Tensor:
+        inputs = PairInputs.of(tokens_BS)
+        logits: Tensor = model(
+            input_ids=tokens_BS,
+            attention_mask=1 - inputs.padding_BS,
+            decoder_input_ids=inputs.decoder_BS,
+            use_cache=False,
+        ).logits
+        return logits
+
+    def states(self, x_BSE: Tensor) -> Tensor:
+        # Padding looks at padding in one, at real tokens in the other.
+        return x_BSE[:, : SegmentInputs.of(x_BSE[..., 0]).real]
+
+
 CAUSAL = CausalProbe()
 SEGMENTS = SegmentProbe()
+SEQ2SEQ = PairProbe()
+# By the family of a native model.
+PROBES: Mapping[str, Probe] = {"gpt": CAUSAL, "bert": SEGMENTS, "t5": SEQ2SEQ}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from mtk.checkpoint import read_model_config
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.config.model import ModelConfig
 from mtk.convert.families import family_for
+from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
     read_hf_config,
     read_hf_model,
@@ -20,8 +21,11 @@ from mtk.convert.hf_directory import (
     write_json,
 )
 from mtk.convert.lazy import LazyTensors, Tensors, as_dtype
+from mtk.convert.megatron.comparable import MegatronFiles
+from mtk.convert.megatron.open_checkpoint import Given, open_megatron
 from mtk.convert.open_model import assemble, has_tokenizer, read_native, tokenizer_folder
-from mtk.convert.parity import Parity, compare, fixed_prompts, require
+from mtk.convert.parity import Parity, compare, fixed_prompts, past_the_window, require
+from mtk.convert.probe import PROBES
 from mtk.convert.reference_models import (
     Comparable,
     NativeModel,
@@ -39,22 +43,26 @@ ReferenceChoice = Literal["auto", "transformers", "plain"]
 
 @dataclass(frozen=True)
 class Demands:
-    """What a conversion has to honour. dtype: None keeps the stored one."""
+    """What a conversion has to honour. dtype: None keeps the stored one. given: of a Megatron
+    checkpoint's arguments. family: to write; None for the first that can express the model."""
 
     dtype: torch.dtype | None
     tolerance: float
     reference: ReferenceChoice
     max_shard_size: int
+    given: Given = field(default_factory=Given)
+    family: str | None = None
 
 
 def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
-    """Native checkpoint -> Hugging Face directory with ``parity.json``.
+    """Any checkpoint -> Hugging Face directory with ``parity.json``.
 
     Raises ConversionError if no family holds the model, GateError if the written
-    directory computes something else.
+    directory (or what was read) computes something else.
     """
-    config, tensors = read_native(source)
-    family = family_for(config)
+    config, tensors = read_model(source, demands)
+    read = certify_source(source, config, tensors, demands)
+    family = family_for(config, demands.family)
     foreign = family.weights(config).as_foreign(as_dtype(tensors, demands.dtype))
     tokenizer = source_tokenizer(source, config)
     write_hf_directory(
@@ -66,15 +74,16 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
     )
     if tokenizer is not None:
         tokenizer.save(folder)
-    parity = certify(config, tensors, source.folder, folder, demands)
-    _check_round_trip(config, as_dtype(tensors, demands.dtype), folder)
-    write_json(folder / "parity.json", {**parity.to_dict(), "round_trip_bit_equal": True})
+    parity = certify(config, tensors, source.folder, reference_model(folder, demands), demands)
+    _check_round_trip(config, family, as_dtype(tensors, demands.dtype), folder)
+    certificate = {**parity.to_dict(), "round_trip_bit_equal": True}
+    write_json(folder / "parity.json", certificate | read)
     return parity
 
 
 def write_native(source: Source, folder: Path, stage_config: Any, demands: Demands) -> Parity:
-    """Hugging Face directory -> native checkpoint of weights with ``parity.json``."""
-    config, tensors = read_native(source)
+    """A foreign directory -> native checkpoint of weights with ``parity.json``."""
+    config, tensors = read_model(source, demands)
     tokenizer = source_tokenizer(source, config)
     weights = as_dtype(tensors, demands.dtype)
     content = CheckpointContent(config, weights, training={"source": "convert"})
@@ -82,31 +91,62 @@ def write_native(source: Source, folder: Path, stage_config: Any, demands: Deman
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
     written = Source("native", folder, None)
+    reference = source_reference(source, demands)
     parity = certify(
-        read_model_config(folder), written.native_tensors(), folder, source.folder, demands
+        read_model_config(folder), written.native_tensors(), folder, reference, demands
     )
     write_json(folder / "parity.json", parity.to_dict())
     return parity
 
 
+def read_model(source: Source, demands: Demands) -> tuple[ModelConfig, Tensors]:
+    """As ``read_native``, for a Megatron checkpoint too."""
+    if source.kind != "megatron":
+        return read_native(source)
+    found = open_megatron(source.folder, demands.given)
+    return found.config, found.native
+
+
+def certify_source(
+    source: Source, config: ModelConfig, native: Tensors, demands: Demands
+) -> dict[str, Any]:
+    """For the certificate: that a foreign source was read right. Raises GateError."""
+    if source.kind == "native":
+        return {}
+    reference = source_reference(source, demands)
+    return {"source": certify(config, native, source.folder, reference, demands).to_dict()}
+
+
 def certify(
-    config: ModelConfig, native: Tensors, native_folder: Path, hf_folder: Path, demands: Demands
+    config: ModelConfig,
+    native: Tensors,
+    native_folder: Path,
+    reference: Comparable,
+    demands: Demands,
 ) -> Parity:
-    """Compare a native model with a directory run by foreign code. Raises GateError."""
-    rounded_native = LazyTensors(native, lambda name: rounded(native[name], demands.dtype))
-    probe = family_for(config).probe
+    """Compare a native model with files run by other code. Raises GateError."""
+    rounded_native = LazyTensors(native, lambda name: rounded(name, native[name], demands.dtype))
+    probe = PROBES[config.family]
     candidate = NativeModel(assemble(config, rounded_native, native_folder), probe)
-    reference = reference_model(hf_folder, demands)
     stored = str(demands.dtype).removeprefix("torch.") if demands.dtype else "as stored"
+    vocab, positions = config.vocab_size or 1, config.positions
     parity = compare(
         candidate,
         reference,
-        fixed_prompts(config.vocab_size or 1, config.positions),
+        fixed_prompts(vocab, positions),
         tolerance=demands.tolerance,
         stored_dtype=stored,
+        longer=past_the_window(vocab, positions, config.window_size),
     )
     require(parity)
     return parity
+
+
+def source_reference(source: Source, demands: Demands) -> Comparable:
+    """What runs a foreign source without the tables it is converted by."""
+    if source.kind == "megatron":
+        return MegatronFiles(open_megatron(source.folder, demands.given), demands.dtype)
+    return reference_model(source.folder, demands)
 
 
 def reference_model(folder: Path, demands: Demands) -> Comparable:
@@ -144,10 +184,9 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": pad}
 
 
-def _check_round_trip(config: ModelConfig, tensors: Tensors, folder: Path) -> None:
+def _check_round_trip(config: ModelConfig, family: Family, tensors: Tensors, folder: Path) -> None:
     """The written files give back every native weight bit for bit, but for padding rows."""
     vocab = config.vocab_size or 0
-    family = family_for(config)
     back = family.weights(config).as_native(read_weights(folder))
     for name in tensors:
         before, after = tensors[name], back[name]

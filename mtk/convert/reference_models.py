@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtk.convert.families import family_of
 from mtk.convert.hf_directory import read_hf_config
-from mtk.convert.lazy import Tensors
+from mtk.convert.lazy import EXACT, Tensors
 from mtk.convert.probe import CAUSAL, Probe
 from mtk.convert.reference_forward import reference_forward
 from mtk.errors import ConversionError
@@ -58,7 +58,7 @@ class PlainModel:
     ) -> None:
         self.name = "mtk reference forward"
         self._config = config
-        self._weights = {name: rounded(tensors[name], dtype) for name in tensors}
+        self._weights = {name: rounded(name, tensors[name], dtype) for name in tensors}
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         return reference_forward(self._config, self._weights, tokens_BS)
@@ -95,10 +95,12 @@ class TransformersModel:
         if complaints:
             raise ConversionError(f"transformers does not take {folder} as it is: {complaints}.")
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(rounded(parameter, dtype))
+            for name, parameter in model.named_parameters():
+                parameter.copy_(rounded(name, parameter, dtype))
         self._model, self._probe = model.eval(), family.probe
-        self._blocks: Sequence[nn.Module] = list(model.get_submodule(family.blocks))
+        self._blocks: Sequence[nn.Module] = [
+            block for name in family.blocks.split() for block in model.get_submodule(name)
+        ]
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         return _traced(
@@ -110,10 +112,12 @@ def transformers_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """fp32 values of what ``dtype`` keeps of ``tensor`` (None: all of it)."""
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """fp32 values of what ``dtype`` keeps of a weight (None: all of it)."""
     if not tensor.is_floating_point():
         return tensor
+    if name.endswith(EXACT):
+        return tensor.detach().float()
     return tensor.detach().to(dtype or tensor.dtype).float()
 
 

@@ -1,4 +1,5 @@
-"""What a path to a model is: a native checkpoint, a Hugging Face directory or a quantised one."""
+"""What a path to a model is: a native checkpoint, a directory of Hugging Face (maybe quantised)
+or of Megatron."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from mtk.checkpoint import checkpoint_folder, read_tensors
 from mtk.checkpoint.tensors import read_index
 from mtk.convert.hf_directory import CONFIG, INDEX, PICKLES, read_hf_config
 from mtk.convert.lazy import LazyTensors, Tensors
+from mtk.convert.megatron.directory import TRACKER, input_files, is_megatron
 from mtk.errors import ArtifactError
 
-SourceKind = Literal["native", "hf", "quantized"]
+SourceKind = Literal["native", "hf", "quantized", "megatron"]
 # A quantize artifact in both dialects holds one directory for each; they are the same model.
 DIALECT_FOLDERS = ("modelopt", "compressed-tensors")
 
@@ -31,6 +33,8 @@ class Source:
         """For the manifest of what is made from it: the artifact, or every file."""
         if self.artifact is not None:
             return [self.artifact.as_input(role)]
+        if self.kind == "megatron":
+            return [input_file(path, role) for path in input_files(self.folder)]
         files = [self.folder / CONFIG, *sorted(self.folder.glob("*.safetensors"))]
         others = ("tokenizer*", "vocab.*", "merges.txt", INDEX, "hf_quant_config.json")
         for pattern in others:
@@ -61,11 +65,14 @@ def find_source(path: str | Path) -> Source:
     if (path / "model.json").is_file() or any(path.glob("step_*")):
         folder = checkpoint_folder(path)
         return Source("native", folder, open_artifact(folder, "checkpoint"))
+    if is_megatron(path):
+        made = open_artifact(path, "megatron_model") if (path / MARKER).is_file() else None
+        return Source("megatron", path, made)
     pickles = [p.name for pattern in PICKLES for p in sorted(path.glob(pattern))][:3]
     found = f"only pickles ({', '.join(pickles)}), which mtk never loads" if pickles else "none"
     raise ArtifactError(
-        f"{path} is no model: neither a native checkpoint (model.json, step_*) nor a Hugging "
-        f"Face directory ({CONFIG}); weights found: {found}."
+        f"{path} is no model: neither a native checkpoint (model.json, step_*) nor a directory "
+        f"of Hugging Face ({CONFIG}) or Megatron ({TRACKER}); weights found: {found}."
     )
 
 

@@ -17,16 +17,14 @@ from mtk.data.blend import (
     target_sizes,
     with_surplus,
 )
-from mtk.data.gpt_dataset import GPTDataset
 from mtk.data.gpt_indices import IntArray
 from mtk.data.index_cache import IndexCache
-from mtk.data.mock import MockSource
-from mtk.data.splits import SPLITS, SplitName, require_sequences, split_ranges
+from mtk.data.sample_kind import Part, SampleKind
+from mtk.data.splits import SPLITS, SplitName, require_units, split_ranges
 from mtk.data.token_source import Notify, SampleDataset, SourceOpener, TokenSource, ignore
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import DataError
 
 MOCK = "mock data"
-NEED_EOD = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")
 MOCK_SPLIT = "1,1,1"
 WHOLE = {"train": "1,0,0", "valid": "0,1,0", "test": "0,0,1"}
 
@@ -55,53 +53,27 @@ class Splits:
     test: SampleDataset | None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The sequences of one split of one dataset."""
-
-    name: str
-    source: TokenSource
-    sequences: range
-    cache: IndexCache | None
-
-    @property
-    def documents(self) -> IntArray:
-        return np.arange(self.sequences.start, self.sequences.stop, dtype=np.int64)
-
-    @property
-    def tokens(self) -> int:
-        sizes = self.source.sizes[self.sequences.start : self.sequences.stop]
-        return int(sizes.sum(dtype=np.int64))
-
-
 class SplitBuilder:
     """Opens every prefix once and builds the datasets of all splits.
 
-    open_source: reader of one prefix. vocab_size: ids from there on are refused; needed with
-    mock data. eod: end-of-document id, see :func:`end_of_document`. cache_path: folder of the
+    kind: how samples are made. open_source: reader of one prefix. cache_path: folder of the
     index caches; None is ``{prefix}.cache`` beside each dataset.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        *,
-        sequence_length: int,
+        kind: SampleKind,
         counts: SampleCounts,
-        seed: int,
         open_source: SourceOpener,
-        vocab_size: int | None = None,
-        eod: int | None = None,
+        *,
         cache_path: Path | None = None,
         notify: Notify = ignore,
     ) -> None:
         self._config = config
-        self._length = sequence_length
+        self._kind = kind
         self._counts = counts
-        self._seed = seed
         self._open_source = open_source
-        self._vocab_size = vocab_size
-        self._eod = end_of_document(config, eod, vocab_size)
         self._cache_path = cache_path
         self._notify = notify
         self._opened: dict[str, TokenSource] = {}
@@ -148,67 +120,57 @@ class SplitBuilder:
         }[split]
         return items, f"--{split}-data-path", WHOLE[split]
 
-    def _part(self, prefix: str, split: SplitName, shares: str) -> _Part | None:
+    def _part(self, prefix: str, split: SplitName, shares: str) -> Part | None:
         if prefix not in self._opened:
             self._opened[prefix] = self._open_source(Path(prefix))
         source = self._opened[prefix]
-        sequences = split_ranges(shares, len(source))[SPLITS.index(split)]
-        if sequences is None:
+        count, unit = self._kind.count(source), self._kind.unit
+        units = split_ranges(shares, count)[SPLITS.index(split)]
+        if units is None:
             return None
-        if not len(source):
+        if not count:
             raise DataError(f"{prefix}: the dataset is empty. Preprocess some text.")
-        require_sequences(sequences, split, shares, len(source), prefix)
+        require_units(units, split, shares, count, prefix, unit)
         folder = self._cache_path or Path(f"{prefix}.cache")
-        part = _Part(prefix, source, sequences, IndexCache(folder, notify=self._notify))
-        self._require_sample(part, split, shares)
+        part = Part(prefix, source, units, IndexCache(folder, notify=self._notify))
+        divided = self._config.data_path and len(units) < count
+        share = f", raise its share in --split {shares}" if divided else ""
+        self._kind.require_sample(part, split, share)
         return part
 
-    def _mock_part(self, split: SplitName) -> _Part:
-        if self._vocab_size is None:
-            rule = "must be given with --mock-data"
-            raise ConfigError([Problem("model.vocab_size", None, rule)])
+    def _mock_part(self, split: SplitName) -> Part:
         if MOCK not in self._opened:
-            assert self._eod is not None
-            self._opened[MOCK] = MockSource(self._vocab_size, self._eod)
+            self._opened[MOCK] = self._kind.mock()
         source = self._opened[MOCK]
-        sequences = split_ranges(MOCK_SPLIT, len(source))[SPLITS.index(split)]
-        return _Part(MOCK, source, sequences or range(0), None)
+        units = split_ranges(MOCK_SPLIT, self._kind.count(source))[SPLITS.index(split)]
+        return Part(MOCK, source, units or range(0), None)
 
-    def _require_sample(self, part: _Part, split: SplitName, shares: str) -> None:
-        if part.tokens > self._length:
-            return
-        whole = self._config.data_path and len(part.sequences) < len(part.source)
-        share = f", raise its share in --split {shares}" if whole else ""
-        raise DataError(
-            f"{part.name}: the {split} split has {len(part.sequences)} of {len(part.source)} "
-            f"sequences with {part.tokens} tokens, fewer than one sample of {self._length} + 1. "
-            f"Lower --seq-length{share}, or use more data."
-        )
-
-    def _single(self, part: _Part, split: SplitName, needed: int) -> GPTDataset:
-        one_epoch = (part.tokens - 1) // self._length
-        if split == "train" or one_epoch >= needed:
-            return self._gpt(part, needed)
+    def _single(self, part: Part, split: SplitName, needed: int) -> SampleDataset:
+        if split == "train":
+            return self._kind.dataset(part, needed)
+        one_epoch = self._kind.one_epoch(part)
+        if one_epoch >= needed:
+            return self._kind.dataset(part, needed)
         self._notify(
             f"{part.name}: the {split} split has {one_epoch} samples, fewer than the {needed} "
             f"asked for; each of them is evaluated once"
         )
-        return self._gpt(part, None)
+        return self._kind.dataset(part, None)
 
-    def _blended(self, parts: Sequence[_Part], blend: Blend, needed: int) -> BlendedDataset:
+    def _blended(self, parts: Sequence[Part], blend: Blend, needed: int) -> BlendedDataset:
         cache = parts[0].cache
-        lengths = np.array([(part.tokens - 1) // self._length for part in parts], dtype=np.int64)
         if blend.weights is not None:
             targets = target_sizes(blend.normalized, needed)
             indices = blend_index(blend.normalized, sum(targets), cache)
             sizes: list[int] | list[None] = with_surplus(targets)
         else:
+            lengths = np.array([self._kind.one_epoch(part) for part in parts], dtype=np.int64)
             indices = blend_index(lengths, self._unweighted_size(lengths, needed), cache)
             sizes = [None] * len(parts)
         if self._config.data_order == "epochs":
             # What is drawn is known, and an order by epochs does not change with it.
             sizes = [max(1, count) for count in indices.counts(len(parts)).tolist()]
-        datasets = [self._gpt(part, size) for part, size in zip(parts, sizes, strict=True)]
+        datasets = [self._kind.dataset(p, size) for p, size in zip(parts, sizes, strict=True)]
         return BlendedDataset(datasets, indices)
 
     def _unweighted_size(self, lengths: IntArray, needed: int) -> int:
@@ -223,60 +185,17 @@ class SplitBuilder:
             f"--data-order epochs, or lower the training length or --eval-iters."
         )
 
-    def _gpt(self, part: _Part, num_samples: int | None) -> GPTDataset:
-        return GPTDataset(
-            part.source,
-            part.documents,
-            self._length,
-            num_samples,
-            self._seed,
-            self._config.data_order,
-            self._eod,
-            self._config.eod_mask_loss,
-            part.cache,
-            vocab_size=self._vocab_size,
-            name=part.name,
-        )
-
-
-def end_of_document(config: DataConfig, eod: int | None, vocab_size: int | None) -> int | None:
-    """The id that ends documents: ``eod``, that of the tokenizer; of mock data the last one.
-
-    Raises ConfigError, once for each option that cannot do without it.
-    """
-    if eod is None and config.mock_data and vocab_size is not None:
-        return vocab_size - 1
-    if eod is None and not config.mock_data:
-        needing = [name for name in NEED_EOD if getattr(config, name)]
-        rule = "needs the end-of-document id, which the dataset's tokenizer does not name"
-        fix = "Use what mtk preprocess wrote, with a tokenizer that has one, or leave it out."
-        if needing:
-            raise ConfigError([Problem(f"data.{name}", True, rule, fix) for name in needing])
-    return eod
-
 
 def build_splits(
     config: DataConfig,
-    *,
-    sequence_length: int,
+    kind: SampleKind,
     counts: SampleCounts,
-    seed: int,
     open_source: SourceOpener,
-    vocab_size: int | None = None,
-    eod: int | None = None,
+    *,
     cache_path: Path | None = None,
     notify: Notify = ignore,
 ) -> Splits:
     """The datasets of a run; arguments as of :class:`SplitBuilder`."""
-    builder = SplitBuilder(
-        config,
-        sequence_length=sequence_length,
-        counts=counts,
-        seed=seed,
-        open_source=open_source,
-        vocab_size=vocab_size,
-        eod=eod,
-        cache_path=cache_path or (Path(config.data_cache_path) if config.data_cache_path else None),
-        notify=notify,
-    )
+    cache = cache_path or (Path(config.data_cache_path) if config.data_cache_path else None)
+    builder = SplitBuilder(config, kind, counts, open_source, cache_path=cache, notify=notify)
     return builder.build()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +13,8 @@ from mtk.data.gpt_indices import (
     build_indices,
     plan_indices,
 )
-from mtk.data.index_cache import IndexCache
+from mtk.data.id_check import check_ids, read_piece
+from mtk.data.index_cache import IndexCache, index_digest
 from mtk.data.token_source import Piece, TokenSource
 from mtk.errors import DataError
 
@@ -98,15 +97,9 @@ class GPTDataset:
         """The ``sequence_length`` + 1 ids of sample ``k``; fewer only if it is not full."""
         parts = []
         for piece in self.documents_of(k):
-            part = self._source.get(piece.sequence, offset=piece.offset, length=piece.length)
-            if len(part) != piece.length:
-                raise DataError(
-                    f"{self.name}: sequence {piece.sequence} has {len(part)} tokens from "
-                    f"{piece.offset} on where its index promises {piece.length}. The data files "
-                    f"do not belong together or are cut off; preprocess again."
-                )
+            part = read_piece(self._source, piece, self.name)
             if self._vocab_size is not None:
-                self._check_ids(part, piece, self._vocab_size)
+                check_ids(part, piece, self._source, self.name, self._vocab_size)
             parts.append(part)
         return np.concatenate(parts).astype(np.int64)
 
@@ -149,29 +142,8 @@ class GPTDataset:
             "stretches": list(self.plan.stretches),
             "samples": self.plan.samples,
             # The arrays depend on nothing else of the data, wherever it lies.
-            "documents": _digest(documents),
-            "lengths": _digest(lengths),
+            "documents": index_digest(documents),
+            "lengths": index_digest(lengths),
             "longest": int(self._source.sizes.max(initial=0)),
         }
         return GPTIndices(**cache.load_or_build("gpt", description, build))
-
-    def _check_ids(self, part: npt.NDArray[np.generic], piece: Piece, vocab_size: int) -> None:
-        ids = part.astype(np.int64, copy=False)
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if len(wrong):
-            at = int(wrong[0])
-            starts = self._source.document_indices
-            document = int(np.searchsorted(starts, piece.sequence, side="right")) - 1
-            raise DataError(
-                f"{self.name}: document {document} (sequence {piece.sequence}), token "
-                f"{piece.offset + at} has id {int(ids[at])}, but the model's vocabulary has "
-                f"{vocab_size} ids. Preprocess with the model's tokenizer, or raise --vocab-size."
-            )
-
-
-def _digest(values: IntArray) -> str:
-    """SHA-256 of the numbers, whatever their type and byte order."""
-    digest = hashlib.sha256()
-    for begin in range(0, len(values), 1 << 20):
-        digest.update(values[begin : begin + (1 << 20)].astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ once, on one machine or on many that share the folder: they get the same arrays.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -93,6 +94,14 @@ class IndexCache:
         except DAMAGE as error:
             self._notify(f"index cache {entry} is damaged ({error}): it is built again")
             return None
+
+
+def index_digest(values: npt.NDArray[np.integer]) -> str:
+    """SHA-256 of the numbers, whatever their type and byte order."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(values), 1 << 20):
+        digest.update(values[begin : begin + (1 << 20)].astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _read(entry: Path, content: Mapping[str, Any]) -> Arrays:

@@ -36,9 +36,18 @@ class MicroBatch:
     positions_BS: torch.Tensor | None = None
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def uncount(self, begin: int) -> None:
+        """Make the samples from ``begin`` on count for nothing: they only fill the batch."""
+        self.loss_mask_BS[begin:] = 0.0
+        for name, value in _UNCOUNTED.items():
+            if name in self.extra:
+                self.extra[name][begin:] = value
+
 
 # What a sample may have besides extras.
 _FIELDS = frozenset(("tokens", "labels", "loss_mask", "documents", "positions"))
+# What an extra is for a sample that does not count.
+_UNCOUNTED = {"order": -1, "counted": 0}
 
 
 @dataclass(frozen=True)

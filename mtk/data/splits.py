@@ -31,28 +31,33 @@ def parse_split(text: str) -> tuple[Bounds | None, ...]:
 
 
 def split_ranges(text: str, count: int) -> tuple[range | None, ...]:
-    """The sequences of each split of a dataset of ``count`` sequences.
+    """What each split takes of a dataset of ``count`` sequences (or documents).
 
     Bounds are rounded half to even. A share above zero may still round to an empty range;
-    :func:`require_sequences` turns that into an error.
+    :func:`require_units` turns that into an error.
     """
     return tuple(None if b is None else _elements(b, count) for b in parse_split(text))
 
 
-def require_sequences(part: range, split: SplitName, text: str, count: int, where: str) -> None:
-    """Raise DataError if a split that is asked for holds no sequence."""
+def require_units(
+    part: range, split: SplitName, text: str, count: int, where: str, unit: str = "sequences"
+) -> None:
+    """Raise DataError if a split that is asked for holds nothing.
+
+    unit: what is divided, in the plural.
+    """
     if len(part):
         return
     found = f"{where}: the {split} split of --split {text} is empty"
     smallest = smallest_share(text, split, count)
     if smallest is None:
         raise DataError(
-            f"{found}: {count} sequences are too few to divide. Use more data, or give every split "
+            f"{found}: {count} {unit} are too few to divide. Use more data, or give every split "
             f"its own dataset with --train-data-path, --valid-data-path and --test-data-path."
         )
     raise DataError(
-        f"{found}: its share of {count} sequences rounds to none. A share of {smallest.share:.3g} "
-        f"of the whole gives one sequence: --split {smallest.text}, or use more data."
+        f"{found}: its share of {count} {unit} rounds to none. A share of {smallest.share:.3g} "
+        f"of the whole gives one {unit[:-1]}: --split {smallest.text}, or use more data."
     )
 
 

@@ -50,7 +50,8 @@ class SampleDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, k: int) -> dict[str, npt.NDArray[np.generic]]:
-        """``tokens`` int64 [S], ``labels`` int64 [S], ``loss_mask`` float32 [S]."""
+        """``tokens`` int64 [S], ``labels`` int64 and ``loss_mask`` float32 of one length, and
+        what else the model's family needs."""
         ...
 
     def documents_of(self, k: int) -> list[Piece]:

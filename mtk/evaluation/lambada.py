@@ -15,15 +15,17 @@ from typing import Any
 from mtk.errors import DataError
 from mtk.evaluation.documents import Document
 from mtk.evaluation.perplexity import check_ids
-from mtk.evaluation.scoring import Request, Scored, batches, score
-from mtk.models.gpt import GPT
+from mtk.evaluation.scorer import Scorer
+from mtk.evaluation.scoring import Request, Scored
+from mtk.evaluation.text_ids import TextIds
 from mtk.tokenizers import Tokenizer
 
 DEFINITIONS = {
     "accuracy": "passages whose label tokens are all the most likely ones / passages",
     "loss": "mean over passages of -ln p of all label tokens",
-    "perplexity": "exp(min(20, loss))",
+    "perplexity": "exp(loss)",
     "strict": "label is the last word; otherwise the last token",
+    "truncated": "passages longer than the context, whose beginning was left out",
 }
 
 
@@ -34,73 +36,81 @@ class LambadaResult:
 
 
 def lambada(
-    model: GPT,
-    tokenizer: Tokenizer,
+    scorer: Scorer,
+    text: TextIds,
     documents: Sequence[Document],
     *,
     strict: bool,
     seq_length: int,
-    batch_size: int | None = None,
-    token_budget: int = 16_384,
     advance: Callable[[int], None] = lambda count: None,
 ) -> LambadaResult:
-    """Score every passage. Raises DataError for one that is too short or too long."""
-    requests = [_request(tokenizer, document, strict) for document in documents]
-    for request, document in zip(requests, documents, strict=True):
-        check_ids(request.tokens, model, document.origin)
-        if request.inputs > seq_length:
-            raise DataError(
-                f"{document.origin} has {len(request.tokens)} tokens, of which {seq_length} + 1 "
-                f"fit. Raise --seq-length (the model takes {model.config.positions}), or shorten "
-                f"the line."
-            )
-    found: dict[int, Scored] = {}
-    budget = token_budget if batch_size is None else 2**62
-    for group in batches(requests, batch_size or len(requests), budget):
-        results = score(model, [requests[i] for i in group], tokenizer.eod)
-        found.update(zip(group, results, strict=True))
-        advance(len(group))
+    """Score every passage; of one that is too long the beginning is left out.
+
+    Raises DataError for one that is too short, or whose label alone exceeds the context.
+    """
+    whole = [_request(text, document, strict) for document in documents]
+    for request, document in zip(whole, documents, strict=True):
+        check_ids(list(request.tokens), scorer.model, document.origin)
+    requests = [
+        _fitting(request, document, seq_length)
+        for request, document in zip(whole, documents, strict=True)
+    ]
+    found = scorer.score(requests, advance)
     items = [
-        _item(tokenizer, document, request, found[index])
-        for index, (document, request) in enumerate(zip(documents, requests, strict=True))
+        _item(text.tokenizer, documents[n], requests[n], found[n], whole[n].first)
+        for n in range(len(documents))
     ]
     correct = sum(item["correct"] for item in items)
-    loss = -math.fsum(item["log_prob"] for item in items) / len(items)
+    loss = -math.fsum(item["log_likelihood"] for item in items) / len(items)
     figures = {
         "accuracy": correct / len(items),
         "correct": correct,
         "total": len(items),
         "loss": loss,
-        "perplexity": math.exp(min(20.0, loss)),
+        "perplexity": math.exp(min(700.0, loss)),
         "strict": strict,
+        "truncated": sum(item["truncated"] > 0 for item in items),
     }
     return LambadaResult(figures, items)
 
 
-def _request(tokenizer: Tokenizer, document: Document, strict: bool) -> Request:
-    text = document.text
+def _request(text: TextIds, document: Document, strict: bool) -> Request:
+    front = len(text.front)
     if not strict:
-        tokens = tokenizer.encode(text)
+        tokens = text.whole(document.text)
         first = len(tokens) - 1
     else:
-        word = text.split()[-1]
-        context = tokenizer.encode(text[: text.rindex(word)].strip())
-        tokens = context + tokenizer.encode(f" {word}")
+        word = document.text.split()[-1]
+        context = text.whole(document.text[: document.text.rindex(word)].strip())
+        tokens = context + text.alone(f" {word}")
         first = len(context)
-    if first < 1 or first == len(tokens):
+    if first < 1 + front or first == len(tokens):
         raise DataError(f"{document.origin} is too short: nothing stands before its last word.")
     return Request(tokens, first)
 
 
+def _fitting(request: Request, document: Document, seq_length: int) -> Request:
+    excess = request.inputs - seq_length
+    if excess <= 0:
+        return request
+    if excess >= request.first:
+        raise DataError(
+            f"{document.origin}: its last word has {len(request.tokens) - request.first} tokens, "
+            f"more than the context of {seq_length}. Raise --seq-length, or leave the line out."
+        )
+    return Request(request.tokens[excess:], request.first - excess)
+
+
 def _item(
-    tokenizer: Tokenizer, document: Document, request: Request, scored: Scored
+    tokenizer: Tokenizer, document: Document, request: Request, scored: Scored, context: int
 ) -> dict[str, Any]:
     return {
         "origin": document.label,
-        "label": tokenizer.decode(list(request.tokens[request.first :])),
+        "label": tokenizer.decode([int(token) for token in request.tokens[request.first :]]),
         "predicted": tokenizer.decode(scored.predicted),
         "correct": all(scored.greedy),
-        "log_prob": math.fsum(scored.log_probs),
+        "log_likelihood": math.fsum(scored.log_probs),
         "context_tokens": request.first,
+        "truncated": context - request.first,
         "label_tokens": len(request.tokens) - request.first,
     }

@@ -7,42 +7,52 @@ the words of the original file, so that models with different tokenizers can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from mtk.errors import DataError
 from mtk.evaluation.detokenizers import Detokenizer, detokenize
 from mtk.evaluation.documents import Document
-from mtk.evaluation.scoring import Request, batches, score
-from mtk.evaluation.windows import Window, windows
+from mtk.evaluation.scorer import Scorer
+from mtk.evaluation.scoring import Request
+from mtk.evaluation.text_ids import TextIds
+from mtk.evaluation.windows import Window, rolling, windows
 from mtk.models.gpt import GPT
-from mtk.tokenizers import Tokenizer
 
 Advance = Callable[[int], None]
+Cut = Literal["megatron", "rolling"]
+
+# Documents of about this many tokens are tokenised and scored together.
+TOKENS_AT_ONCE = 2**22
 
 DEFINITIONS = {
-    "tokens": "T: ids of the detokenised text, no BOS or EOD added; summed over the D documents",
+    "tokens": "T: ids of the detokenised text, without BOS or EOD; summed over the D documents",
     "original_tokens": "N0: pieces between single spaces of the stripped text as it is in the file",
-    "loss": "total of -ln p / (T - D); the first token of a document is not predicted",
+    "scored_tokens": "P: T - D, since the first token of a document has nothing in front; T where "
+    "BOS stands there, or with rolling windows",
+    "loss": "total of -ln p / P",
     "perplexity": "exp(min(20, loss))",
-    "token_ratio": "(T - D) / (N0 - D)",
+    "token_ratio": "P / (N0 - (T - P))",
     "adjusted_perplexity": "exp(min(20, loss x token_ratio)), per original token",
-    "word_perplexity": "exp(total / words), words: pieces between any white space in the file",
+    "word_perplexity": "exp(total / words), words: pieces of the file between white space, empty "
+    "ones at its ends included, as lm-evaluation-harness counts",
     "bits_per_byte": "total / ln 2 / bytes, bytes: UTF-8 of the text as it is in the file",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """seq_length: predictions in a window. overlap: see :func:`windows`. batch_size: None
-    fills a budget of tokens. detokenizer: the rules undone first."""
+    """seq_length: predictions in a window. overlap: see :func:`windows`. cut: ``rolling`` cuts
+    as lm-evaluation-harness does and predicts the first token too, from BOS or the end of a
+    document. detokenizer: the rules undone first."""
 
     seq_length: int
     overlap: int | None = None
-    batch_size: int | None = None
-    token_budget: int = 16_384
     detokenizer: Detokenizer = "none"
+    cut: Cut = "megatron"
 
 
 @dataclass
@@ -65,62 +75,96 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: GPT,
-    tokenizer: Tokenizer,
+    scorer: Scorer,
+    text: TextIds,
     documents: Sequence[Document],
     settings: Settings,
     advance: Advance = lambda count: None,
 ) -> PerplexityResult:
-    """Score every document by itself. Raises DataError if none has two tokens."""
+    """Score every document by itself. Raises DataError if one has nothing to predict."""
     sums = _Sums()
-    for number, document in enumerate(documents):
-        tokens = tokenizer.encode(detokenize(document.text, settings.detokenizer))
-        check_ids(tokens, model, document.origin)
-        if len(tokens) < 2:
-            raise DataError(
-                f"{document.origin} has {len(tokens)} tokens; two are needed to predict one."
-            )
-        sums.tokens += len(tokens)
-        sums.original += len(document.text.strip().split(" "))
-        sums.words += len(document.text.split())
-        sums.text_bytes += len(document.text.encode())
-        for entry in token_windows(model, tokens, settings, tokenizer.eod, advance):
-            sums.nll += entry["nll"]
-            sums.scored += entry["scored"]
-            sums.items.append({"document": number, "origin": document.label, **entry})
+    for first, chunk in _chunks(scorer.model, text, documents, settings):
+        scores = token_windows(scorer, [ids for ids, _ in chunk], settings, advance)
+        for number, ((_, tokens), entries) in enumerate(zip(chunk, scores, strict=True), first):
+            document = documents[number]
+            sums.tokens += tokens
+            sums.original += len(document.text.strip().split(" "))
+            sums.words += _words(document.text)
+            sums.text_bytes += len(document.text.encode())
+            for entry in entries:
+                sums.nll -= entry["log_likelihood"]
+                sums.scored += entry["scored"]
+                sums.items.append({"document": number, "origin": document.label, **entry})
     return PerplexityResult(_figures(sums, len(documents)), sums.items)
 
 
+def _chunks(
+    model: GPT, text: TextIds, documents: Sequence[Document], settings: Settings
+) -> Iterator[tuple[int, list[tuple[list[int], int]]]]:
+    """Number of the first document, and (ids, tokens of the text itself) of some documents."""
+    chunk: list[tuple[list[int], int]] = []
+    first = held = 0
+    for number, document in enumerate(documents):
+        ids = text.whole(detokenize(document.text, settings.detokenizer))
+        tokens = len(ids) - len(text.front)
+        if settings.cut == "rolling":
+            ids = [text.anchor, *ids]
+            tokens = len(ids) - 1
+        check_ids(ids, model, document.origin)
+        if len(ids) < 2:
+            raise DataError(
+                f"{document.origin} has {len(ids)} tokens; two are needed to predict one."
+            )
+        chunk.append((ids, tokens))
+        held += len(ids)
+        if held >= TOKENS_AT_ONCE:
+            yield first, chunk
+            chunk, first, held = [], number + 1, 0
+    if chunk:
+        yield first, chunk
+
+
 def token_windows(
-    model: GPT,
-    tokens: Sequence[int],
+    scorer: Scorer,
+    sequences: Sequence[Sequence[int]],
     settings: Settings,
-    pad: int,
     advance: Advance = lambda count: None,
-) -> list[dict[str, Any]]:
-    """Negative log-likelihood of each window of one token sequence, in order."""
-    cut = list(windows(len(tokens) - 1, settings.seq_length, settings.overlap))
-    requests = [Request(tokens[w.start : w.start + w.length + 1], w.first + 1) for w in cut]
-    found: dict[int, dict[str, Any]] = {}
-    limit = settings.batch_size or len(requests)
-    # A batch size that was asked for is kept whatever the budget.
-    budget = settings.token_budget if settings.batch_size is None else 2**62
-    for group in batches(requests, limit, budget):
-        for index, result in zip(
-            group, score(model, [requests[i] for i in group], pad), strict=True
-        ):
-            found[index] = _entry(cut[index], math.fsum(result.log_probs))
-            advance(cut[index].scored)
-    return [found[index] for index in range(len(cut))]
+) -> list[list[dict[str, Any]]]:
+    """For each token sequence the log-likelihood of each of its windows, in order.
+
+    start: number of the first scored prediction; prediction p is of token p + 1. advance: told
+    the tokens scored.
+    """
+    cuts = [_cut(len(tokens) - 1, settings) for tokens in sequences]
+    requests = [
+        Request(array[w.start : w.start + w.length + 1], w.first + 1)
+        for array, cut in zip(map(np.asarray, sequences), cuts, strict=True)
+        for w in cut
+    ]
+    mean = sum(len(tokens) - 1 for tokens in sequences) / max(1, len(requests))
+    found = iter(scorer.score(requests, lambda count: advance(round(count * mean))))
+    return [[_entry(window, math.fsum(next(found).log_probs)) for window in cut] for cut in cuts]
 
 
-def _entry(window: Window, log_prob: float) -> dict[str, Any]:
-    return {"start": window.start + window.first, "scored": window.scored, "nll": -log_prob}
+def _cut(targets: int, settings: Settings) -> list[Window]:
+    if settings.cut == "rolling":
+        return list(rolling(targets, settings.seq_length))
+    return list(windows(targets, settings.seq_length, settings.overlap))
+
+
+def _entry(window: Window, log_likelihood: float) -> dict[str, Any]:
+    start = window.start + window.first
+    return {"start": start, "scored": window.scored, "log_likelihood": log_likelihood}
+
+
+def _words(text: str) -> int:
+    outer = (text[:1].isspace(), text[-1:].isspace())
+    return len(text.split()) + sum(outer)
 
 
 def _figures(sums: _Sums, documents: int) -> dict[str, Any]:
     loss = sums.nll / sums.scored
-    words = sums.original - documents
+    words = sums.original - (sums.tokens - sums.scored)
     ratio = sums.scored / words if words > 0 else None
     return {
         "loss": loss,

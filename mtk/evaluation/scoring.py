@@ -1,5 +1,8 @@
 """Log-probabilities of given tokens under a model, in batches of a token budget.
 
+What a batch holds does not change what comes out: rows are padded at their end, where a
+causal mask keeps the padding from being seen.
+
 Shape suffixes: B batch, S sequence, E hidden size, N scored positions, V vocabulary.
 """
 
@@ -8,21 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtk.models.gpt import GPT
 
+# Padded tokens of a forward pass, unless the user says otherwise.
+BATCH_TOKENS = 16_384
 # Logits of this many values are in memory at once (fp32: 64 MB).
 LOGITS_BUDGET = 2**24
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence. Predictions of tokens[first:] are scored, each from those before it."""
+    """One sequence. Predictions of tokens[first:] are scored, each from those before it.
 
-    tokens: Sequence[int]
+    tokens: ids; an array may be a view, so that overlapping windows share their memory.
+    """
+
+    tokens: Sequence[int] | NDArray[np.int64]
     first: int
 
     @property
@@ -43,7 +53,8 @@ class Scored:
 def batches(requests: Sequence[Request], limit: int, token_budget: int) -> Iterator[list[int]]:
     """Indices grouped by similar length, longest first.
 
-    A group holds at most ``limit`` requests and ``token_budget`` tokens, padding included.
+    A group holds at most ``limit`` requests and ``token_budget`` tokens, padding included; a
+    request that is longer than the budget is a group of its own.
     """
     group: list[int] = []
     longest = 0
@@ -61,24 +72,22 @@ def batches(requests: Sequence[Request], limit: int, token_budget: int) -> Itera
 def score(model: GPT, requests: Sequence[Request], pad: int) -> list[Scored]:
     """Score one batch. The mask is causal, so what follows a sequence cannot change it."""
     device = model.output_weight.device
+    rows = [torch.as_tensor(request.tokens, dtype=torch.int64) for request in requests]
     longest = max(request.inputs for request in requests)
     tokens_BS = torch.full((len(requests), longest), pad, dtype=torch.int64)
-    for row, request in enumerate(requests):
-        tokens_BS[row, : request.inputs] = torch.tensor(request.tokens[:-1])
+    for number, row in enumerate(rows):
+        tokens_BS[number, : len(row) - 1] = row[:-1]
     states_BSE = model.hidden(tokens_BS.to(device))
     # Only scored places are projected to the vocabulary.
-    wanted = [
-        states_BSE[row, request.first - 1 : request.inputs] for row, request in enumerate(requests)
-    ]
-    targets = [t for request in requests for t in request.tokens[request.first :]]
-    log_probs, best = _targets(model, torch.cat(wanted), torch.tensor(targets, device=device))
+    wanted = [states_BSE[n, r.first - 1 : r.inputs] for n, r in enumerate(requests)]
+    targets_N = torch.cat([row[r.first :] for row, r in zip(rows, requests, strict=True)])
+    log_probs, best = _targets(model, torch.cat(wanted), targets_N.to(device))
+    hits = [b == t for b, t in zip(best, targets_N.tolist(), strict=True)]
     out, place = [], 0
     for request in requests:
-        count = len(request.tokens) - request.first
-        own = slice(place, place + count)
-        hits = [b == t for b, t in zip(best[own], targets[own], strict=True)]
-        out.append(Scored(log_probs[own], hits, best[own]))
-        place += count
+        own = slice(place, place + len(request.tokens) - request.first)
+        out.append(Scored(log_probs[own], hits[own], best[own]))
+        place = own.stop
     return out
 
 

@@ -1,4 +1,4 @@
-"""Overlapping windows over one long sequence, in which every target is scored once."""
+"""Windows over one long sequence, in which every target is scored once."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def windows(targets: int, length: int, overlap: int | None) -> Iterator[Window]:
         size = min(length, targets - start)
         yield Window(start, size, done - start)
         done, index = start + size, index + 1
+
+
+def rolling(targets: int, length: int) -> Iterator[Window]:
+    """Windows as lm-evaluation-harness cuts them: one behind the other, but the last reaches
+    back so that it has ``length`` predictions too, of which the rest are scored."""
+    done = 0
+    while done < targets:
+        end = min(done + length, targets)
+        start = max(0, end - length)
+        yield Window(start, end - start, done - start)
+        done = end

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention import sdpa_kernel as sdpa_backend
 
 from mtk.config.model import ModelConfig
+from mtk.models.norm import make_norm
 from mtk.models.rotary import rotate
 
 
@@ -76,6 +77,10 @@ def sdpa_kernel(
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
     mask = score_mask(q_BHSD, mask, documents, form, bias)
+    if spreads_groups(q_BHSD, k_BGTD, mask):
+        repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
+        k_BGTD = k_BGTD.repeat_interleave(repeats, dim=1)
+        v_BGTD = v_BGTD.repeat_interleave(repeats, dim=1)
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
@@ -85,6 +90,12 @@ def sdpa_kernel(
         is_causal=mask is None and form.causal,
         enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
     )
+
+
+def spreads_groups(q_BHSD: Tensor, k_BGTD: Tensor, mask: Tensor | None) -> bool:
+    """On CUDA the fused kernel that takes a mask knows no groups of heads; PyTorch's own way out
+    repeats keys and values too, and keeps all scores besides."""
+    return q_BHSD.is_cuda and mask is not None and q_BHSD.shape[1] != k_BGTD.shape[1]
 
 
 def flash_kernel(
@@ -167,21 +178,39 @@ def score_mask(
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
-class Attention(nn.Module):
-    """Projections around an attention kernel; biases as the configuration says."""
+def form_of(config: ModelConfig) -> Form:
+    """Where a decoder's tokens look; a bias on the scores holds all masks already."""
+    if config.biases_scores:
+        return Form(causal=False)
+    return Form(window=config.window_size)
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+
+class Attention(nn.Module):
+    """Projections around an attention kernel; biases and norms as the configuration says.
+
+    form: where tokens look (default: as a decoder's).
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel, form: Form | None = None
+    ) -> None:
         super().__init__()
         hidden, head = config.hidden_size, config.head_size
         self.head_size = head
         self.dropout = config.attention_dropout
         self.kernel = kernel
-        self.form = CAUSAL
+        self.form = form_of(config) if form is None else form
+        self.interleaved = config.rotary_interleaved
+        # Kernels divide by sqrt(D); another scale is brought in with the queries.
+        scale = config.softmax_scale
+        self.query_scale = None if scale is None else scale * head**0.5
         self.query = nn.Linear(hidden, config.num_attention_heads * head, bias=config.qkv_bias)
         self.key = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
         self.value = nn.Linear(hidden, config.query_groups * head, bias=config.qkv_bias)
+        self.query_norm = make_norm(config, head) if config.qk_layernorm else None
+        self.key_norm = make_norm(config, head) if config.qk_layernorm else None
         self.output = nn.Linear(
-            config.num_attention_heads * head, hidden, bias=config.add_bias_linear
+            config.num_attention_heads * head, hidden, bias=config.attention_output_bias
         )
 
     def forward(
@@ -191,23 +220,33 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None,
         documents: Tensor | None = None,
+        bias: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
+        """mask, documents, bias: as for :class:`AttentionKernel`. memory: [B, T, E] that keys
+        and values come from instead of ``x_BSE``."""
+        source = x_BSE if memory is None else memory
         q_BHSD = self._heads(self.query(x_BSE))
-        k_BGSD = self._heads(self.key(x_BSE))
-        v_BGSD = self._heads(self.value(x_BSE))
+        k_BGSD = self._heads(self.key(source))
+        v_BGSD = self._heads(self.value(source))
+        if self.query_scale is not None:
+            q_BHSD = q_BHSD * self.query_scale
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BHSD, k_BGSD = self.query_norm(q_BHSD), self.key_norm(k_BGSD)
         if rotary is not None:
-            q_BHSD, k_BGSD = rotate(q_BHSD, *rotary), rotate(k_BGSD, *rotary)
+            q_BHSD = rotate(q_BHSD, *rotary, interleaved=self.interleaved)
+            k_BGSD = rotate(k_BGSD, *rotary, interleaved=self.interleaved)
         if cache is not None:
             k_BGSD, v_BGSD = cache.update(k_BGSD, v_BGSD)
-        dropout = self.dropout if self.training else 0.0
         out_BHSD = self.kernel(
             q_BHSD,
             k_BGSD,
             v_BGSD,
             mask=mask,
-            dropout=dropout,
+            dropout=self.dropout if self.training else 0.0,
             documents=documents,
             form=self.form,
+            bias=bias,
         )
         return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

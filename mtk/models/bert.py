@@ -48,8 +48,9 @@ class PostNormBlock(Block):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
         documents: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attention(x_BSE, rotary, mask, cache, documents)
+        attended = self.attention(x_BSE, rotary, mask, cache, documents, bias)
         x_BSE = self.attention_norm(x_BSE + self.dropout(attended))
         return self.mlp_norm(x_BSE + self.dropout(self.mlp(x_BSE)))  # type: ignore[no-any-return]
 

@@ -9,16 +9,14 @@ from mtk.models.attention import Attention, AttentionKernel, LayerCache
 from mtk.models.balance import BalanceLosses
 from mtk.models.mlp import MLP
 from mtk.models.moe import MoE
+from mtk.models.norm import make_norm
 
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the hidden size."""
-    kind = nn.LayerNorm if config.normalization == "LayerNorm" else nn.RMSNorm
-    return kind(config.hidden_size, eps=config.norm_epsilon)
+__all__ = ["Block", "make_norm"]
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches.
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches. With parallel
+    residuals (Wang & Komatsuzaki 2021) both branches read the same x.
 
     balance: the model's record; with it the MLP is a mixture of experts.
     """
@@ -32,6 +30,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config) if balance is None else MoE(config, balance)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.parallel = config.use_parallel_residual
 
     def forward(
         self,
@@ -40,7 +39,11 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
         documents: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache, documents)
-        x_BSE = x_BSE + self.dropout(attended)
+        normed = self.attention_norm(x_BSE)
+        attended = self.dropout(self.attention(normed, rotary, mask, cache, documents, bias))
+        if self.parallel:
+            return x_BSE + attended + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]
+        x_BSE = x_BSE + attended
         return x_BSE + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]

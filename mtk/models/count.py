@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mtk.config.model import ModelConfig
+from mtk.models.count_pattern import (
+    keys_seen,
+    layer_flops,
+    layer_parameters,
+    mlp_weights,
+    shared_expert_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 def mlp_matrices(config: ModelConfig, width: int) -> int:
     """Weights of an MLP, or of one expert, of this width (no biases)."""
-    return (3 if config.activation == "swiglu" else 2) * config.hidden_size * width
+    return mlp_weights(config, width)
 
 
 def expert_weights(config: ModelConfig) -> int:
@@ -41,9 +50,10 @@ def active_expert_weights(config: ModelConfig) -> int:
 
 
 def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers are there, dense MLPs are not."""
-    router = config.hidden_size * (config.num_experts or 0)
-    return config.moe_layers * (router - mlp_matrices(config, config.ffn_size))
+    """What MoE layers change besides their experts: routers and shared experts are there,
+    dense MLPs are not."""
+    own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
+    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -51,18 +61,36 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
     hidden, layers = config.hidden_size, config.num_layers
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size
     per_norm = hidden * (2 if config.normalization == "LayerNorm" else 1)
-    biases = 0
-    heads, groups = config.num_attention_heads, config.query_groups
-    if config.qkv_bias:
-        biases += config.head_size * (heads + 2 * groups)
-    if config.add_bias_linear:
-        gates = 2 if config.activation == "swiglu" else 1
-        biases += 2 * hidden + gates * config.ffn_size
-    learned = config.positions * hidden if config.position_embedding_type == "learned" else 0
+    per_layer = layer_matrices(config) + layer_biases(config) + 2 * per_norm
+    if config.qk_layernorm:
+        per_layer += 2 * config.head_size * per_norm // hidden
     output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
-    per_layer = layer_matrices(config) + biases + 2 * per_norm
-    experts = _instead_of_dense(config) + expert_weights(config)
-    return vocab * hidden + learned + layers * per_layer + experts + per_norm + output
+    body = layers * per_layer + _instead_of_dense(config) + expert_weights(config)
+    if config.hybrid_layer_pattern is not None:
+        body = sum(layer_parameters(config, kind) for kind in kinds(config))
+    ends = _embedded_positions(config) + per_norm * (2 if config.embedding_layernorm else 1)
+    return vocab * hidden + ends + body + output
+
+
+def layer_biases(config: ModelConfig) -> int:
+    """Biases of one layer's linear parts, its MLP dense."""
+    hidden, biases = config.hidden_size, 0
+    if config.qkv_bias:
+        biases += config.head_size * (config.num_attention_heads + 2 * config.query_groups)
+    if config.attention_output_bias:
+        biases += hidden
+    if config.mlp_bias:
+        biases += hidden + (2 if config.gated else 1) * config.ffn_size
+    return biases
+
+
+def _embedded_positions(config: ModelConfig) -> int:
+    """Weights that positions are learned in."""
+    if config.position_embedding_type == "learned":
+        return config.positions * config.hidden_size
+    if config.position_embedding_type == "relative":
+        return config.relative_attention_num_buckets * config.num_attention_heads
+    return 0
 
 
 def active_parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -75,8 +103,29 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
     """6 x matrix weights (output matrix included, embedding look-up not) + attention; of
     experts those that a token goes to."""
     vocab = config.padded_vocab_size if vocab_size is None else vocab_size
+    if config.hybrid_layer_pattern is not None:
+        layers = [layer_flops(config, kind) for kind in kinds(config)]
+        full, causal = (6.0 * vocab * config.hidden_size + sum(part) for part in _columns(layers))
+        return Flops(full=full, causal=causal)
     matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
     matrices += _instead_of_dense(config) + active_expert_weights(config)
     width = config.num_attention_heads * config.head_size
-    attention = 12.0 * config.num_layers * width * config.seq_length
-    return Flops(full=6.0 * matrices + attention, causal=6.0 * matrices + attention / 2)
+    each_key = 12.0 * config.num_layers * width
+    seen = each_key * keys_seen(config)
+    return Flops(full=6.0 * matrices + each_key * config.seq_length, causal=6.0 * matrices + seen)
+
+
+def kinds(config: ModelConfig) -> str:
+    """The letters of the first ``num_layers`` layers of a pattern."""
+    return (config.hybrid_layer_pattern or "")[: config.num_layers]
+
+
+def layer_costs(config: ModelConfig) -> list[float]:
+    """FLOPs of each layer for one token, attention counted causally."""
+    counts = range(config.num_layers + 1)
+    sums = [flops_per_token(replace(config, num_layers=count)).causal for count in counts]
+    return [more - less for less, more in pairwise(sums)]
+
+
+def _columns(rows: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(row[0] for row in rows), tuple(row[1] for row in rows)

@@ -1,7 +1,4 @@
-"""Parameters and FLOPs of BERT and T5 from their configuration alone (pre-LN, as Megatron's).
-
-Both are planned and costed by this version, not trained.
-"""
+"""Parameters and FLOPs of BERT and T5 from their configuration alone."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ from mtk.models.count import Flops, layer_matrices
 
 # Vocabularies of the published models, used where none is given.
 ASSUMED_VOCAB_SIZE = {"gpt": 50257, "bert": 30522, "t5": 32128}
-# Megatron's T5 script decodes 128 tokens for 512 encoded ones.
-DECODER_SHARE = 4
 
 
 def parameters(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -62,10 +57,10 @@ def _bert(config: ModelConfig, vocab: int) -> int:
 
 def _t5(config: ModelConfig, vocab: int) -> int:
     encoder = count.parameter_count(config, vocab)
-    embeddings = count.parameter_count(config, vocab) - _blocks(config) - _norm(config)
-    decoder = encoder - embeddings + config.num_layers * _cross_attention(config)
-    output_bias = vocab if config.add_bias_linear else 0
-    return encoder + decoder + output_bias
+    decoder = _blocks(config) + _norm(config) + config.num_layers * _cross_attention(config)
+    if config.position_embedding_type == "relative":  # a table for each stack
+        decoder += config.relative_attention_num_buckets * config.num_attention_heads
+    return encoder + decoder + (vocab if config.add_bias_linear else 0)
 
 
 def _blocks(config: ModelConfig) -> int:
@@ -87,19 +82,37 @@ def _norm(config: ModelConfig) -> int:
     return config.hidden_size * (2 if config.normalization == "LayerNorm" else 1)
 
 
+def layer_costs(config: ModelConfig) -> list[float]:
+    """FLOPs of each stacked layer for one token of the sample, for sharing them out."""
+    if config.family != "t5":
+        return count.layer_costs(config)
+    encoder, decoder = _t5_layers(config)
+    return [encoder.causal] * config.num_layers + [decoder.causal] * config.num_layers
+
+
+def output_cost(config: ModelConfig) -> float:
+    """FLOPs of the output matrix for one token of the sample."""
+    return flops_per_token(replace(config, num_layers=0)).causal
+
+
 def _t5_flops(config: ModelConfig, vocab: int) -> Flops:
+    encoder, decoder = _t5_layers(config)
+    output = 6.0 * config.decoder_seq_length * vocab * config.hidden_size / config.seq_length
+    return Flops(
+        full=config.num_layers * (encoder.full + decoder.full) + output,
+        causal=config.num_layers * (encoder.causal + decoder.causal) + output,
+    )
+
+
+def _t5_layers(config: ModelConfig) -> tuple[Flops, Flops]:
+    """One layer of the encoder and one of the decoder, for one token of the encoder."""
     hidden, head = config.hidden_size, config.head_size
     heads, groups = config.num_attention_heads, config.query_groups
-    encoded, decoded = config.seq_length, max(1, config.seq_length // DECODER_SHARE)
-    query_output = 2 * hidden * head * heads
-    key_value = 2 * hidden * head * groups
-    matrices = encoded * layer_matrices(config) + decoded * layer_matrices(config)
-    matrices += decoded * query_output + encoded * key_value
-    fixed = 6.0 * (config.num_layers * matrices + decoded * vocab * hidden)
-    width = 12.0 * config.num_layers * heads * head
-    seen_by_all = width * (encoded * encoded + decoded * encoded)
-    masked = width * decoded * decoded
-    return Flops(
-        full=(fixed + seen_by_all + masked) / encoded,
-        causal=(fixed + seen_by_all + masked / 2) / encoded,
-    )
+    encoded, decoded = config.seq_length, config.decoder_seq_length
+    matrices, each_key = layer_matrices(config), 12.0 * heads * head
+    encoder = 6.0 * matrices + each_key * encoded
+    share = decoded / encoded
+    cross = share * 2 * hidden * head * heads + 2 * hidden * head * groups
+    fixed = 6.0 * (share * matrices + cross) + each_key * decoded
+    masked = each_key * share * decoded
+    return Flops(encoder, encoder), Flops(full=fixed + masked, causal=fixed + masked / 2)

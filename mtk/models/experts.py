@@ -20,7 +20,7 @@ from mtk.models.mlp import ACTIVATIONS
 class Experts(nn.Module):
     """X MLPs without biases; a rank may hold some of them, and a part of each.
 
-    gate (swiglu only), up: [X, F, E]; down: [X, E, F].
+    gate (gated activations only), up: [X, F, E]; down: [X, E, F].
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,7 +28,7 @@ class Experts(nn.Module):
         assert config.num_experts is not None
         wide = (config.num_experts, config.moe_ffn_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation == "swiglu"
+        gated = config.gated
         self.gate = nn.Parameter(torch.empty(wide)) if gated else None
         self.up = nn.Parameter(torch.empty(wide))
         self.down = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))

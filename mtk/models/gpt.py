@@ -1,4 +1,5 @@
-"""Decoder-only language model: GPT-2/3 and Llama are settings of this one module.
+"""Decoder-only language model: GPT-2/3, GPT-NeoX, BLOOM, Llama, Mistral, Qwen and Gemma are
+settings of this one module.
 
 Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary.
 """
@@ -13,17 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
-from mtk.models.attention import AttentionKernel, LayerCache, sdpa_kernel
+from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
-from mtk.models.block import Block, make_norm
+from mtk.models.layer import make_layer
+from mtk.models.mamba import StateCache
+from mtk.models.norm import make_norm
+from mtk.models.relative import RelativeBias
 from mtk.models.rotary import rotary_table
+from mtk.models.score_bias import alibi_bias, alibi_slopes, distances, with_masks
 
+# Of attention and of Mamba layers.
+AnyCache = LayerCache | StateCache
 # x [..., in], weight [out, in] and perhaps a bias [out] -> [..., out]; as ``F.linear``.
 Product = Callable[..., Tensor]
 
 
+# What a decoder's layers look at besides themselves: states [B, S, E], and where (bool,
+# broadcastable to [B, heads, T, S]; None: everywhere).
+Memory = tuple[Tensor, Tensor | None]
+
+
 class LayerRunner(Protocol):
-    """Runs ``blocks`` one after the other; arguments as for :class:`Block`, caches by layer."""
+    """Runs ``blocks`` one after the other; arguments as for a block, caches by layer."""
 
     def __call__(
         self,
@@ -31,8 +43,10 @@ class LayerRunner(Protocol):
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
+        bias: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor: ...
 
 
@@ -41,30 +55,41 @@ def run_in_order(
     x_BSE: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
-    caches: Sequence[LayerCache] | None,
+    caches: Sequence[AnyCache] | None,
     documents: Tensor | None,
+    bias: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """The :class:`LayerRunner` that keeps every activation."""
+    more = () if memory is None else (memory,)
     for index, block in enumerate(blocks):
         cache = None if caches is None else caches[index]
-        x_BSE = block(x_BSE, rotary, mask, cache, documents)
+        x_BSE = block(x_BSE, rotary, mask, cache, documents, bias, *more)
     return x_BSE
 
 
 class Embedding(nn.Module):
-    """Token embedding, plus learned absolute positions when the model has them."""
+    """Token embedding, plus learned absolute positions, scaled and normed where the model is
+    so."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         learned = config.position_embedding_type == "learned"
         self.positions = nn.Embedding(config.positions, config.hidden_size) if learned else None
+        self.scale = config.hidden_size**0.5 if config.scale_embeddings else None
+        self.norm: nn.Module | None = make_norm(config) if config.embedding_layernorm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, tokens_BS: Tensor, positions: Tensor) -> Tensor:
         x_BSE = self.tokens(tokens_BS)
+        if self.scale is not None:
+            # Gemma was trained with the factor rounded to the type of the embedding.
+            x_BSE = x_BSE * torch.tensor(self.scale, dtype=x_BSE.dtype, device=x_BSE.device)
         if self.positions is not None:
             x_BSE = x_BSE + self.positions(positions)
+        if self.norm is not None:
+            x_BSE = self.norm(x_BSE)
         return self.dropout(x_BSE)  # type: ignore[no-any-return]
 
 
@@ -101,12 +126,18 @@ class GPT(nn.Module):
         self.embedding: Embedding | None = Embedding(config)
         self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {
-                str(i): Block(config, kernel, self.balance if config.has_experts(i) else None)
-                for i in range(config.num_layers)
-            }
+            {str(i): make_layer(config, i, kernel, self.balance) for i in range(config.num_layers)}
         )
         self.run_layers: LayerRunner = run_in_order
+        self.relative_bias: RelativeBias | None = None
+        if config.position_embedding_type == "relative":
+            self.relative_bias = RelativeBias(
+                config.num_attention_heads,
+                config.relative_attention_num_buckets,
+                config.relative_attention_max_distance,
+                bidirectional=False,
+            )
+        self.own_heads = slice(None)
         self.final_norm: nn.Module | None = make_norm(config)
         self.head = OutputHead(config.vocab_size)
         untied = config.untie_embeddings_and_output_weights
@@ -116,22 +147,23 @@ class GPT(nn.Module):
         self.fill_tables()
 
     def fill_tables(self, device: torch.device | None = None) -> None:
-        """Put the rotary tables on ``device`` (default: where modules are made). They are no
-        weights: a model built on the meta device has none until this is called."""
-        config = self.config
-        if config.position_embedding_type != "rope":
-            return
+        """Put rotary tables or ALiBi's slopes on ``device`` (default: where modules are made).
+        They are no weights: a model on the meta device has none until this is called."""
+        place = torch.get_default_device() if device is None else device
         # Computed on the CPU, so that they are the same wherever the model is.
         with torch.device("cpu"):
-            tables = rotary_table(
-                config.positions,
-                config.head_size,
-                base=config.rotary_base,
-                percent=config.rotary_percent,
-            )
-        for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
-            place = torch.get_default_device() if device is None else device
+            tables = self._tables()
+        for name, table in tables.items():
             self.register_buffer(name, table.to(place), persistent=False)
+
+    def _tables(self) -> dict[str, Tensor]:
+        kind = self.config.position_embedding_type
+        if kind == "rope":
+            return dict(zip(("rotary_cos", "rotary_sin"), rotary_table(self.config), strict=True))
+        if kind == "alibi":
+            slopes_H = alibi_slopes(self.config.num_attention_heads)
+            return {"alibi_slopes": slopes_H[self.own_heads].clone()}
+        return {}
 
     def keep(self, layers: range, *, first: bool, last: bool) -> None:
         """Become the pipeline stage that has these ``layers``; all else is dropped.
@@ -143,11 +175,17 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
         if not first and self.embedding is not None:
             if last and self.output is None:
-                self.embedding.positions = None
+                self.embedding.positions = self.embedding.norm = None
             else:
                 self.embedding = None
         if not last:
             self.final_norm = self.output = None
+
+    @property
+    def stateful_layers(self) -> tuple[int, ...]:
+        """Places, among this module's layers, of those whose cache is a state (Mamba)."""
+        blocks = enumerate(self.layers.values())
+        return tuple(place for place, block in blocks if getattr(block, "mamba", None) is not None)
 
     def forward(
         self,
@@ -155,8 +193,9 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
+        key_positions: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of the token after each input token.
 
@@ -164,11 +203,21 @@ class GPT(nn.Module):
         positions: int64 [S] or [B, S], default 0..S-1 (later stages must be told). mask:
         bool, True where a query may look, broadcastable to [B, heads, S, T]; None is causal
         (only right without caches, or for the first tokens into empty ones). caches: one per
-        layer. documents: int64 [B, S], tokens look back inside their own document only.
+        layer (of Mamba layers a ``StateCache``; these know no mask). documents: int64 [B, S],
+        tokens look back inside their own document only. key_positions: int64 [T] or [B, T] with
+        a mask, of all tokens in the caches, default 0..T-1; windows and biases go by them
+        (prompts padded on the left start later).
 
         Returns states instead where a later pipeline stage follows.
         """
-        x = self.hidden(inputs, positions, mask=mask, caches=caches, documents=documents)
+        x = self.hidden(
+            inputs,
+            positions,
+            mask=mask,
+            caches=caches,
+            documents=documents,
+            key_positions=key_positions,
+        )
         return self.logits(x) if self.last else x
 
     def hidden(
@@ -177,8 +226,9 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
+        key_positions: Tensor | None = None,
     ) -> Tensor:
         """States [B, S, E] after the final norm (of a stage: after its last layer); arguments
         as for :meth:`forward`. Raises ValueError on a later stage without ``positions``."""
@@ -190,8 +240,15 @@ class GPT(nn.Module):
         x_BSE = inputs
         if self.first and self.embedding is not None:
             x_BSE = self.embedding(inputs, positions)
+        bias = None
+        if self.config.biases_scores:
+            bias = self._score_bias(positions, mask, documents, key_positions).to(x_BSE.dtype)
+            mask = documents = None
+        elif mask is not None and self.config.window_size is not None:
+            gaps = self._distances(positions, mask, key_positions)
+            mask = mask & (gaps < self.config.window_size)
         blocks = list(self.layers.values())
-        x_BSE = self.run_layers(blocks, x_BSE, rotary, mask, caches, documents)
+        x_BSE = self.run_layers(blocks, x_BSE, rotary, mask, caches, documents, bias)
         return x_BSE if self.final_norm is None else self.final_norm(x_BSE)
 
     def logits(self, x_BSE: Tensor) -> Tensor:
@@ -214,3 +271,32 @@ class GPT(nn.Module):
         cos, sin = self.rotary_cos[positions], self.rotary_sin[positions]  # type: ignore[index]
         # [B, S, R] gets a head dimension; [S, R] broadcasts as it is.
         return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
+
+    def _distances(
+        self, positions: Tensor, mask: Tensor | None, key_positions: Tensor | None
+    ) -> Tensor:
+        """Of each query from each key, int64 [1 or B, 1, S, T]."""
+        if mask is None:
+            # Of whole sequences in tokens, whatever numbers packed documents begin with.
+            counted = torch.arange(positions.shape[-1], device=positions.device)
+            return distances(counted, counted)
+        if key_positions is None:
+            key_positions = torch.arange(mask.shape[-1], device=mask.device)
+        return distances(positions, key_positions)
+
+    def _score_bias(
+        self,
+        positions: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        key_positions: Tensor | None,
+    ) -> Tensor:
+        """fp32 [1 or B, H, S, T], all masks in it."""
+        gaps = self._distances(positions, mask, key_positions)
+        if self.relative_bias is not None:
+            bias = self.relative_bias(gaps)
+        else:
+            bias = alibi_bias(self.alibi_slopes, gaps)  # type: ignore[arg-type]
+        if mask is not None and self.config.window_size is not None:
+            mask = mask & (gaps < self.config.window_size)
+        return with_masks(bias, mask, documents, Form(window=self.config.window_size))

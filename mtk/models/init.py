@@ -6,15 +6,21 @@ part of the same weights.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
+from mtk.models.generator import generator_of
+from mtk.models.mamba_init import mamba_value
 
 # Projections that write into the residual stream (Radford et al. 2019, section 2.3).
-RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down")
+RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "mlp.down.weight",
+    "mlp.experts.down",
+    "mlp.shared.down.weight",
+    "mamba.output.weight",
+)
 
 
 @torch.no_grad()
@@ -25,17 +31,22 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(2 layers)), norms 1, biases 0."""
+    """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(branches)), norms such that they
+    multiply by 1, biases 0; Mamba's own as :mod:`mtk.models.mamba_init` says. A layer has two
+    branches, one of a pattern one."""
+    own = mamba_value(name, shape, config, seed) if ".mamba." in name else None
+    if own is not None:
+        return own
     if len(shape) == 1:
-        return torch.full(shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        norm = "norm" in name and name.endswith("weight") and not config.apply_layernorm_1p
+        return torch.full(shape, 1.0 if norm else 0.0)
     std = config.init_method_std
     if name.endswith(RESIDUAL_OUTPUTS):
-        std /= (2 * config.num_layers) ** 0.5
+        branches = 2 if config.hybrid_layer_pattern is None else 1
+        std /= (branches * config.num_layers) ** 0.5
     return normal_weight(name, shape, std, seed)
 
 
 def normal_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """The fp32 CPU tensor that parameter ``name`` starts from."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))

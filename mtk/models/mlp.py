@@ -1,4 +1,4 @@
-"""Feed-forward part of a block: plain, or gated as in SwiGLU (Shazeer 2020)."""
+"""Feed-forward part of a block: plain, or gated as in SwiGLU and GEGLU (Shazeer 2020)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu-tanh": _gelu_tanh,
     "relu": F.relu,
     "squared-relu": _squared_relu,  # So et al. 2021
+    # Gated; the other factor is linear.
     "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu-tanh": _gelu_tanh,
 }
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), or down(silu(gate(x)) * up(x)) for swiglu. [..., E] -> [..., E]."""
+    """down(act(up(x))), or gated down(act(gate(x)) * up(x)). [..., E] -> [..., E]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden, ffn, bias = config.hidden_size, config.ffn_size, config.add_bias_linear
+        hidden, ffn, bias = config.hidden_size, config.ffn_size, config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation == "swiglu"
-        self.gate = nn.Linear(hidden, ffn, bias=bias) if gated else None
+        self.gate = nn.Linear(hidden, ffn, bias=bias) if config.gated else None
         self.up = nn.Linear(hidden, ffn, bias=bias)
         self.down = nn.Linear(ffn, hidden, bias=bias)
 

@@ -1,9 +1,10 @@
 """Mixture of experts in place of a block's MLP (Shazeer et al. 2017, Jiang et al. 2024).
 
-A router picks K of X experts for each token; the token's output is the sum of theirs, weighted
-by the softmax over the K chosen logits. Without a capacity no token is dropped. What crosses
-ranks (tokens to experts, tokens to tensor-parallel parts, counts of a sequence's other tokens)
-is injected: a :class:`Dispatcher` and a :class:`Region`.
+A router picks K of X experts for each token (:mod:`mtk.models.router`); the token's output is
+the weighted sum of theirs, and of a shared expert that all tokens go through if there is one
+(Dai et al. 2024). Without a capacity no token is dropped. What crosses ranks (tokens to experts,
+tokens to tensor-parallel parts, counts of a sequence's other tokens) is injected: a
+:class:`Dispatcher` and a :class:`Region`.
 
 Shape suffixes: B sequences, S a sequence's tokens, N tokens of the residual stream here, T
 tokens that go through the experts here (N but under sequence parallelism), K experts a token
@@ -13,10 +14,10 @@ goes to, M = T x K assignments, X experts, E hidden size, C chunks of a sequence
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
@@ -29,30 +30,9 @@ from mtk.models.experts import (
     permute,
     spread,
 )
-
-
-class Router(nn.Module):
-    """Logits of each expert, in fp32 whatever the model computes in."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert config.num_experts is not None
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x_NE: Tensor) -> Tensor:
-        return F.linear(x_NE.float(), self.weight.float())
-
-
-def choose(logits_NX: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights (fp32) and numbers (int64) of each token's ``k`` experts, both [N, K].
-
-    Weights are a softmax over the chosen; for k = 1, where that would not depend on the
-    router, the probability among all experts (Fedus et al. 2022).
-    """
-    best_NK, chosen_NK = logits_NX.topk(k, dim=-1)
-    if k == 1:
-        return logits_NX.softmax(-1).gather(-1, chosen_NK), chosen_NK
-    return best_NK.softmax(-1), chosen_NK
+from mtk.models.mlp import MLP
+from mtk.models.router import Router, Routing, choose, probabilities
+from mtk.models.sinkhorn import sinkhorn
 
 
 class Region(Protocol):
@@ -77,6 +57,10 @@ class Region(Protocol):
     def loads(self, counts_CBX: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens chose each expert: of whole sequences [B, X], and of what lies before
         each chunk [C, B, X]; from the counts of the chunks."""
+
+    def sequences(self, x_NX: Tensor, length: int) -> Tensor:
+        """[N, X] -> [B, S, X]: the rows of all tokens of this region's sequences, in order.
+        length: of a sequence in this region."""
 
     def enter(self, x_NE: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [T, E] and weights [T, K] for the experts."""
@@ -103,6 +87,9 @@ class WholeRegion:
     def loads(self, counts_CBX: Tensor) -> tuple[Tensor, Tensor]:
         return counts_CBX[0], torch.zeros_like(counts_CBX)
 
+    def sequences(self, x_NX: Tensor, length: int) -> Tensor:
+        return x_NX.view(-1, length, x_NX.shape[1])
+
     def enter(self, x_NE: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         return x_NE, weights_NK
 
@@ -110,37 +97,68 @@ class WholeRegion:
         return out_TE
 
 
+class SharedExpert(MLP):
+    """An MLP of a width of its own; with a gate each token's output is weighed by a sigmoid."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        width = config.moe_shared_expert_intermediate_size
+        super().__init__(replace(config, ffn_hidden_size=width))
+        gated = config.moe_shared_expert_gate
+        self.token_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.token_gate is None else self.token_gate(x).sigmoid() * out
+
+
 class MoE(nn.Module):
     """[..., S, E] -> the same shape.
 
-    In training it attaches its balancing losses (``mtk.models.balance``) and, with a capacity
-    factor, drops assignments: an expert takes the first ceil(factor x K x S / X) of a
-    sequence's tokens that chose it, by position, whatever the layout. A dropped assignment
-    adds nothing. Evaluation and generation drop nothing, so that a token's output never
-    depends on how its prompt was cut or padded.
+    In training it attaches its balancing losses (``mtk.models.balance``), counts which experts
+    are chosen and, with a capacity factor, drops assignments: an expert takes the first
+    ceil(factor x K x S / X) of a sequence's tokens that chose it, by position, whatever the
+    layout. A dropped assignment adds nothing. Evaluation and generation drop nothing and choose
+    by scores and biases alone, so that a token's output never depends on how its prompt was cut
+    or padded.
     """
 
     def __init__(self, config: ModelConfig, balance: BalanceLosses) -> None:
         super().__init__()
         assert config.num_experts is not None
         self.num_experts, self.k = config.num_experts, config.moe_router_topk
+        self.routing = Routing.of(config)
+        self.assigned = config.moe_router_load_balancing_type == "sinkhorn"
         self.capacity_factor = config.moe_expert_capacity_factor
         self.router = Router(config)
         self.experts = Experts(config)
-        self.balance = balance
+        shared = config.moe_shared_expert_intermediate_size is not None
+        self.shared = SharedExpert(config) if shared else None
+        self.balance, self.load = balance, balance.new_layer()
         self.dispatcher: Dispatcher[Any] = LocalDispatcher()
         self.region: Region = WholeRegion()
 
     def forward(self, x: Tensor) -> Tensor:
         x_NE = x.flatten(0, -2)
         logits_NX = self.router(x_NE)
-        weights_NK, chosen_NK = choose(logits_NX, self.k)
+        weights_NK, chosen_NK = choose(logits_NX, self.routing, self._shift(x, logits_NX))
         chosen_TK = self.region.chosen(chosen_NK)
         expert_TK = chosen_TK
         if self.training:
             weights_NK, expert_TK = self._balance(x, logits_NX, weights_NK, chosen_TK)
         x_TE, weights_TK = self.region.enter(x_NE, weights_NK)
-        return self.region.leave(self._mix(x_TE, weights_TK, expert_TK)).view_as(x)
+        out_TE = self._mix(x_TE, weights_TK, expert_TK)
+        if self.shared is not None:
+            # Before the way out: tensor-parallel parts of both are summed at once.
+            out_TE = out_TE + self.shared(x_TE)
+        return self.region.leave(out_TE).view_as(x)
+
+    def _shift(self, x: Tensor, logits_NX: Tensor) -> Tensor | None:
+        """What is added to scores for the choice alone."""
+        if not (self.training and self.assigned):
+            return self.router.expert_bias
+        length = self.region.sequence_length(x)
+        shift_BX = sinkhorn(self.region.sequences(logits_NX.detach(), length))
+        return self.region.own(shift_BX.repeat_interleave(length, dim=0))
 
     def _mix(self, x_TE: Tensor, weights_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The weighted sum of the outputs of each token's experts, [T, E]."""
@@ -178,11 +196,12 @@ class MoE(nn.Module):
         member_BCLX = member_TX.view(-1, region.chunks, length // region.chunks, self.num_experts)
         member_CBLX = member_BCLX.transpose(0, 1)
         load_BX, before_CBX = region.loads(member_CBLX.sum(2))
-        probability_NX = logits_NX.softmax(-1)
+        probability_NX = probabilities(logits_NX, self.routing)
         load_NX = region.own(load_BX.repeat_interleave(length, dim=0)).float()
         aux = (load_NX * probability_NX).sum() * (self.num_experts / (self.k * float(whole) ** 2))
         z = logits_NX.logsumexp(-1).square().sum()
-        weights_NK = self.balance.attach(weights_NK, aux, z)
+        counts_X = member_TX.sum(0, dtype=torch.int64)
+        weights_NK = self.balance.attach(weights_NK, aux, z, counts_X, self.load)
         if self.capacity_factor is None:
             return weights_NK, chosen_TK
         capacity = math.ceil(self.capacity_factor * self.k * whole / self.num_experts)

@@ -8,23 +8,27 @@ meta device: only what a rank holds is ever allocated.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import RuntimeConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel
+from mtk.models.buffers import kept_buffers, kept_tensors
 from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
+from mtk.models.mamba_kernels import use_kernels
 from mtk.parallel.context import context_kernel
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
 from mtk.parallel.fsdp import local_tensor, shard_data
+from mtk.parallel.mamba import shard_mamba
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.recompute import apply_recompute
@@ -41,9 +45,10 @@ class Placed:
     """This rank's part of a model.
 
     parts: its (virtual) pipeline stages in order; without pipelining the one model. pieces:
-    what it holds of each of its parameters. shapes: of all parameters of the whole model.
-    frozen: names of those that are not trained. stages: where all layers are. deferred: what
-    delays weight gradients of each part, for schedules that ask for it.
+    what it holds of each of its parameters and kept buffers. shapes: of all parameters of the
+    whole model; buffer_shapes: of its kept buffers. frozen: names of parameters that are not
+    trained. stages: where all layers are. deferred: what delays weight gradients of each part,
+    for schedules that ask for it.
     """
 
     parts: tuple[GPT, ...]
@@ -51,14 +56,15 @@ class Placed:
     shapes: Mapping[str, tuple[int, ...]]
     stages: Stages | None = None
     deferred: tuple[Deferred, ...] = ()
+    buffer_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
 
     @classmethod
     def whole(cls, model: GPT) -> Placed:
         """A model that one process holds."""
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        pieces = {name: Piece.whole(s) for name, s in shapes.items()}
-        return cls((model,), pieces, shapes, frozen=_frozen(model))
+        shapes, buffers = _shapes(model)
+        pieces = {name: Piece.whole(shape) for name, shape in {**shapes, **buffers}.items()}
+        return cls((model,), pieces, shapes, buffer_shapes=buffers, frozen=_frozen(model))
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
@@ -73,6 +79,11 @@ class Placed:
             for name, parameter in part.named_parameters():
                 found.setdefault(name, parameter)
         return found
+
+    def kept_buffers(self) -> dict[str, Tensor]:
+        """State of the parts here that no gradient moves, by name; all ranks of a stage have
+        the same."""
+        return {name: b for part in self.parts for name, b in kept_buffers(part).items()}
 
     def cast_copies(self, dtype: torch.dtype) -> None:
         """Give second copies of a parameter the type in which the first one computes."""
@@ -98,24 +109,31 @@ def place(
     """
     kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
     whole = build_on_meta(config, kernel)
-    shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    shapes, buffers = _shapes(whole)
     frozen = _frozen(whole)
     copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
-    pieces = {name: Piece.whole(shape, copies) for name, shape in shapes.items()}
+    all_shapes = {**shapes, **buffers}
+    pieces = {name: Piece.whole(shape, copies) for name, shape in all_shapes.items()}
     stages = plan_stages(config, parallel) if ranks.pp.size > 1 else None
     parts = [whole]
     if stages is not None:
         parts = cut(config, stages, ranks.pp.rank, kernel)
         pieces = mark_tied(pieces, config, stages, ranks)
-    delays = stages is not None and parallel.schedule(config.num_layers) in SPLIT_BACKWARD
+    delays = stages is not None and parallel.schedule(stacked_layers(config)) in SPLIT_BACKWARD
     held: dict[str, Piece] = {}
     deferred = []
     for part in parts:
-        own = {name: pieces[name] for name, _ in part.named_parameters()}
+        own = {name: pieces[name] for name in kept_tensors(part)}
         deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
         held |= own
     delayed = tuple(found for found in deferred if found is not None)
-    return Placed(tuple(parts), held, shapes, stages, delayed, frozen)
+    return Placed(tuple(parts), held, shapes, stages, delayed, buffers, frozen)
+
+
+def _shapes(model: GPT) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Of parameters, and of kept buffers."""
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return parameters, {name: tuple(b.shape) for name, b in kept_buffers(model).items()}
 
 
 def _store_frozen(part: GPT, dtype: torch.dtype) -> None:
@@ -139,6 +157,8 @@ def _apply(
     delays: bool,
 ) -> Deferred | None:
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
+    use_kernels(part, runtime.mamba_backend)
+    shard_mamba(part, ranks, parallel.sequence_parallel, pieces)
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
@@ -153,13 +173,16 @@ def _apply(
 
 @torch.no_grad()
 def fill(placed: Placed, values: Values, device: torch.device) -> None:
-    """Allocate the parts on ``device`` and give every parameter its piece of ``values``."""
+    """Allocate the parts on ``device`` and give every parameter its piece of ``values``; kept
+    buffers begin at zero."""
     for part in placed.parts:
         part.to_empty(device=device)
         part.fill_tables(device)
         for name, parameter in part.named_parameters():
             piece = placed.pieces[name]
             local_tensor(parameter).copy_(piece.cut(values(name, piece.shape)))
+        for buffer in kept_buffers(part).values():
+            buffer.zero_()
 
 
 def training_device(runtime: RuntimeConfig) -> torch.device:

@@ -2,8 +2,9 @@
 
 Neighbours in data x context share the experts out; a rank's tokens, sorted by expert, go to
 the experts' ranks in one all-to-all and return in another. Each expert may also be cut over
-tensor-parallel ranks, like a dense MLP. Balancing losses and capacities count whole sequences,
-whichever ranks hold their tokens.
+tensor-parallel ranks, like a dense MLP, and a shared expert is; their parts are summed in one
+collective. Balancing losses, capacities and Sinkhorn's assignment go by whole sequences,
+whichever ranks hold their tokens; biases of experts by the global batch.
 
 Shape suffixes: as in ``mtk.models.moe``, and L experts of this rank, P ranks of the group.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mtk.models.experts import Arrival, Experts, inverse_of, permute
 from mtk.models.gpt import GPT
-from mtk.models.moe import MoE
+from mtk.models.moe import MoE, SharedExpert
 from mtk.parallel.collectives import (
     all_gather,
     copy_to_parts,
@@ -29,6 +30,7 @@ from mtk.parallel.collectives import (
     scatter_sum_of_parts,
     sum_of_parts,
 )
+from mtk.parallel.context_balance import join
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
@@ -120,6 +122,11 @@ class SharedRegion:
         mine = [self.cp.rank, 2 * self.cp.size - 1 - self.cp.rank]
         return ordered.sum(0), before[mine]
 
+    def sequences(self, x_NX: Tensor, length: int) -> Tensor:
+        x_TX = x_NX if self.sequence is None else all_gather(x_NX, self.tp, "moe.rows")
+        x_BSX = x_TX.view(-1, length, x_TX.shape[1])
+        return join(x_BSX, self.cp, "moe.sequences")
+
     def enter(self, x_NE: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
         # Each rank's output is a part of the sum, so weights too get a part of their gradient.
         if self.sequence is None:
@@ -148,6 +155,8 @@ def shard_experts(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
             continue
         name = f"layers.{index}.mlp"
         _cut(layer.experts, f"{name}.experts", ranks, pieces)
+        if layer.shared is not None:
+            _cut_shared(layer.shared, f"{name}.shared", ranks.tp, pieces)
         if sequence_parallel:
             pieces[f"{name}.router.weight"] = _of_rows(pieces[f"{name}.router.weight"], ranks.tp)
         layer.region = SharedRegion(ranks.tp, ranks.cp, sequence)
@@ -172,6 +181,21 @@ def _cut(experts: Experts, name: str, ranks: Ranks, pieces: Pieces) -> None:
         setattr(experts, part, nn.Parameter(local))
 
 
+def _cut_shared(shared: SharedExpert, name: str, tp: Group, pieces: Pieces) -> None:
+    """Its width over ``tp``; the gate of tokens sees all of them, but a part of each output."""
+    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
+        linear = getattr(shared, part)
+        if linear is None:
+            continue
+        piece = replace(pieces[f"{name}.{part}.weight"], partial=()).sharded(dim, tp)
+        pieces[f"{name}.{part}.weight"] = piece
+        local = piece.cut(linear.weight.detach()).clone(memory_format=torch.contiguous_format)
+        linear.weight = nn.Parameter(local)
+    if shared.token_gate is not None:
+        gate = f"{name}.token_gate.weight"
+        pieces[gate] = _of_rows(pieces[gate], tp)
+
+
 def expert_piece(whole: Piece, dim: int, ranks: Ranks) -> Piece:
     """This rank's part of a whole [X, ...] parameter that is cut along ``dim`` too; the ranks
     of ``expert_shards`` hold copies of it."""
@@ -186,6 +210,6 @@ def _uncompiled(function: Compute) -> Compute:
 
 
 def _of_rows(piece: Piece, tp: Group) -> Piece:
-    """A router sees the rank's own rows only, and has a part of its gradient."""
+    """What sees the rank's own rows, or parts of outputs, only has a part of its gradient."""
     known = any(group.name == tp.name for group in piece.partial)
     return piece if known else piece.with_partial(tp)

@@ -21,17 +21,22 @@ def sum_partial_gradients(weights: Mapping[str, Tensor], pieces: Mapping[str, Pi
     """
     groups: dict[str, Group] = {g.name: g for piece in pieces.values() for g in piece.partial}
     for name in sorted(groups):
-        members = [
-            weight.grad
+        shared = [
+            weight
             for key, weight in weights.items()
-            if any(group.name == name for group in pieces[key].partial) and weight.grad is not None
+            if any(group.name == name for group in pieces[key].partial)
+        ]
+        members = [
+            # Other ranks of the group may have used what this one did not.
+            torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for weight in shared
         ]
         if members:
             flat = torch.cat([gradient.flatten() for gradient in members])
             summed = all_reduce(flat, groups[name], f"grads.{name}")
             parts = torch.split(summed, [gradient.numel() for gradient in members])
-            for gradient, part in zip(members, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            for weight, gradient, part in zip(shared, members, parts, strict=True):
+                weight.grad = gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()

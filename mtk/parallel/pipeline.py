@@ -24,7 +24,7 @@ from mtk.parallel.fsdp import hold_gradients, reduce_held
 from mtk.parallel.groups import Group
 from mtk.parallel.messages import Expected, Mailbox, Spec
 from mtk.parallel.schedules import SPLIT_BACKWARD, Action, Message, Program, programs
-from mtk.parallel.stages import TIED
+from mtk.parallel.stages import SHARED
 
 Tensors = tuple[Tensor, ...]
 # (logits, index of the micro-batch) -> its share of the loss, a scalar.
@@ -68,16 +68,29 @@ def call_bert(module: nn.Module, received: Tensors, batch: Any) -> Any:
     return module(inputs, batch.positions, types=types, documents=batch.documents_BS)
 
 
-def states_boundary(hidden: int, dtype: torch.dtype, *, sequence_ranks: int = 1) -> Boundary:
-    """States [B, S, E] between stages; over ``sequence_ranks`` (sequence parallelism) each
-    has its rows [B x S / ranks, E]."""
+def call_t5(module: nn.Module, received: Tensors, batch: Any) -> Any:
+    """Run a stage of ``mtk.models.t5.T5``."""
+    inputs = received or batch.tokens_BS
+    return module(inputs, batch.extra["decoder_tokens"], documents=batch.documents_BS)
 
-    def boundary(stage: int, batch: MicroBatch) -> tuple[Spec, ...]:
-        del stage
-        samples, length = batch.tokens_BS.shape
+
+def states_boundary(
+    hidden: int, dtype: torch.dtype, *, sequence_ranks: int = 1, stacks: int = 1
+) -> Boundary:
+    """States [B, S, E] between stages; over ``sequence_ranks`` (sequence parallelism) each
+    has its rows [B x S / ranks, E]. Of two ``stacks`` the decoder's states come second."""
+
+    def spec(tokens_BS: Tensor) -> Spec:
+        samples, length = tokens_BS.shape
         if sequence_ranks > 1:
-            return (Spec((samples * length // sequence_ranks, hidden), dtype),)
-        return (Spec((samples, length, hidden), dtype),)
+            return Spec((samples * length // sequence_ranks, hidden), dtype)
+        return Spec((samples, length, hidden), dtype)
+
+    def boundary(stage: int, batch: Any) -> tuple[Spec, ...]:
+        del stage
+        if stacks == 1:
+            return (spec(batch.tokens_BS),)
+        return spec(batch.tokens_BS), spec(batch.extra["decoder_tokens"])
 
     return boundary
 
@@ -106,7 +119,7 @@ class Pipeline:
         reshard: bool = False,
         overlap: bool = True,
         call: Call = call_gpt,
-        tied: Sequence[str] = (TIED,),
+        tied: Sequence[str] = SHARED,
     ) -> None:
         own = [stage for stage, rank in enumerate(placement) if rank == group.rank]
         if len(own) != len(modules):

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
 from mtk.models.count import expert_weights
 from mtk.models.count_families import layers_of, parameters
+from mtk.parallel.planning_pattern import mamba_activations, pattern_parameters, scan_activations
 
 # Bytes a parameter: (weight, gradient, optimizer with main weights).
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12), "fp16": (2, 2, 16)}
@@ -82,18 +84,16 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
-    """Layers of each (virtual) stage: of a GPT exactly those that training gives it, else as
-    even as can be."""
+    """Layers of each (virtual) stage, exactly those that training gives it."""
     parallel, layers = config.parallel, layers_of(config.model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
-    if stages > 1 and config.model.family == "gpt":
-        from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
+    if stages == 1:
+        return (layers,)
+    from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
 
-        return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
-    each, more = divmod(layers, stages)
-    return tuple(each + (stage < more) for stage in range(stages))
+    return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
 
 
 def stages_of(config: PlanConfig, rank: int) -> tuple[int, ...]:
@@ -113,13 +113,18 @@ def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
     table = model.padded_vocab_size * model.hidden_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     share = sum(split[index] for index in placed) / sum(split)
-    in_experts = expert_weights(model)
-    held = (parameters(model) - tables * table - in_experts) * share
+    in_experts = expert_weights(model) * share
+    held = (parameters(model) - tables * table - expert_weights(model)) * share
+    if model.hybrid_layer_pattern is not None:
+        own = "".join(kind or "" for kinds in kinds_of(config, stage) for kind in kinds)
+        layers, in_experts = pattern_parameters(model, own)
+        all_layers = sum(pattern_parameters(model, model.hybrid_layer_pattern))
+        held = layers + (parameters(model) - tables * table - all_layers) * share
     first, last = 0 in placed, len(split) - 1 in placed
     # A tied output matrix is a second copy where first and last stage differ.
     held += table * (first + last if tables == 2 or not (first and last) else 1)
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    return held / tp, in_experts * share / tp / ep
+    return held / tp, in_experts / tp / ep
 
 
 def micro_batches(config: PlanConfig) -> int:
@@ -148,22 +153,37 @@ def layers_in_flight(config: PlanConfig, stage: int) -> float:
     return held * micro_batches_in_flight(config, stage)
 
 
+def kinds_of(config: PlanConfig, stage: int) -> list[list[str | None]]:
+    """The kinds of the layers of each (virtual) stage on a rank; None is attention and MLP."""
+    pattern, split = config.model.hybrid_layer_pattern, split_of(config)
+    starts = [sum(split[:index]) for index in range(len(split))]
+    return [
+        [None] * split[index]
+        if pattern is None
+        else list(pattern[starts[index] : starts[index] + split[index]])
+        for index in stages_of(config, stage)
+    ]
+
+
 def stage_activations(config: PlanConfig, stage: int) -> float:
     """Bytes of a rank's layers at the peak: what all micro-batches in flight keep, and what is
     being recomputed."""
-    parallel, split = config.parallel, split_of(config)
-    counts = [split[index] for index in stages_of(config, stage)]
+    parallel, placed = config.parallel, kinds_of(config, stage)
     alive = micro_batches_in_flight(config, stage)
     if parallel.recompute_granularity != "full":
-        return layers_in_flight(config, stage) * layer_activations(config)
-    unit = parallel.recompute_num_layers or 1
-    whole, states = whole_layer_activations(config), layer_input(config)
+        each = [layer_activations(config, kind) for kinds in placed for kind in kinds]
+        return layers_in_flight(config, stage) * sum(each) / len(each)
+    unit, states = parallel.recompute_num_layers or 1, layer_input(config)
+    whole = {kind: whole_layer_activations(config, kind) for kinds in placed for kind in kinds}
     if parallel.recompute_method == "uniform":
-        kept = sum(-(-count // unit) for count in counts) * states
-        return kept * alive + min(unit, max(counts)) * whole
-    kept = sum(min(unit, count) * states + max(0, count - unit) * whole for count in counts)
+        units = [kinds[k : k + unit] for kinds in placed for k in range(0, len(kinds), unit)]
+        return len(units) * states * alive + max(sum(map(whole.__getitem__, u)) for u in units)
+    kept = sum(
+        min(unit, len(kinds)) * states + sum(whole[kind] for kind in kinds[unit:])
+        for kinds in placed
+    )
     # A layer that is kept whole is free again when a recomputed one before it needs the room.
-    return kept * alive + (whole if unit >= max(counts) else 0)
+    return kept * alive + (max(whole.values()) if unit >= max(map(len, placed)) else 0)
 
 
 def layer_input(config: PlanConfig) -> float:
@@ -173,33 +193,47 @@ def layer_input(config: PlanConfig) -> float:
     return _tokens(config) * config.model.hidden_size * _element(config) / parts
 
 
-def layer_activations(config: PlanConfig) -> float:
+def layer_activations(config: PlanConfig, kind: str | None = None) -> float:
     """Bytes that a recomputed layer, or each layer without full recomputation, keeps for
-    backward, for one micro-batch on one rank; what is being recomputed not counted."""
+    backward, for one micro-batch on one rank; what is being recomputed not counted. kind: of a
+    layer of a pattern; None is attention and MLP."""
     if config.parallel.recompute_granularity == "full":
         return layer_input(config)
-    return _projections(config) + attention_matrix(config) / _tp(config)
+    if config.parallel.recompute_granularity is not None:
+        return _projections(config, kind)
+    return whole_layer_activations(config, kind)
 
 
-def whole_layer_activations(config: PlanConfig) -> float:
+def whole_layer_activations(config: PlanConfig, kind: str | None = None) -> float:
     """Bytes that one layer keeps, or makes anew, without recomputation."""
-    return _projections(config) + _scores(config) / _tp(config)
+    core = 0.0
+    if kind in (None, ATTENTION):
+        core = _scores(config) / _tp(config)
+    elif kind == MAMBA and config.runtime.mamba_backend == "torch":
+        core = _tokens(config) * scan_activations(config.model, _element(config), _tp(config))
+    return _projections(config, kind) + core
 
 
-def _projections(config: PlanConfig) -> float:
-    """All of a layer but the attention matrix."""
+def _projections(config: PlanConfig, kind: str | None) -> float:
+    """All of a layer but the attention matrix, or the scan."""
     model, parallel = config.model, config.parallel
     tokens, size = _tokens(config), _element(config)
     norms_tp = _tp(config) if parallel.sequence_parallel else 1
     dropout = 1 if model.hidden_dropout else 0
-    # Two norm inputs and the inputs of QKV and of the MLP, and two dropout masks.
-    shared = tokens * model.hidden_size * (4 * size + 2 * dropout) / norms_tp
+    # Of each branch the norm's input, the input of what follows, and the dropout's mask.
+    branches = 2 if kind is None else 1
+    shared = branches * tokens * model.hidden_size * (2 * size + dropout) / norms_tp
+    if kind == MAMBA:
+        return shared + tokens * mamba_activations(model, size, _tp(config))
+    attends, feeds = kind in (None, ATTENTION), kind != ATTENTION
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
-    gates = 2 if model.activation == "swiglu" else 1
-    moe = model.moe_layers / model.num_layers
+    # QK norms keep what comes into them.
+    normed = queries + keys_values // 2 if model.qk_layernorm else 0
+    gates = 2 if model.gated else 1
+    moe = model.moe_layers / model.num_layers if kind is None else float(kind == EXPERTS)
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
-    sharded = 2 * queries + keys_values + (gates + 1) * width
+    sharded = attends * (2 * queries + keys_values + normed) + feeds * (gates + 1) * width
     return shared + tokens * (sharded * size / _tp(config) + moe * _routing(model, size))
 
 
@@ -216,7 +250,9 @@ def _tp(config: PlanConfig) -> int:
 
 def attention_matrix(config: PlanConfig) -> float:
     """Bytes of softmax, its mask and its dropped-out copy that each layer keeps: the 5as/h
-    term; 0 where a kernel or recomputation does not keep them."""
+    term; 0 where a kernel or recomputation does not keep them, or nothing attends."""
+    if not config.model.has_attention:
+        return 0.0
     return 0.0 if config.parallel.recompute_granularity is not None else _scores(config)
 
 

@@ -17,6 +17,7 @@ class Ranks:
     """Groups of one rank. With one process all of them have one member.
 
     kv: tensor-parallel ranks that hold the same key/value heads (more ranks than groups).
+    states: the same for the B and C of Mamba layers.
     shards: data x context; shards_mesh: the same as [replicas, fsdp] for FSDP2, None where
     there is one such rank; replicas: those that hold the same shard. expert_*: the same for
     experts, where the mesh may be of one rank. ends: first and last pipeline stage (a group
@@ -36,6 +37,7 @@ class Ranks:
     expert_shards: Group = Group("expert_shards")
     ends: Group = Group("ends")
     kv: Group = Group("kv")
+    states: Group = Group("states")
     replicas: Group = Group("replicas")
     expert_replicas: Group = Group("expert_replicas")
     shards_mesh: DeviceMesh | None = None
@@ -56,6 +58,7 @@ def make_ranks(
     rank: int,
     device: torch.device,
     kv_groups: int | None = None,
+    state_groups: int | None = None,
     sharded: bool = True,
     trace: Trace | None = None,
     made: dict[tuple[int, ...], dist.ProcessGroup] | None = None,
@@ -63,16 +66,18 @@ def make_ranks(
     """Build all groups of a layout; every rank of the job must call it at the same time.
 
     The default process group must exist when ``dims.world`` > 1 and have that size.
-    kv_groups: key/value heads of the model. sharded: FSDP shards over ``shards`` (else it
-    keeps whole copies on each of them). made: groups by their ranks that earlier layouts of
-    this process have made; they are used again, and new ones added.
+    kv_groups: key/value heads of the model. state_groups: groups of its Mamba layers. sharded:
+    FSDP shards over ``shards`` (else it keeps whole copies on each of them). made: groups by
+    their ranks that earlier layouts of this process have made; they are used again, and new
+    ones added.
     """
     trace = trace or NoTrace()
     if dims.world == 1:
         return Ranks(dims, rank, device, trace=trace)
     made = {} if made is None else made
     groups = {axis: _group(axis, dims.partition(axis), rank, made, trace) for axis in AXES}
-    groups["kv"] = _group("kv", _kv_partition(dims, kv_groups), rank, made, trace)
+    for name, shared in (("kv", kv_groups), ("states", state_groups)):
+        groups[name] = _group(name, _sharing(dims, shared), rank, made, trace)
     trace.know({name: group.ranks for name, group in groups.items()})
     meshes: dict[str, DeviceMesh | None] = {"shards": None, "expert_shards": None}
     replicas = {"shards": Group("replicas"), "expert_shards": Group("expert_replicas")}
@@ -94,8 +99,8 @@ def make_ranks(
     )
 
 
-def _kv_partition(dims: Dims, groups: int | None) -> list[tuple[int, ...]]:
-    """Neighbours in tp that share a key/value head: tp / groups of them where that is > 1."""
+def _sharing(dims: Dims, groups: int | None) -> list[tuple[int, ...]]:
+    """Neighbours in tp that share a group: tp / groups of them where that is > 1."""
     together = max(1, dims.tp // groups) if groups else 1
     return [
         ranks[k : k + together]

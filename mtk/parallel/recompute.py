@@ -1,9 +1,10 @@
 """Activation recomputation: what backward needs is computed again instead of kept.
 
 Selective (Korthikanti et al. 2022, section 5) recomputes the core of the attention: scores,
-softmax, its dropout. Full keeps the input of a unit of layers only: ``uniform`` makes units of
-``recompute_num_layers`` from all layers of a stage; ``block`` recomputes that many first layers
-of each stage, one by one, and keeps the others whole. Nothing is recomputed unless asked for.
+softmax, its dropout; of a Mamba layer the scan with its matrices of decays. Full keeps the
+input of a unit of layers only: ``uniform`` makes units of ``recompute_num_layers`` from all
+layers of a stage; ``block`` recomputes that many first layers of each stage, one by one, and
+keeps the others whole. Nothing is recomputed unless asked for.
 
 A fused attention kernel (flash, memory-efficient, cuDNN) keeps no scores. Where one runs,
 selective recomputation has nothing to save and therefore does nothing, so that
@@ -19,7 +20,7 @@ Shape suffixes: B batch, S tokens, E hidden size, H query heads, G key/value hea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,12 +35,13 @@ from mtk.models.attention import (
     CAUSAL,
     AttentionKernel,
     Form,
-    LayerCache,
     flash_kernel,
     score_mask,
     sdpa_kernel,
+    spreads_groups,
 )
-from mtk.models.gpt import GPT, run_in_order
+from mtk.models.gpt import GPT, AnyCache, Memory, run_in_order
+from mtk.models.ssd import Scan
 
 
 def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
@@ -49,14 +51,23 @@ def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
     """
     if parallel.recompute_granularity == "selective":
         for block in model.layers.values():
-            attention: Any = block.attention
-            attention.kernel = recomputed(attention.kernel)
+            _recompute_core(block)
     elif parallel.recompute_granularity == "full":
         units = units_of(
             len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1
         )
         dropout = model.config.hidden_dropout or model.config.attention_dropout
-        model.run_layers = RecomputedLayers(units, random=bool(dropout))
+        places = {id(block): place for place, block in enumerate(model.layers.values())}
+        model.run_layers = RecomputedLayers(units, places, random=bool(dropout))
+
+
+def _recompute_core(block: Any) -> None:
+    if block.attention is not None:
+        block.attention.kernel = recomputed(block.attention.kernel)
+    mamba = getattr(block, "mamba", None)
+    if mamba is not None:
+        scan = RecomputedScan(mamba.kernels.scan)
+        mamba.kernels = dataclasses.replace(mamba.kernels, scan=scan)
 
 
 # -- full ---------------------------------------------------------------------------------
@@ -82,11 +93,13 @@ def units_of(layers: int, method: str | None, size: int) -> tuple[Unit, ...]:
 class RecomputedLayers:
     """The :class:`mtk.models.gpt.LayerRunner` of full recomputation.
 
+    places: of each block (by ``id``) in the stage; a call may be for some blocks in a row only.
     random: layers draw random numbers, whose state is kept with each unit's input; reading it
     makes the host wait for the GPU, so it is left where nothing is drawn.
     """
 
     units: tuple[Unit, ...]
+    places: Mapping[int, int]
     random: bool
 
     def __call__(
@@ -95,15 +108,21 @@ class RecomputedLayers:
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[AnyCache] | None,
         documents: Tensor | None,
+        bias: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         if caches is not None or not torch.is_grad_enabled():
-            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents)
+            return run_in_order(blocks, x_BSE, rotary, mask, caches, documents, bias, memory)
+        here = {self.places[id(block)]: block for block in blocks}
         for unit in self.units:
-            chosen = [blocks[layer] for layer in unit.layers]
+            chosen = [here[layer] for layer in unit.layers if layer in here]
+            if not chosen:
+                continue
             run = partial(_checkpointed, random=self.random) if unit.recomputed else _plain
-            x_BSE = run(partial(run_in_order, chosen), x_BSE, rotary, mask, None, documents)
+            inputs = (x_BSE, rotary, mask, None, documents, bias, memory)
+            x_BSE = run(partial(run_in_order, chosen), *inputs)
         return x_BSE
 
 
@@ -175,6 +194,10 @@ class RecomputedKernel:
         if self.kernel is not sdpa_kernel or torch.compiler.is_compiling():
             return False
         mask = score_mask(q_BHSD, mask, documents, form, bias)
+        if spreads_groups(q_BHSD, k_BGTD, mask):
+            # Only shapes and strides decide.
+            k_BGTD = k_BGTD[:, :1].expand(-1, q_BHSD.shape[1], -1, -1)
+            v_BGTD = v_BGTD[:, :1].expand(-1, q_BHSD.shape[1], -1, -1)
         choice: int = torch._fused_sdp_choice(
             q_BHSD,
             k_BGTD,
@@ -185,3 +208,30 @@ class RecomputedKernel:
             enable_gqa=q_BHSD.shape[1] != k_BGTD.shape[1],
         )
         return choice != SDPBackend.MATH.value
+
+
+@dataclass(frozen=True)
+class RecomputedScan:
+    """A scan of ``mtk.models.ssd`` that keeps its inputs only."""
+
+    scan: Scan
+
+    def __call__(
+        self,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        a_H: Tensor,
+        b_BSGN: Tensor,
+        c_BSGN: Tensor,
+        skip_H: Tensor,
+        *,
+        chunk: int,
+        documents_BS: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        run = partial(self.scan, chunk=chunk, documents_BS=documents_BS, state=state)
+        inputs = (x_BSHP, dt_BSH, a_H, b_BSGN, c_BSGN, skip_H)
+        if not torch.is_grad_enabled():
+            return run(*inputs)
+        out: tuple[Tensor, Tensor] = _checkpointed(run, *inputs, random=False)
+        return out

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.models.attention import AttentionKernel, sdpa_kernel
 from mtk.models.build import build_on_meta
-from mtk.models.count import flops_per_token
+from mtk.models.count_families import layer_costs, output_cost
 from mtk.models.gpt import GPT
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
@@ -28,6 +29,10 @@ LOOKUP_FLOPS = 2400
 # backward: some 30 bytes.
 LOGIT_FLOPS = 6000
 TIED = "embedding.tokens.weight"
+# Tables that all layers of a stack add to their scores: every stage has a copy.
+SHARED_BIASES = ("relative_bias", "encoder_bias", "decoder_bias")
+# What several stages may hold under one name.
+SHARED = (TIED, *(f"{name}.weight" for name in SHARED_BIASES))
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,15 @@ def plan_stages(config: ModelConfig, parallel: ParallelConfig) -> Stages:
     """Cut the layers as ``pipeline_split`` says, else by cost; the rules of
     ``ParallelConfig`` must hold."""
     ranks = parallel.pipeline_model_parallel_size
-    count = ranks * parallel.stages_per_rank(config.num_layers)
+    layers = stacked_layers(config)
+    count = ranks * parallel.stages_per_rank(layers)
     split = parallel.pipeline_split
     chunk = parallel.num_layers_per_virtual_pipeline_stage
     if split is None and chunk is not None:
         split = (chunk,) * count
     if split is None:
         split = balance(config, count)
-    v_shape = parallel.schedule(config.num_layers) == "zbv"
+    v_shape = parallel.schedule(layers) == "zbv"
     return Stages(ranges(split), placement(ranks, count, v_shape=v_shape))
 
 
@@ -81,53 +87,60 @@ def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     Costs are FLOPs per token: the output matrix and the loss count with the last stage, the
     look-up with the first. Raises ValueError for more stages than layers.
     """
-    none = flops_per_token(replace(config, num_layers=0)).causal
-    layer = flops_per_token(replace(config, num_layers=1)).causal - none
+    none = output_cost(config)
     first = float(LOOKUP_FLOPS * config.hidden_size)
-    last = none + float(LOGIT_FLOPS * config.padded_vocab_size)
-    return partition(config.num_layers, stages, layer=layer, first=first, last=last)
+    # T5 has logits for the decoder's tokens only.
+    share = config.decoder_seq_length / config.seq_length if config.family == "t5" else 1.0
+    last = none + LOGIT_FLOPS * config.padded_vocab_size * share
+    return partition(layer_costs(config), stages, first=first, last=last)
 
 
-def partition(
-    layers: int, stages: int, *, layer: float, first: float, last: float
-) -> tuple[int, ...]:
-    """Cut ``layers`` equal layers into ``stages`` contiguous parts of at least one.
+def partition(costs: Sequence[float], stages: int, *, first: float, last: float) -> tuple[int, ...]:
+    """Cut layers of these costs into ``stages`` contiguous parts of at least one.
 
     first, last: extra cost of the first and the last stage. The highest cost is the lowest
-    possible one; among those cuts the most even one is taken.
+    possible one; among those cuts the one with the most even costs is taken.
     """
+    layers = len(costs)
     if stages > layers:
         raise ValueError(f"{layers} layers do not fill {stages} stages")
-    extra = [0.0] * stages
-    extra[0] += first
-    extra[-1] += last
+    before = [0.0, *accumulate(costs)]
+
+    def cost(stage: int, start: int, end: int) -> float:
+        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        return before[end] - before[start] + extra
+
+    def ends(stage: int, start: int) -> range:
+        """Where a stage may end, so that each later one has a layer."""
+        least = layers if stage == stages - 1 else start + 1
+        return range(least, layers - (stages - stage - 1) + 1)
 
     @cache
-    def lowest(stage: int, left: int) -> float:
+    def lowest(stage: int, start: int) -> float:
         """The highest cost among the stages from ``stage`` on, at best."""
-        if stage == stages - 1:
-            return left * layer + extra[stage]
-        takes = range(1, left - (stages - stage - 1) + 1)
-        return min(max(n * layer + extra[stage], lowest(stage + 1, left - n)) for n in takes)
+        if stage == stages:
+            return 0.0
+        return min(
+            max(cost(stage, start, end), lowest(stage + 1, end)) for end in ends(stage, start)
+        )
 
-    limit = lowest(0, layers) * (1 + 1e-12)
+    limit = lowest(0, 0) * (1 + 1e-12)
 
     @cache
-    def evenest(stage: int, left: int) -> tuple[float, tuple[int, ...]]:
+    def evenest(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
         """The least sum of squared costs with none above the limit, and its cut."""
-        if stage == stages - 1:
-            cost = left * layer + extra[stage]
-            return (cost**2 if cost <= limit else float("inf")), (left,)
+        if stage == stages:
+            return 0.0, ()
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-        for n in range(1, left - (stages - stage - 1) + 1):
-            cost = n * layer + extra[stage]
-            if cost > limit:
+        for end in ends(stage, start):
+            own = cost(stage, start, end)
+            if own > limit:
                 break
-            squares, rest = evenest(stage + 1, left - n)
-            best = min(best, (squares + cost**2, (n, *rest)))
+            squares, rest = evenest(stage + 1, end)
+            best = min(best, (squares + own**2, (end - start, *rest)))
         return best
 
-    return evenest(0, layers)[1]
+    return evenest(0, 0)[1]
 
 
 def cut(
@@ -146,10 +159,15 @@ def cut(
 def mark_tied(
     pieces: Mapping[str, Piece], config: ModelConfig, stages: Stages, ranks: Ranks
 ) -> dict[str, Piece]:
-    """Note in ``pieces`` that first and last stage both hold the tied matrix, and that each
-    has a part of its gradient only. Where they share a rank (zbv) nothing is to be noted:
-    ``Pipeline`` keeps such copies equal."""
+    """Note in ``pieces`` that first and last stage both hold the tied matrix, and all stages
+    the tables of relative positions, and that each has a part of the gradient only. Where
+    stages share a rank nothing is to be noted: ``Pipeline`` keeps such copies equal."""
     marked = dict(pieces)
+    for name in SHARED[1:]:
+        if name in marked:
+            piece = marked[name]
+            copies = (*piece.copies, ranks.pp)
+            marked[name] = replace(piece, copies=copies).with_partial(ranks.pp)
     one_rank = stages.ranks[0] == stages.ranks[-1] or ranks.ends.size == 1
     if config.untie_embeddings_and_output_weights or one_rank:
         return marked

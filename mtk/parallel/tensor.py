@@ -20,7 +20,9 @@ from mtk.models.attention import Attention
 from mtk.models.bert import Bert
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
+from mtk.models.layer import SingleBlock
 from mtk.models.mlp import MLP
+from mtk.models.t5 import T5, DecoderBlock
 from mtk.parallel.collectives import (
     copy_to_parts,
     gather_rows,
@@ -30,6 +32,7 @@ from mtk.parallel.collectives import (
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.stages import SHARED_BIASES
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
@@ -87,41 +90,56 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
     """Cut the parameters of ``model`` (best on the meta device) and hook in the collectives.
 
     pieces: updated to what this rank holds. Sizes must divide (``ParallelConfig``'s rules).
-    MoE layers are left to :mod:`mtk.parallel.expert`.
+    MoE layers are left to :mod:`mtk.parallel.expert`, Mamba layers to :mod:`mtk.parallel.mamba`.
     """
     if ranks.tp.size == 1:
         return
     sequence = model.config.seq_length // ranks.cp.size
     region = Region(ranks.tp, sequence if sequence_parallel else None)
-    cutter = _Cutter(ranks, pieces)
+    # Where the output is made; all of a decoder-only model, or of an encoder.
+    last = region
+    if isinstance(model, T5):
+        last = Region(ranks.tp, model.config.decoder_seq_length if sequence_parallel else None)
+    cutter = Cutter(ranks, pieces)
     for index, block in model.layers.items():
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | SingleBlock)
         name = f"layers.{index}"
-        _shard_attention(block.attention, f"{name}.attention", region, cutter)
+        own = last if isinstance(block, DecoderBlock) else region
+        if block.attention is not None:
+            _shard_attention(block.attention, f"{name}.attention", own, cutter)
+        if isinstance(block, DecoderBlock):
+            cross = block.cross_attention
+            _shard_attention(cross, f"{name}.cross_attention", own, cutter)
+            cross.register_forward_pre_hook(_memory_entering(region))
         if isinstance(block.mlp, MLP):
-            _shard_mlp(block.mlp, f"{name}.mlp", region, cutter)
+            _shard_mlp(block.mlp, f"{name}.mlp", own, cutter)
     if model.embedding is not None:  # the last stage's copy of a tied matrix is cut alike
         _shard_embedding(model.embedding, region, cutter)
     if model.output is not None:
         cutter.cut(model.output, "weight", 0, "output.weight")
-    model.head = VocabParallelHead(model.config.vocab_size or 0, region.enter, ranks.tp)
-    if isinstance(model, Bert):
-        _shard_bert(model, region, cutter)
+    _shard_score_biases(model, cutter)
+    model.head = VocabParallelHead(model.config.vocab_size or 0, last.enter, ranks.tp)
+    if isinstance(model, Bert | T5) and model.output_bias is not None:
+        cutter.cut(model, "output_bias", 0, "output_bias")
+    if isinstance(model, Bert) and model.pooler is not None:
+        model.pooler.whole = region.whole
     if sequence_parallel:
         _sum_gradients_of_rows(model, ranks.tp, pieces)
 
 
-def _shard_attention(attention: Attention, name: str, region: Region, cutter: _Cutter) -> None:
-    attention.register_forward_pre_hook(_entering(region, "tp.attention"), with_kwargs=False)
+def _shard_attention(attention: Attention, name: str, region: Region, cutter: Cutter) -> None:
+    attention.register_forward_pre_hook(entering(region, "tp.attention"), with_kwargs=False)
     cutter.rows(attention.query, f"{name}.query")
     for part in ("key", "value"):
         cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
+    for part in ("query_norm", "key_norm"):
+        cutter.of_own_heads(getattr(attention, part), f"{name}.{part}")
     cutter.cut(attention.output, "weight", 1, f"{name}.output.weight")
     attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
 
 
-def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: _Cutter) -> None:
-    mlp.register_forward_pre_hook(_entering(region, "tp.mlp"))
+def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: Cutter) -> None:
+    mlp.register_forward_pre_hook(entering(region, "tp.mlp"))
     for part in ("gate", "up"):
         linear = getattr(mlp, part)
         if linear is not None:
@@ -130,7 +148,7 @@ def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: _Cutter) -> None:
     mlp.down = RowParallelLinear(mlp.down, region, "tp.mlp.down")
 
 
-def _shard_embedding(embedding: Embedding, region: Region, cutter: _Cutter) -> None:
+def _shard_embedding(embedding: Embedding, region: Region, cutter: Cutter) -> None:
     cutter.cut(embedding.tokens, "weight", 0, "embedding.tokens.weight")
     shared = VocabParallelEmbedding(embedding.tokens, region.leave, region.group)
     embedding.tokens = shared  # type: ignore[assignment]
@@ -138,18 +156,34 @@ def _shard_embedding(embedding: Embedding, region: Region, cutter: _Cutter) -> N
         embedding.register_forward_pre_hook(_rows_of_positions(region.group))
 
 
-def _shard_bert(model: Bert, region: Region, cutter: _Cutter) -> None:
-    """The output bias follows the vocabulary; the pooler sees whole sequences on every rank."""
-    if model.output_bias is not None:
-        cutter.cut(model, "output_bias", 0, "output_bias")
-    if model.pooler is not None:
-        model.pooler.whole = region.whole
+def _shard_score_biases(model: GPT, cutter: Cutter) -> None:
+    """Each rank biases the scores of its own heads."""
+    tp, heads = cutter.ranks.tp, model.config.num_attention_heads // cutter.ranks.tp.size
+    model.own_heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
+    if model.config.position_embedding_type == "alibi":
+        model.fill_tables(model.alibi_slopes.device)  # type: ignore[arg-type]
+    for name in SHARED_BIASES:
+        table = getattr(model, name, None)
+        if table is not None:
+            cutter.cut(table, "weight", 1, f"{name}.weight")
 
 
-def _entering(region: Region, site: str) -> Any:
+def entering(region: Region, site: str) -> Any:
+    """A hook that lets a module's first input enter the region."""
+
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
         return (region.enter(inputs[0], site), *inputs[1:])
+
+    return hook
+
+
+def _memory_entering(region: Region) -> Any:
+    """The encoder's states enter as the decoder's do."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        return (*inputs[:-1], region.enter(inputs[-1], "tp.memory"))
 
     return hook
 
@@ -176,7 +210,7 @@ def _sum_gradients_of_rows(model: GPT, tp: Group, pieces: Pieces) -> None:
             pieces[name] = piece.with_partial(tp)
 
 
-class _Cutter:
+class Cutter:
     """Replaces parameters by this rank's part and notes it in the table."""
 
     def __init__(self, ranks: Ranks, pieces: Pieces) -> None:
@@ -185,26 +219,36 @@ class _Cutter:
     def cut(self, module: nn.Module, attribute: str, dim: int, name: str) -> None:
         self._replace(module, attribute, name, self.pieces[name].sharded(dim, self.ranks.tp))
 
-    def rows(self, linear: nn.Linear, name: str) -> None:
+    def rows(self, module: nn.Module, name: str) -> None:
         """Output rows of weight and bias."""
-        self.cut(linear, "weight", 0, f"{name}.weight")
-        if linear.bias is not None:
-            self.cut(linear, "bias", 0, f"{name}.bias")
+        for attribute in ("weight", "bias"):
+            if getattr(module, attribute) is not None:
+                self.cut(module, attribute, 0, f"{name}.{attribute}")
 
     def heads(self, linear: nn.Linear, name: str, head_size: int) -> None:
         """As :meth:`rows`, but one whole head where there are fewer heads than ranks; the
         ranks that share a head each see only some of its queries."""
-        kv = self.ranks.kv
-        if kv.size == 1:
-            self.rows(linear, name)
+        self.shared_rows(linear, name, head_size, self.ranks.kv)
+
+    def shared_rows(self, module: nn.Module, name: str, size: int, sharing: Group) -> None:
+        """As :meth:`rows`, or the same run of ``size`` rows on all ranks of ``sharing``, each
+        of which has a part of its gradient."""
+        if sharing.size == 1:
+            self.rows(module, name)
             return
-        start = self.ranks.tp.rank // kv.size * head_size
+        start = self.ranks.tp.rank // sharing.size * size
         for attribute in ("weight", "bias"):
-            if getattr(linear, attribute) is not None:
+            if getattr(module, attribute) is not None:
                 full = f"{name}.{attribute}"
-                piece = self.pieces[full].narrow(0, start, head_size)
-                piece = piece.without_copies(self.ranks.tp).with_copies(kv).with_partial(kv)
-                self._replace(linear, attribute, full, piece)
+                piece = self.pieces[full].narrow(0, start, size).without_copies(self.ranks.tp)
+                piece = piece.with_copies(sharing).with_partial(sharing)
+                self._replace(module, attribute, full, piece)
+
+    def of_own_heads(self, norm: nn.Module | None, name: str) -> None:
+        """Whole weights on every rank, whose gradient there is that of its own heads."""
+        for part, _ in () if norm is None else norm.named_parameters():
+            full = f"{name}.{part}"
+            self.pieces[full] = self.pieces[full].with_partial(self.ranks.tp)
 
     def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
         old = getattr(module, attribute)

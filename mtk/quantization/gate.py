@@ -15,6 +15,7 @@ from mtk.data.dataset_artifact import open_dataset
 from mtk.errors import DataError, GateError
 from mtk.evaluation.documents import read_documents
 from mtk.evaluation.perplexity import Advance, Settings, check_ids, token_windows
+from mtk.evaluation.scorer import Scorer
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 
@@ -69,13 +70,10 @@ def measure(
 ) -> tuple[float, int]:
     """Mean loss in nats, and the number of scored tokens."""
     settings = Settings(model.config.seq_length)
-    entries = [
-        entry
-        for tokens in sequences
-        for entry in token_windows(model, tokens, settings, pad=0, advance=advance)
-    ]
+    scores = token_windows(Scorer(model, pad=0), sequences, settings, advance)
+    entries = [entry for found in scores for entry in found]
     scored = sum(entry["scored"] for entry in entries)
-    return math.fsum(entry["nll"] for entry in entries) / scored, scored
+    return -math.fsum(entry["log_likelihood"] for entry in entries) / scored, scored
 
 
 def judge(dialect: str, before: float, after: float, tokens: int, limit: float) -> Gate:

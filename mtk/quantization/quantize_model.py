@@ -75,6 +75,11 @@ def read_original(source: Source, dtype: torch.dtype | None) -> Original:
         foreign = {**family.to_config(config), **token_ids(source_tokenizer(source, config))}
         tensors = family.weights(config).as_foreign(native)
         original = Original(source, config, family, foreign, tensors)
+    if original.config.num_experts is not None:
+        raise ConversionError(
+            f"{source.folder} is a {original.family.architecture}: this version does not quantise "
+            f"experts, which hold most of its weights."
+        )
     if not original.family.linears:
         raise ConversionError(
             f"{source.folder} is a {original.family.architecture}, whose matrices are Conv1D "

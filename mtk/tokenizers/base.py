@@ -70,6 +70,16 @@ class Tokenizer(ABC):
         """As :meth:`encode` for each text; faster where the library has a batch call."""
         return [self.encode(text) for text in texts]
 
+    def encode_alone(self, text: str) -> list[int]:
+        """Ids of ``text`` and nothing else, whatever an option puts around it."""
+        return self.encode(text)
+
+    @property
+    def bos_first(self) -> bool:
+        """Whether texts begin with BOS, by an option here or in transformers, which applies
+        the template that comes with a tokenizer."""
+        return False
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens included as their names."""

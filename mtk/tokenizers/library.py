@@ -44,10 +44,19 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Raises DataError for text that is not Unicode (lone surrogates)."""
+        return self._encoded(texts, self.add_special_tokens)
+
+    def encode_alone(self, text: str) -> list[int]:
+        return self._encoded([text], False)[0]
+
+    @property
+    def bos_first(self) -> bool:
+        around = self._encoded([""], True)[0]
+        return self.bos is not None and around[:1] == [self.bos]
+
+    def _encoded(self, texts: Sequence[str], template: bool) -> list[list[int]]:
         try:
-            encodings = self.library.encode_batch_fast(
-                list(texts), add_special_tokens=self.add_special_tokens
-            )
+            encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=template)
         except (UnicodeEncodeError, TypeError) as error:
             bad = next((text for text in texts if not is_unicode(text)), None)
             if bad is None:

@@ -66,6 +66,14 @@ class GPTSentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def encode_alone(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        return ids[1:] if self.add_bos else ids
+
+    @property
+    def bos_first(self) -> bool:
+        return self.add_bos
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Raises DataError for text that is not Unicode (lone surrogates)."""
         try:

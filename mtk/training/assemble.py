@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, Values, fill, place
-from mtk.parallel.pipeline import Call, Pipeline, call_bert, call_gpt, states_boundary
+from mtk.parallel.pipeline import Call, Pipeline, call_bert, call_gpt, call_t5, states_boundary
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
@@ -28,7 +29,7 @@ from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 
 # How a module of each family is called.
-CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert}
+CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
 
 def make_stepper(
@@ -83,8 +84,13 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
         placed.parts,
         placed.stages.ranks,
         ranks.pp,
-        parallel.schedule(config.model.num_layers),
-        states_boundary(config.model.hidden_size, dtype, sequence_ranks=rows),
+        parallel.schedule(stacked_layers(config.model)),
+        states_boundary(
+            config.model.hidden_size,
+            dtype,
+            sequence_ranks=rows,
+            stacks=2 if config.model.family == "t5" else 1,
+        ),
         device=ranks.device,
         deferred=placed.deferred,
         reshard=parallel.data_parallel_sharding == "full",
@@ -116,6 +122,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention needs bf16 or fp16 on CUDA"
     if device.type == "cuda" and config.data.reset_attention_mask:
         rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+    if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
+        rule = "flash attention on CUDA takes no window and no bias on scores here"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

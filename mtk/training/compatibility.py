@@ -6,11 +6,13 @@ from pathlib import Path
 
 from mtk.checkpoint.load import read_model_config
 from mtk.config.model import ModelConfig
+from mtk.config.positions import RELATIVE_OPTIONS
 from mtk.convert.open_model import has_tokenizer
 from mtk.errors import CheckpointError
 from mtk.tokenizers import Tokenizer, load_tokenizer
 
-# Options that change the function but no shape of any weight.
+# Options that change the function but no shape of any weight. Not among them is what those who
+# train a model on for longer sequences change on purpose: base and scaling of rope, the window.
 FUNCTION = (
     "num_attention_heads",
     "num_query_groups",
@@ -21,6 +23,22 @@ FUNCTION = (
     "position_embedding_type",
     "rotary_percent",
     "lora",
+    "rotary_interleaved",
+    *RELATIVE_OPTIONS,
+    "use_parallel_residual",
+    "apply_layernorm_1p",
+    "scale_embeddings",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "hybrid_layer_pattern",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
+    "mamba_dt_limit",
 )
 
 

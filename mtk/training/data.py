@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,78 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtk.artifacts import InputRecord
 from mtk.artifacts.hashing import sha256_json
-from mtk.config.pretrain import DataConfig, PretrainConfig
+from mtk.config.masking import MASKING_OPTIONS, SPECIAL_TOKENS, decoder_length
+from mtk.config.pretrain import PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
-from mtk.data.blend import parse_blend
-from mtk.data.build import SampleCounts, build_splits, end_of_document
-from mtk.data.dataset_artifact import DatasetInfo, open_dataset
+from mtk.data.build import SampleCounts, build_splits
+from mtk.data.gpt_samples import end_of_document
 from mtk.data.indexed_dataset import IndexedDataset
 from mtk.data.loader import BatchLoader
 from mtk.data.packing import Packing
 from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import ConfigError, Problem
 from mtk.log import Reporter
 from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.training.batch import GlobalBatch
 from mtk.training.loop import Batches, RunData
-
-DATA_ROLE = "training data"
-_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-
-
-@dataclass(frozen=True)
-class OpenedData:
-    """All datasets that a run names, which must share one tokenizer.
-
-    fingerprint, tokenizer_folder, eod: of the tokenizer; None for foreign or mock data.
-    """
-
-    datasets: tuple[DatasetInfo, ...]
-    fingerprint: str | None
-    tokenizer_folder: Path | None
-    vocab_size: int | None
-    eod: int | None
-
-    def inputs(self) -> list[InputRecord]:
-        """Each dataset artifact once, however many of its keys are used."""
-        records = {r.digest: r for r in (d.input_record(DATA_ROLE) for d in self.datasets)}
-        return list(records.values())
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """What a checkpoint keeps: the tokenizer of the data, if they name one."""
-        if self.tokenizer_folder is not None:
-            shutil.copytree(self.tokenizer_folder, folder)
-
-
-def open_data(config: DataConfig) -> OpenedData:
-    """Open every prefix of the data options. Raises DataError, also when the datasets were
-    made with different tokenizers."""
-    prefixes: dict[str, None] = {}
-    for name in _PATHS:
-        if items := getattr(config, name):
-            prefixes |= dict.fromkeys(parse_blend(items, f"--{name.replace('_', '-')}").prefixes)
-    datasets = tuple(open_dataset(prefix) for prefix in prefixes)
-    known = [d for d in datasets if d.tokenizer_fingerprint is not None]
-    for dataset in known[1:]:
-        if dataset.tokenizer_fingerprint != known[0].tokenizer_fingerprint:
-            raise DataError(
-                f"{known[0].prefix} and {dataset.prefix} were made with different tokenizers "
-                f"(fingerprints {str(known[0].tokenizer_fingerprint)[:12]}... and "
-                f"{str(dataset.tokenizer_fingerprint)[:12]}...). Preprocess them with one."
-            )
-    if not known:
-        return OpenedData(datasets, None, None, None, None)
-    first = known[0]
-    return OpenedData(
-        datasets,
-        first.tokenizer_fingerprint,
-        first.tokenizer_folder,
-        first.vocab_size,
-        first.eod,
-    )
+from mtk.training.opened_data import PATHS, OpenedData
+from mtk.training.sample_kinds import sample_kind
 
 
 def with_vocabulary(config: PretrainConfig, data: OpenedData) -> PretrainConfig:
@@ -134,7 +79,7 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
     options = config.data
     content = {
         "datasets": [record.digest for record in data.inputs()],
-        "weights": [_weights(getattr(options, name)) for name in _PATHS],
+        "weights": [_weights(getattr(options, name)) for name in PATHS],
         "split": options.split,
         "order": options.data_order,
         "length": samples if options.data_order == "megatron" else None,
@@ -144,6 +89,11 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         "reset_position_ids": options.reset_position_ids,
         "mock": options.mock_data,
     }
+    if config.model.family in SPECIAL_TOKENS:
+        content["family"] = config.model.family
+        content["masking"] = [getattr(options, name) for name in MASKING_OPTIONS]
+        content["pairs"] = config.model.bert_binary_head
+        content["decoder"] = decoder_length(config.model)
     return sha256_json(content)
 
 
@@ -180,23 +130,24 @@ def run_data(
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
         config.data,
-        sequence_length=config.model.seq_length,
-        counts=SampleCounts(train=samples, valid=fixed, test=fixed),
-        seed=config.runtime.seed,
-        open_source=IndexedDataset,
-        vocab_size=config.model.vocab_size,
-        eod=data.eod,
+        sample_kind(config, data, reporter.info),
+        SampleCounts(train=samples, valid=fixed, test=fixed),
+        IndexedDataset,
         notify=reporter.info,
     )
     assert splits.train is not None
     packed = packing(config, data, reporter)
     train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
+    # Bits per byte compress a text; masked tokens are no text.
+    bytes_V = None
+    if config.model.family not in SPECIAL_TOKENS and data.tokenizer_folder is not None:
+        bytes_V = token_bytes(load_tokenizer(data.tokenizer_folder), config.model.vocab_size)
     return RunData(
         train=lambda consumed: training_batches(train, consumed, samples, schedule.at, share),
         valid=held_out(splits.valid, fixed, share),
         test=held_out(splits.test, fixed, share),
         train_samples=samples,
-        token_bytes_V=_bytes_of_data(data.tokenizer_folder, config.model.vocab_size),
+        token_bytes_V=bytes_V,
     )
 
 
@@ -236,7 +187,7 @@ def held_out(dataset: SampleDataset | None, samples: int, share: Share) -> Batch
     def batches() -> Iterator[GlobalBatch]:
         with closing(BatchLoader(dataset, filled, packing=share.packing)) as loader:
             for positions, batch in zip(real, loader, strict=True):
-                batch.loss_mask_BS[len(positions) :] = 0.0
+                batch.uncount(len(positions))
                 yield GlobalBatch([batch], samples=len(positions))
 
     return batches
@@ -253,10 +204,6 @@ def training_batches(
             own = size // (share.micro * share.size)
             yield GlobalBatch([next(loader) for _ in range(own)], samples=size)
             consumed += size
-
-
-def _bytes_of_data(folder: Path | None, vocab_size: int | None) -> Tensor | None:
-    return None if folder is None else token_bytes(load_tokenizer(folder), vocab_size)
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int | None) -> Tensor | None:

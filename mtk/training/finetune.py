@@ -17,16 +17,16 @@ from mtk.errors import ConfigError, Problem
 from mtk.log import Reporter
 from mtk.training.compatibility import check_tokenizer
 from mtk.training.data import (
-    OpenedData,
     data_identity,
-    open_data,
     run_data,
     target_samples,
     with_vocabulary,
 )
 from mtk.training.job import Job, with_samples
 from mtk.training.loop import RunData
+from mtk.training.opened_data import OpenedData, open_data
 from mtk.training.pretrained import Pretrained
+from mtk.training.sample_kinds import sample_kind
 from mtk.training.sft import sft_job
 
 STAGE = "finetune"
@@ -76,15 +76,8 @@ def _samples_of_epoch(core: PretrainConfig, data: OpenedData) -> int:
         rule = "several datasets, or generated ones, have no epoch in common"
         fix = "Give --train-iters, --train-samples or --train-tokens."
         raise ConfigError([Problem("length.epochs", None, rule, fix)])
-    splits = build_splits(
-        options,
-        sequence_length=core.model.seq_length,
-        counts=SampleCounts(train=1),
-        seed=core.runtime.seed,
-        open_source=IndexedDataset,
-        vocab_size=core.model.vocab_size,
-        eod=data.eod,
-    )
+    kind = sample_kind(core, data)
+    splits = build_splits(options, kind, SampleCounts(train=1), IndexedDataset)
     assert splits.train is not None
     return len(splits.train)
 

@@ -42,6 +42,7 @@ def ranks_of(
         rank=place.rank,
         device=place.device,
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
         trace=trace,
         made=made,

@@ -86,7 +86,7 @@ def _value(
 
 def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
     """This rank's part of the weights. Raises CheckpointError where they are not the model's."""
-    shapes = stepper.placed.shapes
+    shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
     missing, unread = (
         sorted(set(shapes) - set(base.tensors)),
         sorted(set(base.tensors) - set(shapes)),
@@ -102,5 +102,8 @@ def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
             raise CheckpointError(
                 f"{base.path}: {name} is {list(whole.shape)}, the model needs {list(shapes[name])}."
             )
-        stepper.main.restore(name, piece.cut(whole))
+        if name in stepper.buffers:
+            stepper.buffers[name].copy_(piece.cut(whole))
+        else:
+            stepper.main.restore(name, piece.cut(whole))
     stepper.passes.refresh()

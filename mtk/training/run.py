@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
+from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
@@ -23,7 +24,6 @@ from mtk.training.assemble import make_stepper
 from mtk.training.best import Best
 from mtk.training.data import (
     data_identity,
-    open_data,
     run_data,
     target_samples,
     with_vocabulary,
@@ -31,6 +31,7 @@ from mtk.training.data import (
 from mtk.training.job import Job
 from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
+from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
 from mtk.training.pretrained import digest_of, initial_values, restore_pretrained
 from mtk.training.progress import RunProgress
@@ -112,7 +113,7 @@ def run_job(job: Job, session: Session, ranks: Ranks) -> Artifact:
 
 def _tell_layout(run: Run) -> None:
     config, stepper = run.job.config, run.stepper
-    dtype, layers = COMPUTE_DTYPES[config.precision.precision], config.model.num_layers
+    dtype, layers = COMPUTE_DTYPES[config.precision.precision], stacked_layers(config.model)
     text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
     run.session.reporter.info(text)
     run.session.reporter.event("layout", **fields)

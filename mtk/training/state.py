@@ -69,6 +69,10 @@ def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
         piece = stepper.pieces[name]
         if piece.owner:
             model[name] = Block(weight, piece.shape, piece.offset)
+    for name, buffer in stepper.buffers.items():
+        piece = stepper.pieces[name]
+        if piece.owner:
+            model[name] = Block(buffer, piece.shape, piece.offset)
     for key, tensor in stepper.optimizer.state_tensors().items():
         kind, name = key.split(".", 1)
         piece = stepper.pieces[name]
@@ -92,7 +96,7 @@ def restore_weights(stepper: Stepper, folder: Path) -> None:
     """The weights that are trained, strictly by name and shape, in any layout. Raises
     CheckpointError."""
     entries = read_index(folder, "model")
-    shapes = stepper.shapes
+    shapes = {**stepper.shapes, **stepper.placed.buffer_shapes}
     check_names(set(entries), set(shapes), folder)
     for name, shape in shapes.items():
         if tuple(entries[name]["shape"]) != shape:
@@ -100,10 +104,13 @@ def restore_weights(stepper: Stepper, folder: Path) -> None:
                 f"{folder}: {name} is {entries[name]['shape']}, the model needs "
                 f"{list(shape)}. Give the sizes it was trained with."
             )
-    for name in stepper.main.weights:
+    for name in (*stepper.main.weights, *stepper.buffers):
         piece = stepper.pieces[name]
         block = read_block(folder, name, entries[name], piece.offset, piece.size)
-        stepper.main.restore(name, block)
+        if name in stepper.buffers:
+            stepper.buffers[name].copy_(block)
+        else:
+            stepper.main.restore(name, block)
     stepper.passes.refresh()
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mtk.models.balance import NAMES
 from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.grads import squared_norm, sum_partial_gradients
@@ -18,6 +17,7 @@ from mtk.parallel.watchdog import compare_copies
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
 from mtk.training.batch import GlobalBatch
+from mtk.training.expert_balance import ExpertBalance
 from mtk.training.objective import counts
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Passes
@@ -28,8 +28,9 @@ from mtk.training.schedule import Schedule
 class StepResult:
     """loss: mean nats per valid token, or the sum of the objective's terms; norm: gradient
     norm before clipping (both scalars on the device, the same on every rank); applied: False
-    when fp16 overflowed and the update was skipped; balance: an MoE model's balancing losses
-    by name, without their coefficients (they are not part of loss). terms: those of the loss
+    when fp16 overflowed and the update was skipped; balance: figures of an MoE
+    model's balance by name; losses among them are without their coefficients (and not part of
+    loss). terms: those of the loss
     by name, where there are several."""
 
     loss: Tensor
@@ -60,7 +61,8 @@ class Stepper:
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
-        self.balance = [part.balance for part in placed.parts if part.balance is not None]
+        self.balance = ExpertBalance(placed, ranks)
+        self.buffers = placed.kept_buffers()
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -92,39 +94,38 @@ class Stepper:
             )
             self.main.publish()
             self.passes.refresh()
-        named = dict(zip(NAMES, balance, strict=True)) if self.balance else {}
+            self.balance.move_biases()
+        named = dict(zip(self.balance.names, balance, strict=True))
         names = self.passes.objective.names
         terms = dict(zip(names, parts, strict=True)) if len(names) > 1 else {}
         return StepResult(parts.sum(), norm, finite, named, terms)
 
     def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Terms of the mean loss, global gradient norm, and balancing losses as in
-        ``balance.NAMES`` (zero for a dense model); gradients stay on the main weights."""
+        """Terms of the mean loss, global gradient norm, and figures as in ``balance.names`` (none
+        for a dense model); gradients stay on the main weights."""
         objective = self.passes.objective
         own = torch.stack([counts(objective, micro) for micro in batch.micro_batches]).sum(0)
         valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
         scale = self.loss_scale.scale
-        for record in self.balance:
-            record.begin(self.device, samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
+        self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
         terms = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
         sum_partial_gradients(self.main.weights, self.pieces)
         self.optimizer.unscale(scale)
         return self._agree(terms)
 
     def _agree(self, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Terms, norm and balancing losses of the whole job from what each rank has."""
-        balance = torch.zeros(len(NAMES), device=self.device)
-        for record in self.balance:
-            balance = balance + record.means()
+        """Terms, norm and balance of the whole job from what each rank has."""
+        balance = self.balance.part()
         if not self.ranks.distributed:
-            return terms, self.optimizer.norm(), balance
+            return terms, self.optimizer.norm(), self.balance.figures(balance)
         norm = squared_norm(self.main.weights, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
         mine = terms.double() * float(self.ranks.tp.first)
-        parts = torch.cat((norm[None], balance.double(), mine))
-        whole = all_reduce(parts, self.ranks.world, "step.loss_and_norm")
-        own = whole[1:].float()
-        return own[len(NAMES) :], whole[0].sqrt().float(), own[: len(NAMES)]
+        whole = all_reduce(
+            torch.cat((norm[None], mine, balance)), self.ranks.world, "step.loss_and_norm"
+        )
+        own = whole[1 : 1 + len(mine)].float()
+        return own, whole[0].sqrt().float(), self.balance.figures(whole[1 + len(mine) :])
 
     def finite(self) -> bool:
         """Whether all main weights of all ranks are numbers; waits for the device."""
@@ -132,9 +133,9 @@ class Stepper:
         return all_reduce(bad, self.ranks.world, "step.finite", "max").item() == 0
 
     def check_copies(self) -> None:
-        """Compare the main weights and the optimizer's state with every copy of them on other
-        ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
-        tensors, pieces = dict(self.main.weights), dict(self.pieces)
+        """Compare the main weights, the optimizer's state and kept buffers with every copy of
+        them on other ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        tensors, pieces = {**self.main.weights, **self.buffers}, dict(self.pieces)
         for key, tensor in self.optimizer.state_tensors().items():
             tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
         compare_copies(pieces, tensors, self.ranks.world)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mtk.artifacts import InputRecord, input_file
 from mtk.data.sources import expand_inputs
 from mtk.tokenizers import Tokenizer
-from mtk.training.data import DATA_ROLE
+from mtk.training.opened_data import DATA_ROLE
 
 
 @dataclass(frozen=True)

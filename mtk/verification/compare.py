@@ -33,8 +33,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Difference:
-    """loss, norm: relative errors; balance: the greatest of the experts' balancing losses;
-    gradients, weights: error of each parameter by name; failures: what is over.
+    """loss, norm: relative errors; balance: the greatest of the figures of experts' balance;
+    gradients, weights: error of each parameter by name, kept buffers among the weights (any
+    difference there is too much); failures: what is over.
 
     vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
     lr from the sign of that rounding, so their updated weights are not compared.
@@ -75,15 +76,17 @@ def compare(
     one: Observation, ranks: Sequence[Observation], tolerance: Tolerance = Tolerance()
 ) -> Difference:
     """``ranks`` against one process. Raises ValueError when the ranks' blocks do not make up
-    the model, or ranks disagree about loss, norm or balancing losses."""
+    the model, or ranks disagree about loss, norm or balance."""
     reference = {name: torch.from_numpy(array) for name, _, array in one.gradients}
     weights = {name: torch.from_numpy(array) for name, _, array in one.weights}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     found = [(rank.loss, rank.norm, *rank.balance) for rank in ranks]
     if len(set(found)) != 1 and not all(math.isnan(sum(values)) for values in found):
-        raise ValueError(f"ranks disagree about (loss, norm, balancing losses): {found}")
+        raise ValueError(f"ranks disagree about (loss, norm, balance): {found}")
     gradients = join((rank.gradients for rank in ranks), shapes)
     updated = join((rank.weights for rank in ranks), shapes)
+    kept = {name: torch.from_numpy(array) for name, _, array in one.buffers}
+    buffers = join((rank.buffers for rank in ranks), {n: b.shape for n, b in kept.items()})
     # Some gradients are zero but for rounding (a key bias shifts all scores of a query alike);
     # their error is measured on the scale of the model's gradients instead.
     top = max(_largest(gradient) for gradient in reference.values())
@@ -96,7 +99,8 @@ def compare(
             n: _error(gradients[n], reference[n], CANCELLED * top if n in vanishing else floor)
             for n in shapes
         },
-        weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing},
+        weights={n: _largest(updated[n] - weights[n]) for n in shapes if n not in vanishing}
+        | {n: 0.0 if torch.equal(buffers[n], kept[n]) else math.inf for n in kept},
         tolerance=tolerance,
         vanishing=tuple(sorted(vanishing)),
         balance=max(map(_relative, ranks[0].balance, one.balance), default=0.0),

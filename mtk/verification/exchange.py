@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from mtk.verification.observe import Blocks, Observation
 
-PARTS = ("gradients", "weights")
+PARTS = ("gradients", "weights", "buffers")
 
 
 def write_observation(observation: Observation, path: Path) -> None:
@@ -34,4 +34,6 @@ def read_observation(path: Path) -> Observation:
             part, name = key.split(".", 1)
             parts[part].append((name, tuple(offset), file.get_tensor(key)))
     loss, norm, *balance = json.loads(metadata["scalars"])
-    return Observation(loss, norm, parts["gradients"], parts["weights"], tuple(balance))
+    return Observation(
+        loss, norm, parts["gradients"], parts["weights"], tuple(balance), parts["buffers"]
+    )

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import GateError
 from mtk.launch.local import launch
 from mtk.launch.process import Place
-from mtk.models.balance import NAMES
 from mtk.parallel.collectives import gather_objects
 from mtk.parallel.legal_layouts import name
 from mtk.parallel.ranks import Ranks
+from mtk.training.expert_balance import balance_names
 from mtk.training.join import training_ranks
 from mtk.verification.compare import Difference, compare
 from mtk.verification.exchange import read_observation, write_observation
@@ -30,15 +31,16 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Scalars:
-    """Figures of a step. balance: an MoE model's balancing losses by name."""
+    """Figures of a step. balance: those of an MoE model's balance by name."""
 
     loss: float
     norm: float
     balance: dict[str, float]
 
     @classmethod
-    def of(cls, observation: Observation, experts: bool) -> Scalars:
-        named = dict(zip(NAMES, observation.balance, strict=True)) if experts else {}
+    def of(cls, observation: Observation, model: ModelConfig) -> Scalars:
+        names = balance_names(model.num_experts is not None, model.moe_router_enable_expert_bias)
+        named = dict(zip(names, observation.balance, strict=True))
         return cls(observation.loss, observation.norm, named)
 
 
@@ -168,12 +170,11 @@ def _proof(
         difference = compare(one, ranks, tolerance_of(config, steps))
     except ValueError as error:
         raise GateError(f"{name(config.parallel)}: {error}.") from error
-    experts = config.model.num_experts is not None
     return LayoutProof(
         name(config.parallel),
         place.world,
         place.device.type,
-        Scalars.of(one, experts),
-        Scalars.of(ranks[0], experts),
+        Scalars.of(one, config.model),
+        Scalars.of(ranks[0], config.model),
         difference,
     )

@@ -53,14 +53,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rank saw. gradients, weights: the blocks it owns, weights after the step.
-    balance: the balancing losses of experts (zero without)."""
+    """What one rank saw. gradients, weights, buffers: the blocks it owns, the last two after the
+    step. balance: figures of the balance of experts (none without)."""
 
     loss: float
     norm: float
     gradients: Blocks
     weights: Blocks
     balance: tuple[float, ...] = ()
+    buffers: Blocks = field(default_factory=list)
 
 
 def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
@@ -79,7 +80,26 @@ def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
     sample = Sample(tokens_BS, text[:, 1:], mask, documents, positions)
     if config.model.family == "bert":
         return _with_segments(sample, config.model.num_tokentypes, generator)
+    if config.model.family == "t5":
+        return _with_decoder(sample, config, generator)
     return sample
+
+
+def _with_decoder(sample: Sample, config: PretrainConfig, generator: torch.Generator) -> Sample:
+    """Padded encoder tokens, and a decoder with tokens, labels and mask of its own."""
+    (count, length), decoded = sample.tokens_BS.shape, config.model.decoder_seq_length
+    vocab = config.model.vocab_size or 1
+    text = torch.randint(0, vocab, (count, decoded + 1), generator=generator)
+    keep = torch.rand(count, 1, generator=generator)
+    mask = torch.rand(count, decoded, generator=generator) < keep
+    lengths = torch.randint(1, length + 1, (count, 1), generator=generator)
+    return Sample(
+        sample.tokens_BS,
+        text[:, 1:],
+        mask.float(),
+        (torch.arange(length) >= lengths).long(),
+        extra={"decoder_tokens": text[:, :-1]},
+    )
 
 
 def _with_segments(sample: Sample, types: int, generator: torch.Generator) -> Sample:
@@ -121,9 +141,14 @@ def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1
     stepper.optimizer.clip_(norm)
     stepper.optimizer.step(config.optimizer.lr, config.optimizer.weight_decay)
     stepper.main.publish()
-    weights = owned(stepper, stepper.main.weights)
+    stepper.balance.move_biases()
     return Observation(
-        loss.sum().item(), norm.item(), gradients, weights, tuple(float(value) for value in balance)
+        loss.sum().item(),
+        norm.item(),
+        gradients,
+        owned(stepper, stepper.main.weights),
+        tuple(float(value) for value in balance),
+        owned(stepper, stepper.buffers),
     )
 
 

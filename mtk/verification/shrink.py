@@ -1,10 +1,11 @@
 """A configuration made small without losing what its layout depends on. Knows no torch.
 
 Kept: the layout, the kinds of all parts, attention heads, key/value groups, experts and how
-many of them a token goes to, uneven pipeline splits (two layers at most in a stage), the
-precision, micro-batches. Smaller: layers (as few as give each stage its own), channels of a
-head (8) and with them the hidden size, widths of MLPs, the sequence (32 tokens, or the least
-that the layout can cut), the vocabulary (uneven, so that its padding counts).
+many of them a token goes to, heads and groups of Mamba layers, uneven pipeline splits (two
+layers at most in a stage, or one of each kind of a pattern), the precision, micro-batches.
+Smaller: layers (as few as give each stage its own), channels of a head (8) and with them the
+hidden size, states, widths of MLPs, the sequence (32 tokens, or the least that the layout can
+cut), the vocabulary (uneven, so that its padding counts).
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import dataclasses
 from math import lcm
 from typing import TypeVar
 
+from mtk.config.layer_pattern import shrunk_pattern
 from mtk.config.layout_rules import longest_stage, stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import BatchConfig, PretrainConfig
 
 HEAD = 8
+# Of a model without attention, whose hidden size no heads decide.
+LEAST_HIDDEN = 32
+STATE = 16
+# Several chunks in a sequence.
+CHUNK = 8
 SEQUENCE = 32
 VOCABULARY_UNIT = 32
 # Micro-batches of a data-parallel rank, for each pipeline stage.
@@ -29,7 +36,9 @@ Config = TypeVar("Config", bound=PretrainConfig)
 def shrink(config: Config) -> Config:
     """The small configuration; its layout is legal where that of ``config`` is."""
     layers, parallel = _layers(config.model, config.parallel)
-    model = _sizes(dataclasses.replace(config.model, num_layers=layers), parallel)
+    pattern = _pattern(config.model.hybrid_layer_pattern, layers)
+    model = dataclasses.replace(config.model, num_layers=layers, hybrid_layer_pattern=pattern)
+    model = _sizes(model, parallel)
     return dataclasses.replace(
         config, model=model, parallel=parallel, batch=_batch(config, parallel)
     )
@@ -38,8 +47,10 @@ def shrink(config: Config) -> Config:
 def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ParallelConfig]:
     """Number of layers, and the layout's options that count them."""
     layers, stages = stacked_layers(model), parallel.pipeline_model_parallel_size
+    # Room for each kind of a pattern.
+    least = max(2, len(set(model.hybrid_layer_pattern or "")))
     if parallel.pipeline_split is not None and stages > 1:
-        split = tuple(min(count, 2) for count in parallel.pipeline_split)
+        split = tuple(min(count, least) for count in parallel.pipeline_split)
         layers, changes = sum(split), {"pipeline_split": split}
     elif parallel.num_layers_per_virtual_pipeline_stage is not None and stages > 1:
         virtual = min(parallel.stages_per_rank(layers), 2)
@@ -48,7 +59,7 @@ def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, Parallel
         layers = stages * virtual
         changes = {"num_layers_per_virtual_pipeline_stage": 1}  # type: ignore[dict-item]
     else:
-        layers, changes = min(layers, max(2, stages * parallel.stages_per_rank(layers))), {}
+        layers, changes = min(layers, max(least, stages * parallel.stages_per_rank(layers))), {}
     parallel = dataclasses.replace(parallel, **changes)  # type: ignore[arg-type]
     if parallel.recompute_num_layers is not None:
         most = longest_stage(parallel, layers)
@@ -57,26 +68,42 @@ def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, Parallel
     return layers, parallel
 
 
+def _pattern(pattern: str | None, layers: int) -> str | None:
+    """As many layers, of all kinds in turn."""
+    if pattern is None:
+        return None
+    kinds = "".join(dict.fromkeys(pattern))
+    return (kinds * -(-layers // len(kinds)))[:layers]
+
+
 def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     tp = parallel.tensor_model_parallel_size
     cp = parallel.context_parallel_size
     rows = tp if parallel.sequence_parallel else 1
     head = _head(model)
-    hidden = _up(model.num_attention_heads * head, 8)
+    hidden = _up(model.num_attention_heads * head if model.has_attention else LEAST_HIDDEN, 8)
     unit = lcm(cp * rows, 2 * cp if cp > 1 else 1)
     length = min(model.seq_length, _up(SEQUENCE, unit))
+    mamba = model.has_mamba
     vocabulary_unit = lcm(VOCABULARY_UNIT, tp)
+    shared = model.moe_shared_expert_intermediate_size
     return dataclasses.replace(
         model,
         kv_channels=head,
         hidden_size=min(model.hidden_size, hidden),
-        ffn_hidden_size=min(model.ffn_size, _up(2 * hidden, 8 * tp)),
+        ffn_hidden_size=min(model.ffn_size, _up(2 * hidden, 8 * tp)) if model.has_mlp else None,
         moe_ffn_hidden_size=min(model.moe_ffn_size, _up(hidden, 8 * tp))
         if model.num_experts
         else None,
-        moe_layer_freq=min(model.moe_layer_freq, 2, model.num_layers),
+        moe_shared_expert_intermediate_size=min(shared, _up(hidden, 8 * tp)) if shared else None,
+        moe_layer_freq=shrunk_pattern(model.moe_layer_freq, model.num_layers),
         seq_length=length,
         max_position_embeddings=length,
+        # Still hides something.
+        window_size=model.window_size and min(model.window_size, max(1, length // 2)),
+        mamba_head_dim=min(model.mamba_head_dim, HEAD) if mamba else model.mamba_head_dim,
+        mamba_state_dim=min(model.mamba_state_dim, STATE) if mamba else model.mamba_state_dim,
+        mamba_chunk_size=min(model.mamba_chunk_size, CHUNK) if mamba else model.mamba_chunk_size,
         make_vocab_size_divisible_by=vocabulary_unit,
         vocab_size=min(model.vocab_size or 3 * vocabulary_unit, 3 * vocabulary_unit - 5),
     )

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mtk.config.model import ModelConfig
 from mtk.convert.family import Family, ForeignConfig
-from mtk.convert.gpt2 import GPT2
-from mtk.convert.llama import LLAMA
 from mtk.convert.mapping import CutRows, Fuse, Rename, Rule, Transpose, WeightTable
 
 Fault = Callable[[Family], Family]
@@ -206,5 +204,3 @@ GPT2_FAULTS: dict[str, Fault] = {
     "activation wrong": config_fault({"activation_function": "gelu"}, {"activation": "gelu"}),
     "epsilon wrong": config_fault({"layer_norm_epsilon": 1e-3}, {"norm_epsilon": 1e-3}),
 }
-FAULTS = [(LLAMA, name, fault) for name, fault in LLAMA_FAULTS.items()]
-FAULTS += [(GPT2, name, fault) for name, fault in GPT2_FAULTS.items()]

@@ -14,6 +14,7 @@ from mtk.config.convert import ConvertConfig
 from mtk.config.model import ModelConfig
 from mtk.config.tokenizer import TrainTokenizerConfig
 from mtk.log import Reporter
+from mtk.models.buffers import kept_buffers, kept_tensors
 from mtk.models.gpt import GPT
 from mtk.session import Session
 from mtk.tokenizers import Tokenizer
@@ -37,6 +38,32 @@ def llama(**changes: Any) -> ModelConfig:
     return llama_config(**({"vocab_size": VOCAB} | changes))
 
 
+def gemma(**changes: Any) -> ModelConfig:
+    values = {
+        "activation": "geglu-tanh",
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "kv_channels": 8,
+    }
+    return llama(**(values | changes))
+
+
+def neox(**changes: Any) -> ModelConfig:
+    values = {
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "use_parallel_residual": True,
+        "activation": "gelu",
+        "untie_embeddings_and_output_weights": True,
+    }
+    return gpt2_config(**(values | changes))
+
+
+def bloom(**changes: Any) -> ModelConfig:
+    values = {"position_embedding_type": "alibi", "embedding_layernorm": True}
+    return gpt2_config(**(values | changes))
+
+
 def loud_model(config: ModelConfig, seed: int = 1) -> GPT:
     """Every weight matters: none is zero or one, and logits spread over several units."""
     model = small_model(config, seed)
@@ -50,6 +77,8 @@ def loud_model(config: ModelConfig, seed: int = 1) -> GPT:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+        for buffer in kept_buffers(model).values():
+            buffer.add_(0.2 * torch.empty(buffer.shape).normal_(generator=generator))
     return model
 
 
@@ -70,7 +99,7 @@ def save_native(
         small_tokenizer().save(held)
     content = CheckpointContent(
         config,
-        dict(loud_model(config, seed).named_parameters()),
+        kept_tensors(loud_model(config, seed)),
         tokenizer_folder=held if tokenizer else None,
     )
     save_checkpoint(folder, content, stage="pretrain", config=config, inputs=[], metrics={})

@@ -13,7 +13,8 @@ from mtk.config.pretrain import DataConfig
 from mtk.data.blend import BlendedDataset
 from mtk.data.build import SampleCounts, Splits, build_splits
 from mtk.data.gpt_dataset import GPTDataset
-from mtk.data.token_source import SampleDataset
+from mtk.data.gpt_samples import GPTSamples
+from mtk.data.token_source import SampleDataset, ignore
 from mtk.errors import ConfigError, DataError, MtkError
 from tests.datasets.sources import MemorySource, unique_source
 
@@ -43,17 +44,11 @@ def build(folder: Path, counts: Sequence[int] = (100, 20, 0), **options: Any) ->
     for name in names:
         items = options[name].split()
         options[name] = tuple(str(folder / i) if i in LENGTHS else i for i in items)
-    extra = {n: options.pop(n) for n in ("notify", "vocab_size", "eod", "seq") if n in options}
-    length = extra.pop("seq", 16)
-    opener = extra.pop("opener", Opener())
-    return build_splits(
-        DataConfig(**options),
-        sequence_length=length,
-        counts=SampleCounts(*counts),
-        seed=1234,
-        open_source=opener,
-        **extra,
-    )
+    notify = options.pop("notify", ignore)
+    known = {name: options.pop(name) for name in ("vocab_size", "eod") if name in options}
+    config = DataConfig(**options)
+    kind = GPTSamples(config, 16, 1234, **known)
+    return build_splits(config, kind, SampleCounts(*counts), Opener(), notify=notify)
 
 
 def present(dataset: SampleDataset | None) -> SampleDataset:
@@ -78,13 +73,8 @@ def test_splits_of_one_dataset_do_not_overlap(tmp_path: Path) -> None:
 
 def test_what_is_not_asked_for_is_not_built(tmp_path: Path) -> None:
     opener = Opener()
-    splits = build_splits(
-        DataConfig(data_path=(str(tmp_path / "a"),), split="1,1,1"),
-        sequence_length=16,
-        counts=SampleCounts(10, 0, 5),
-        seed=1,
-        open_source=opener,
-    )
+    config = DataConfig(data_path=(str(tmp_path / "a"),), split="1,1,1")
+    splits = build_splits(config, GPTSamples(config, 16, 1), SampleCounts(10, 0, 5), opener)
     assert splits.valid is None
     assert splits.test is not None
     assert opener.opened == ["a"]  # once for all splits

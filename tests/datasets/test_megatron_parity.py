@@ -16,6 +16,7 @@ from mtk.data.blend_indices import blending_indices, exhaustive_blending_indices
 from mtk.data.build import SampleCounts, build_splits
 from mtk.data.gpt_dataset import GPTDataset
 from mtk.data.gpt_indices import build_indices, plan_indices
+from mtk.data.gpt_samples import GPTSamples
 from mtk.data.loader import BatchLoader
 from mtk.data.mock import MockSource
 from mtk.data.packing import Packing
@@ -247,12 +248,12 @@ def test_whole_builder(
         patch.setattr(torch.distributed, "get_rank", lambda *_: 0)
         built = wanted.build()
         patch.undo()
+    options = DataConfig(data_path=items, split="949,45,6", data_order="megatron")
     found = build_splits(
-        DataConfig(data_path=items, split="949,45,6", data_order="megatron"),
-        sequence_length=16,
-        counts=SampleCounts(*counts),
-        seed=42,
-        open_source=lambda prefix: SOURCES[prefix.name],
+        options,
+        GPTSamples(options, 16, 42),
+        SampleCounts(*counts),
+        lambda prefix: SOURCES[prefix.name],
         cache_path=tmp_path / "mtk",
     )
     for one, other in zip((found.train, found.valid, found.test), built, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtk.data.splits import parse_split, require_sequences, smallest_share, split_ranges
+from mtk.data.splits import parse_split, require_units, smallest_share, split_ranges
 from mtk.errors import ConfigError, DataError
 
 
@@ -64,7 +64,7 @@ def test_empty_split_names_numbers_and_knob() -> None:
     part = split_ranges("969,30,1", 100)[2]
     assert part is not None
     with pytest.raises(DataError) as caught:
-        require_sequences(part, "test", "969,30,1", 100, "/data/a")
+        require_units(part, "test", "969,30,1", 100, "/data/a")
     message = str(caught.value)
     assert "the test split" in message
     assert "100 sequences" in message
@@ -76,4 +76,4 @@ def test_empty_split_names_numbers_and_knob() -> None:
 
 def test_too_few_sequences_for_any_share() -> None:
     with pytest.raises(DataError, match="1 sequences are too few"):
-        require_sequences(range(1, 1), "valid", "969,30,1", 1, "x")
+        require_units(range(1, 1), "valid", "969,30,1", 1, "x")

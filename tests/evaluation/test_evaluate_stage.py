@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def test_perplexity_is_the_brute_force_one(
     assert figures["perplexity"] == pytest.approx(math.exp(min(20, loss)))
     assert figures["adjusted_perplexity"] == pytest.approx(math.exp(min(20, loss * ratio)))
     assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT.encode()))
-    assert figures["original_tokens"] == original and figures["words"] == len(TEXT.split())
-    assert math.fsum(item["nll"] for item in items(artifact)) == pytest.approx(total)
+    assert figures["original_tokens"] == original and figures["words"] == len(
+        re.split(r"\s+", TEXT)
+    )
+    assert -math.fsum(i["log_likelihood"] for i in items(artifact)) == pytest.approx(total)
 
 
 def test_documents_are_scored_apart(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_lambada_is_the_brute_force_one(
         expected = sum(
             log_prob(opened, context + label[:k], target) for k, target in enumerate(label)
         )
-        assert item["log_prob"] == pytest.approx(expected, rel=1e-5)
+        assert item["log_likelihood"] == pytest.approx(expected, rel=1e-5)
         assert item["context_tokens"] == len(context) and item["label_tokens"] == len(label)
         assert item["label"] == opened.tokenizer.decode(label)
     figures = results(artifact)["figures"]
@@ -175,7 +178,12 @@ def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
         ("a.txt", "\n", {}, "is empty"),
         ("a.jsonl", '{"x": "y"}\n', {}, "no field 'text'"),
         ("a.jsonl", '{"text": "word"}\n', {"task": "LAMBADA", "strict_lambada": True}, "too short"),
-        ("a.jsonl", json.dumps({"text": TEXT}), {"task": "LAMBADA"}, "--seq-length"),
+        (
+            "a.jsonl",
+            '{"text": "a b' + "c" * 90 + '"}',
+            {"task": "LAMBADA", "strict_lambada": True},
+            "context of 24",
+        ),
         ("missing/a.txt", None, {}, "does not exist"),
     ],
 )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtk.errors import ConfigError
 from mtk.models.attention import reference_kernel
 from mtk.models.count import flops_per_token, parameter_count
 from mtk.models.gpt import GPT
@@ -27,6 +26,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide-heads": {"kv_channels": 16},
     "squared-relu": {"activation": "squared-relu"},
     "vocab-multiple": {"vocab_size": 128},
+    "window": {"window_size": 5},
+    "window-of-itself": {"window_size": 1},
+    "interleaved": {"position_embedding_type": "rope", "rotary_interleaved": True},
+    "alibi": {"position_embedding_type": "alibi", "embedding_layernorm": True},
+    "alibi-window-3-heads": {
+        "position_embedding_type": "alibi",
+        "window_size": 4,
+        "num_attention_heads": 3,
+        "kv_channels": 8,
+    },
+    "relative": {"position_embedding_type": "relative", "relative_attention_num_buckets": 6},
+    "norms-of-heads": {"qk_layernorm": True, "num_query_groups": 2},
+    "parallel-residual": {"use_parallel_residual": True},
+    "gemma": {
+        "normalization": "RMSNorm",
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "activation": "geglu-tanh",
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+        "add_attention_bias": True,
+    },
+    "layernorm-1p": {
+        "apply_layernorm_1p": True,
+        "activation": "geglu",
+        "embedding_layernorm": True,
+    },
+    "mlp-bias": {"add_bias_linear": False, "add_mlp_bias": True},
     "experts": {"num_experts": 4, "add_bias_linear": False, "moe_ffn_hidden_size": 40},
     "some-experts": {
         "num_experts": 4,
@@ -147,11 +174,6 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model(x_BS), model(x_BS))
     model.train()
     assert not torch.equal(model(x_BS), model(x_BS))
-
-
-def test_families_without_a_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match="family"):
-        small_model(small_config(family="bert"))
 
 
 def test_reinitialising_is_idempotent() -> None:

@@ -18,7 +18,8 @@ from mtk.config.model import ModelConfig
 from mtk.models.experts import reference_experts
 from mtk.models.gpt import GPT
 from mtk.models.init import initial_value
-from mtk.models.moe import MoE, choose
+from mtk.models.moe import MoE
+from mtk.models.router import choose
 from tests.models.sizes import llama_config, small_model
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def states(batch: int = 3, length: int = 24) -> Tensor:
 
 def by_loop(made: MoE, x_BSE: Tensor, kept: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     x_TE = x_BSE.flatten(0, 1)
-    weights_TK, chosen_TK = choose(made.router(x_TE), made.k)
+    weights_TK, chosen_TK = choose(made.router(x_TE), made.routing, made.router.expert_bias)
     if kept is not None:
         weights_TK = weights_TK * kept(chosen_TK)
     return reference_experts(made.experts, x_TE, weights_TK, chosen_TK).view_as(x_BSE)
@@ -149,7 +150,7 @@ def written_out(made: MoE, x_BSE: Tensor) -> tuple[Tensor, Tensor]:
     aux, z = torch.zeros(()), torch.zeros(())
     for sequence in x_BSE:
         logits = sequence @ made.router.weight.T
-        _, chosen = choose(logits, made.k)
+        _, chosen = choose(logits, made.routing)
         n_X = torch.stack([(chosen == e).sum() for e in range(made.num_experts)])
         p_X = logits.softmax(-1).sum(0)
         aux = aux + made.num_experts / (made.k * length**2) * (n_X * p_X).sum()
@@ -242,7 +243,7 @@ def test_capacity_keeps_the_first(factor: float) -> None:
     made = layer(moe_expert_capacity_factor=factor).train()
     capacity = math.ceil(factor * 2 * 24 / 8)
     kept = first_come(24, capacity)
-    dropped = int((kept(choose(made.router(states().flatten(0, 1)), 2)[1]) == 0).sum())
+    dropped = int((kept(choose(made.router(states().flatten(0, 1)), made.routing)[1]) == 0).sum())
     assert (dropped > 0) == (factor < 8)
     ours = gradients(made, states(), made)
     assert_same(ours, gradients(made, states(), lambda x: by_loop(made, x, kept)))

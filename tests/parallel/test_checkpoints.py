@@ -43,7 +43,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 FAST = ("tp2.sp", "pp2.zbv", "dp2.optimizer", "ep2")
 # Embeddings are tied: two stages hold the same matrix.
-MODEL = {"num_layers": 4, "untie_embeddings_and_output_weights": False}
+MODEL = {
+    "num_layers": 4,
+    "untie_embeddings_and_output_weights": False,
+    # Biases are state that no optimizer knows.
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_shared_expert_intermediate_size": 16,
+    "moe_shared_expert_gate": True,
+}
 
 
 def _config(name: str) -> PretrainConfig:
@@ -58,6 +66,7 @@ def _stepper(rank: int, name: str) -> Stepper:
         rank=rank,
         device=torch.device("cpu"),
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
     )
     return make_stepper(config, 80, ranks)
@@ -95,7 +104,10 @@ def _convert(rank: int, name: str, pairs: list[tuple[Path, Path]]) -> None:
 
 def _values(folder: Path) -> dict[str, torch.Tensor]:
     weights, state = read_tensors(folder, "model"), read_tensors(folder, "optimizer")
-    assert not weights.keys() & state.keys() and len(state) == 3 * len(weights)
+    biases = [name for name in weights if name.endswith("expert_bias")]
+    assert len(biases) == 2 and all(weights[name].any() for name in biases)
+    trained = len(weights) - len(biases)
+    assert not weights.keys() & state.keys() and len(state) == 3 * trained
     return weights | state
 
 

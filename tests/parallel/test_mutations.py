@@ -100,6 +100,9 @@ LAYOUTS: dict[str, Layout] = {
         4, {SHARDING: "full", PP: 2, SCHEDULE: "zero-bubble"}, fresh=("grads.", "step.")
     ),
     "cp2-tp2": Layout(4, {CP: 2, TP: 2}, fresh=("step.",)),
+    "mamba.tp4": Layout(4, {TP: 4}, model="mamba", fresh=("tp.mamba", "grads.")),
+    "mamba.tp4.sp": Layout(4, {TP: 4, SP: True}, model="mamba", fresh=("tp.mamba",)),
+    "mamba.cp2": Layout(2, {CP: 2}, model="mamba", changes=DOCUMENTS, fresh=("cp.",)),
 }
 FAST = ("tp2", "dp2.optimizer", "pp2.1f1b")
 # Calls that are made wrong in other ways than by leaving them out and doubling what comes.
@@ -134,6 +137,7 @@ def _played(rank: int, layout: Layout) -> tuple[set[str], dict[Fault | None, Obs
         rank=rank,
         device=torch.device("cpu"),
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
     )
     sample = random_sample(config)

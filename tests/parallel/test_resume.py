@@ -60,6 +60,14 @@ BASE: dict[str, Any] = {
     "nproc": 2,
 }
 MOE = {"num_experts": 4, "activation": "swiglu", "add_bias_linear": False}
+BIASED = {
+    **MOE,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.01,
+    "moe_shared_expert_intermediate_size": 16,
+    "moe_layer_freq": "[0]+[1]*3",
+}
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {TP: 2},
@@ -71,6 +79,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2.full": {SHARDING: "full"},
     "dp2.optimizer.bf16": {SHARDING: "optimizer", "precision": "bf16"},
     "ep2": {"expert_model_parallel_size": 2, **MOE},
+    "ep2.biased.bf16": {"expert_model_parallel_size": 2, **BIASED, "precision": "bf16"},
 }
 
 

@@ -49,6 +49,7 @@ def train_on_rank(rank: int, config: PretrainConfig, world: int) -> tuple[Observ
         rank=rank,
         device=torch.device("cpu"),
         kv_groups=config.model.query_groups,
+        state_groups=config.model.state_groups,
         sharded=config.parallel.data_parallel_sharding != "replicate",
     )
     return train(config, ranks)

@@ -101,6 +101,7 @@ def train_on_rank(rank: int, wanted: PretrainConfig, session: Session) -> dict[s
                 rank=rank,
                 device=torch.device("cpu"),
                 kv_groups=wanted.model.query_groups,
+                state_groups=wanted.model.state_groups,
                 sharded=wanted.parallel.data_parallel_sharding != "replicate",
             )
         return dict(run_rank(wanted, session, ranks).metrics)

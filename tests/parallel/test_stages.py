@@ -37,7 +37,7 @@ def pipeline(pp: int, **options: object) -> ParallelConfig:
 @pytest.mark.parametrize("layers", [4, 7, 9])
 def test_partition_is_the_best_of_all(layers: int, last: float) -> None:
     for stages in range(1, layers + 1):
-        found = partition(layers, stages, layer=1.0, first=0.3, last=last)
+        found = partition([1.0] * layers, stages, first=0.3, last=last)
         assert sum(found) == layers
         assert min(found) >= 1
 
@@ -58,7 +58,7 @@ def _sizes(cuts: tuple[int, ...], layers: int) -> tuple[int, ...]:
 
 
 def test_balance_counts_the_head() -> None:
-    assert partition(8, 4, layer=1.0, first=0.0, last=0.0) == (2, 2, 2, 2)
+    assert partition([1.0] * 8, 4, first=0.0, last=0.0) == (2, 2, 2, 2)
     large = replace(TINY, num_layers=16, hidden_size=64, vocab_size=50_000)
     split = balance(large, 4)
     assert split[-1] == 1

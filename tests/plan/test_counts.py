@@ -8,6 +8,7 @@ import pytest
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
+from mtk.config.recipes import RECIPES
 from mtk.models.count_families import active_parameters, flops_per_token, parameters
 
 LLAMA = {
@@ -75,6 +76,29 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "values", "expected"), PUBLISHED, ids=lambda v: str(v)[:12])
 def test_published_counts(name: str, values: dict[str, Any], expected: int) -> None:
     assert parameters(model(**values)) == expected, name
+
+
+# Elements of the released weights; vocabularies are multiples of 128.
+RELEASED = {
+    "llama2-7b": (32000, 6_738_415_616),
+    "llama3-8b": (128256, 8_030_261_248),
+    "llama3.1-8b": (128256, 8_030_261_248),
+    "llama3.2-1b": (128256, 1_235_814_400),
+    "mistral-7b": (32000, 7_241_732_096),
+    "qwen2.5-7b": (152064, 7_615_616_512),
+    "qwen3-8b": (151936, 8_190_735_360),
+    "gemma-7b": (256000, 8_537_680_896),
+    "pythia-6.9b": (50432, 6_857_302_016),
+    "bloom-7b1": (250880, 7_069_016_064),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_recipes_have_the_published_sizes(name: str) -> None:
+    vocab, expected = RELEASED[name]
+    fields = ModelConfig.__dataclass_fields__
+    sizes = {key: value for key, value in RECIPES[name].items() if key in fields}
+    assert parameters(make(ModelConfig, **sizes, vocab_size=vocab)) == expected
 
 
 MIXTRAL = {
@@ -160,7 +184,7 @@ def test_bert_has_no_masked_half_and_t5_counts_both_stacks() -> None:
     }
     bert = flops_per_token(model(family="bert", **sizes))
     gpt = flops_per_token(model(**sizes))
-    t5 = flops_per_token(model(family="t5", **sizes))
+    t5 = flops_per_token(model(family="t5", decoder_seq_length=8, **sizes))
     assert bert.full == bert.causal == gpt.full + 6 * 64**2
     # Encoder: every token; decoder with cross attention: a quarter of the tokens.
     layer, width, query_output, key_value = 12 * 64**2, 12 * 2 * 64, 2 * 64**2, 2 * 64**2

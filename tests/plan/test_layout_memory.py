@@ -36,7 +36,11 @@ def test_uneven_stages_hold_the_whole_model() -> None:
     assert held[1] == pytest.approx(4 * layer) and held[0] < held[3]
     # As training balances it: the last one has the output matrix and the loss as well.
     assert planning.split_of(plan(pipeline_model_parallel_size=4)) == (3, 3, 3, 1)
-    assert planning.split_of(plan(family="bert", pipeline_model_parallel_size=4)) == (3, 3, 2, 2)
+    bert = {"family": "bert", "untie_embeddings_and_output_weights": False}
+    assert planning.split_of(plan(pipeline_model_parallel_size=4, **bert)) == (3, 3, 3, 1)
+    t5 = {"family": "t5", "decoder_seq_length": config.model.seq_length // 4}
+    # Ten layers of the encoder, then ten cheap ones of the decoder.
+    assert planning.split_of(plan(pipeline_model_parallel_size=4, **t5)) == (3, 4, 6, 7)
 
 
 def test_the_v_of_zbv_has_both_ends_on_the_first_rank() -> None:

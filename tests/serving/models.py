@@ -78,6 +78,18 @@ LLAMA_LIKE = {
     "untie_embeddings_and_output_weights": True,
 }
 
+_MAMBA = {
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "mamba_head_dim": 8,
+    "mamba_state_dim": 12,
+    "mamba_num_groups": 2,
+    "mamba_chunk_size": 8,
+}
+MAMBA = {**_MAMBA, "num_attention_heads": 1, "hybrid_layer_pattern": "MM"}
+HYBRID = {**_MAMBA, "num_layers": 4, "num_query_groups": 2, "hybrid_layer_pattern": "M*-M"}
+
 
 @torch.inference_mode()
 def greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list[int]:

@@ -11,7 +11,15 @@ from mtk.errors import ServingError
 from serving.generation import Batch, Decoder, RunningSequence, Vocabulary, generate
 from serving.requests import GenerationRequest, StopRules, check_fits
 from serving.sampling import SamplingParams
-from tests.serving.models import EOD, LLAMA_LIKE, ByteTokenizer, greedy_without_cache, tiny_model
+from tests.serving.models import (
+    EOD,
+    HYBRID,
+    LLAMA_LIKE,
+    MAMBA,
+    ByteTokenizer,
+    greedy_without_cache,
+    tiny_model,
+)
 
 GREEDY = SamplingParams(temperature=0)
 PROMPTS = tuple(
@@ -21,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": LLAMA_LIKE,
     "no positions": {"position_embedding_type": "none"},
+    "mamba": MAMBA,
+    "hybrid": HYBRID,
     "partial rotary": {"position_embedding_type": "rope", "rotary_percent": 0.5},
 }
 

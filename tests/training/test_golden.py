@@ -36,6 +36,29 @@ RUNS: dict[str, dict[str, Any]] = {
     "gpt-tiny": {"recipe": "gpt-tiny", "global_batch_size": 4, "micro_batch_size": 2},
     "gpt2-dropout": {**GPT2, "global_batch_size": 4, "micro_batch_size": 4},
     "gpt2-bf16": {**GPT2, "precision": "bf16", "hidden_dropout": 0, "attention_dropout": 0},
+    "neox": {
+        **GPT2,
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "use_parallel_residual": True,
+        "global_batch_size": 4,
+    },
+    "gemma-qk-norm-window": {
+        "recipe": "gpt-tiny",
+        "activation": "geglu-tanh",
+        "apply_layernorm_1p": True,
+        "scale_embeddings": True,
+        "qk_layernorm": True,
+        "window_size": 9,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+    },
+    "bloom": {
+        **GPT2,
+        "position_embedding_type": "alibi",
+        "embedding_layernorm": True,
+        "global_batch_size": 4,
+    },
     "megatron-order": {**GPT2, "data_order": "megatron", "train_iters": 30, "log_interval": 10},
 }
 

@@ -56,18 +56,33 @@ def train(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_losses_are_logged_and_runs_continue(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole")
+BIASED: dict[str, Any] = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_shared_expert_gate": True,
+}
+SINKHORN: dict[str, Any] = {"moe_router_load_balancing_type": "sinkhorn"}
+
+
+@pytest.mark.parametrize("changes", [{}, BIASED, SINKHORN], ids=["softmax", "biased", "sinkhorn"])
+def test_balance_is_logged_and_runs_continue(tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = train(tmp_path / "whole", **changes)
     records = [r for r in read_metrics(whole / "metrics.jsonl") if r["event"] == "train"]
     assert len(records) == 6
     for record in records:
         # From balance to two experts for all; and near log(8)^2 while logits are small.
         assert 1.0 - 0.1 <= record["moe_aux_loss"] <= 4.0
         assert record["moe_z_loss"] == pytest.approx(math.log(8) ** 2, rel=0.2)
-    part = train(tmp_path / "part")
+        assert 0.0 <= record["moe_max_violation"] <= 3.0
+        assert ("moe_bias_range" in record) == (changes is BIASED)
+    if changes is BIASED:
+        ranges = [record["moe_bias_range"] for record in records]
+        assert ranges[:2] == pytest.approx([0.0, 0.002]) and max(ranges) > 0.002
+    part = train(tmp_path / "part", **changes)
     assert complete_steps(part) == [3, 6]
     shutil.rmtree(part / "step_00000006")
-    train(part)
+    train(part, **changes)
     ours, theirs = (sorted(f.glob("step_00000006/model-*.safetensors")) for f in (whole, part))
     assert [sha256_file(f) for f in ours] == [sha256_file(f) for f in theirs] and ours
 

@@ -22,8 +22,9 @@ from mtk.models.gpt import GPT
 from mtk.parallel.ranks import Ranks
 from mtk.training.assemble import attention_kernel
 from mtk.training.batch import GlobalBatch
-from mtk.training.data import data_identity, open_data, run_data
+from mtk.training.data import data_identity, run_data
 from mtk.training.evaluate import held_out_loss
+from mtk.training.opened_data import open_data
 from stages.pretrain import run
 from tests.models.sizes import llama_config, small_config, small_model
 from tests.training.test_pretrain import BASE, QUIET, config, dataset

@@ -32,7 +32,15 @@ EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 2048, "moe_layer_freq": 4}
 MOE = {**EXPERTS, "add_bias_linear": False, "position_embedding_type": "rope"}
 
 
-@pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
+HYBRID = {
+    "hybrid_layer_pattern": "M-M*M-ME" * 2,
+    "num_experts": 8,
+    "add_bias_linear": False,
+    "position_embedding_type": "none",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, MOE, HYBRID], ids=["dense", "moe", "hybrid"])
 @pytest.mark.parametrize("world", [2, 8])
 def test_every_layout_stays_legal(world: int, changes: dict[str, Any]) -> None:
     config = make(PretrainConfig, **VALUES, **changes)

@@ -1,41 +1,30 @@
-"""BERT computed straight from Hugging Face tensors, in the plainest form.
-
-Second opinion of the parity check, as :mod:`mtk.convert.reference_forward` is for decoders.
-Shape suffixes: B batch, S sequence, E hidden size, D channels of a head.
-"""
+"""BERT, norms last (``bert``) or first (``megatron-bert``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtk.convert.probe import SegmentInputs, with_order
+from mtk.convert.reference_forward.plain import Weights, activation, affine, layer_norm
 
-Weights = Mapping[str, Tensor]
 
-
-def bert_forward(
-    config: Mapping[str, Any],
-    w: Weights,
-    tokens_BS: Tensor,
-    activation: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, list[Tensor]]:
+def bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits as ``SegmentProbe`` has them, and states after the embedding and each layer."""
+    act = activation(str(config.get("hidden_act", "gelu")))
     first = config["model_type"] == "megatron-bert"
     epsilon = float(config.get("layer_norm_eps", 1e-12))
     inputs = SegmentInputs.of(tokens_BS)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
-        scaled = centred / torch.sqrt(centred.pow(2).mean(dim=-1, keepdim=True) + epsilon)
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return layer_norm(x, w, name, epsilon)
 
     def project(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        return affine(x, w, name, bias=True)
 
     def attend(x: Tensor, name: str) -> Tensor:
         q, k, v = (project(x, f"{name}.self.{part}") for part in ("query", "key", "value"))
@@ -51,7 +40,7 @@ def bert_forward(
         return project(torch.cat(parts, dim=-1), f"{name}.output.dense")
 
     def mlp(x: Tensor, name: str) -> Tensor:
-        return project(activation(project(x, f"{name}.intermediate.dense")), f"{name}.output.dense")
+        return project(act(project(x, f"{name}.intermediate.dense")), f"{name}.output.dense")
 
     e = "bert.embeddings"
     x_BSE = w[f"{e}.word_embeddings.weight"][tokens_BS]
@@ -71,7 +60,7 @@ def bert_forward(
         states.append(x_BSE)
     x_BSE = norm(x_BSE, "bert.encoder.ln") if first else x_BSE
     p = "cls.predictions"
-    hidden = norm(activation(project(x_BSE, f"{p}.transform.dense")), f"{p}.transform.LayerNorm")
+    hidden = norm(act(project(x_BSE, f"{p}.transform.dense")), f"{p}.transform.LayerNorm")
     logits = hidden @ w[f"{e}.word_embeddings.weight"].T + w[f"{p}.bias"]
     order = None
     if str(config["architectures"][0]).endswith("ForPreTraining"):

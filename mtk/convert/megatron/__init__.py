@@ -1,0 +1,1 @@
+"""Megatron-LM's checkpoint format ``torch``: read, cut for other layouts, written."""

@@ -1,0 +1,215 @@
+"""Megatron's arguments to a native configuration.
+
+Names and defaults are those of Megatron's command line; files of old versions spell some
+differently. All complaints come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtk.config.model import ModelConfig
+from mtk.convert.family import ForeignConfig
+from mtk.convert.megatron.argument_tables import (
+    BALANCING,
+    HARMLESS,
+    NEUTRAL,
+    OTHER_TASKS,
+    SOUNDS_LIKE_THE_MODEL,
+    words,
+)
+
+# Read by name below; ranks of one checkpoint must agree about these and about NEUTRAL.
+READ = words(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
+    num_query_groups kv_channels seq_length max_position_embeddings position_embedding_type
+    use_rotary_position_embeddings rotary_base rotary_percent normalization norm_epsilon
+    layernorm_epsilon add_bias_linear disable_bias_linear add_qkv_bias swiglu squared_relu
+    openai_gelu bias_gelu_fusion onnx_safe untie_embeddings_and_output_weights hidden_dropout
+    attention_dropout init_method_std num_experts moe_router_topk moe_ffn_hidden_size
+    moe_layer_freq moe_aux_loss_coeff moe_z_loss_coeff moe_router_pre_softmax
+    moe_router_load_balancing_type vocab_size padded_vocab_size make_vocab_size_divisible_by
+    tokenizer_type true_vocab_size tensor_model_parallel_size model_parallel_size
+    pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    virtual_pipeline_model_parallel_size
+    """
+)
+COMPARED = READ | {name for name, _, _ in NEUTRAL}
+POSITIONS = {"learned_absolute": "learned", "absolute": "learned", "rope": "rope", "none": "none"}
+# Megatron's own values where a file of an old version does not state them.
+DROPOUT, EPSILON, INIT_STD = 0.1, 1e-5, 0.02
+
+
+def model_config(args: Mapping[str, Any], where: str, *, rows: int) -> ModelConfig:
+    """The native configuration. rows: of the embedding in the files, all ranks together.
+
+    Raises ConversionError with everything mtk cannot hold.
+    """
+    found = ForeignConfig(args, where)
+    for name, allowed, why in NEUTRAL:
+        if args.get(name) is not None:
+            found.require(name, allowed, why)
+    found.complaints += [
+        _unknown(name, args[name]) for name in sorted(args) if _suspect(args, name)
+    ]
+    hidden, heads = found.get("hidden_size", int), found.get("num_attention_heads", int)
+    positions = found.get("max_position_embeddings", int)
+    values: dict[str, Any] = {
+        "num_layers": found.get("num_layers", int),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": _groups(found, heads),
+        "ffn_hidden_size": found.get("ffn_hidden_size", int, 4 * hidden),
+        "kv_channels": found.get("kv_channels", int, max(hidden // max(heads, 1), 1)),
+        "seq_length": min(found.get("seq_length", int, positions), positions),
+        "max_position_embeddings": positions,
+        "normalization": found.get("normalization", str, "LayerNorm"),
+        "norm_epsilon": found.get(
+            "norm_epsilon", float, found.get("layernorm_epsilon", float, EPSILON)
+        ),
+        "add_bias_linear": _bias(found),
+        "add_qkv_bias": found.get("add_qkv_bias", bool, False),
+        "untie_embeddings_and_output_weights": found.get(
+            "untie_embeddings_and_output_weights", bool, False
+        ),
+        "hidden_dropout": found.get("hidden_dropout", float, DROPOUT),
+        "attention_dropout": found.get("attention_dropout", float, DROPOUT),
+        "init_method_std": found.get("init_method_std", float, INIT_STD),
+        "vocab_size": _vocabulary(found, rows),
+        "make_vocab_size_divisible_by": found.get("make_vocab_size_divisible_by", int, 128),
+    }
+    values |= _positions(found)
+    values |= _experts(found)
+    values["activation"] = _activation(found, bias=values["add_bias_linear"])
+    return found.model(**values)
+
+
+def true_vocabulary(args: Mapping[str, Any], rows: int) -> int:
+    """Ids that exist among ``rows``; all of them where nobody says otherwise."""
+    if args.get("true_vocab_size") is not None:
+        return int(args["true_vocab_size"])
+    stated = args.get("vocab_size")
+    if not isinstance(stated, int):
+        return rows
+    # Megatron's tokenizer without text has an end-of-document id beyond those it is given.
+    return stated + 1 if args.get("tokenizer_type") == "NullTokenizer" else stated
+
+
+def _vocabulary(found: ForeignConfig, rows: int) -> int:
+    padded = found.data.get("padded_vocab_size")
+    if isinstance(padded, int) and padded != rows:
+        found.complaints.append(f"padded_vocab_size = {padded}, but the embedding has {rows} rows")
+    vocab = true_vocabulary(found.data, rows)
+    if not 1 <= vocab <= rows:
+        found.complaints.append(
+            f"a vocabulary of {vocab} in an embedding of {rows} rows; say the true one with "
+            f"--true-vocab-size"
+        )
+        return rows
+    return vocab
+
+
+def _groups(found: ForeignConfig, heads: int) -> int:
+    # num_query_groups is 1 by default and means nothing without the switch.
+    if found.get("group_query_attention", bool, False):
+        return found.get("num_query_groups", int)
+    return heads
+
+
+def _bias(found: ForeignConfig) -> bool:
+    if "add_bias_linear" not in found.data and "disable_bias_linear" in found.data:
+        return not found.get("disable_bias_linear", bool, False)
+    return found.get("add_bias_linear", bool, True)
+
+
+def _positions(found: ForeignConfig) -> dict[str, Any]:
+    rotary = found.get("use_rotary_position_embeddings", bool, False)
+    kind = "rope" if rotary else found.get("position_embedding_type", str, "learned_absolute")
+    if kind not in POSITIONS:
+        found.complaints.append(
+            f"position_embedding_type = {kind!r}: supported are {', '.join(POSITIONS)}"
+        )
+        kind = "none"
+    values: dict[str, Any] = {"position_embedding_type": POSITIONS[kind]}
+    if kind == "rope":
+        values["rotary_base"] = found.get("rotary_base", float, 10000.0)
+        values["rotary_percent"] = found.get("rotary_percent", float, 1.0)
+    return values
+
+
+def _activation(found: ForeignConfig, *, bias: bool) -> str:
+    kinds = {"swiglu": "swiglu", "squared_relu": "squared-relu", "openai_gelu": "gelu-tanh"}
+    chosen = [native for name, native in kinds.items() if found.get(name, bool, False)]
+    if len(chosen) > 1:
+        found.complaints.append(f"activations {' and '.join(chosen)} at once")
+    if chosen:
+        return chosen[0]
+    # Fused with the bias, gelu is its tanh approximation; else it is exact.
+    fused = bias and found.get("bias_gelu_fusion", bool)
+    return "gelu-tanh" if fused else "gelu"
+
+
+def _experts(found: ForeignConfig) -> dict[str, Any]:
+    count = found.get("num_experts", int, 0)
+    if not count:
+        return {}
+    topk = found.get("moe_router_topk", int, 2)
+    first = found.get("moe_router_pre_softmax", bool, False)
+    if first != (topk == 1):
+        found.complaints.append(
+            f"moe_router_pre_softmax = {first} with moe_router_topk = {topk}: mtk weighs the "
+            f"chosen experts among themselves, and by their probability among all if it is one"
+        )
+    balancing = found.data.get("moe_router_load_balancing_type") or "aux_loss"
+    kinds = balancing if isinstance(balancing, list) else [balancing]
+    if any(kind not in BALANCING for kind in kinds):
+        found.complaints.append(
+            f"moe_router_load_balancing_type = {balancing!r}: supported are {', '.join(BALANCING)}"
+        )
+    return {
+        "num_experts": count,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": found.get(
+            "moe_ffn_hidden_size", int, found.get("ffn_hidden_size", int)
+        ),
+        "moe_layer_freq": _layer_frequency(found),
+        "moe_aux_loss_coeff": _coefficient(found, "moe_aux_loss_coeff"),
+        "moe_z_loss_coeff": _coefficient(found, "moe_z_loss_coeff"),
+    }
+
+
+def _layer_frequency(found: ForeignConfig) -> int:
+    value = found.data.get("moe_layer_freq", 1)
+    if isinstance(value, int) and value >= 1:
+        return value
+    layers = found.get("num_layers", int)
+    if isinstance(value, list) and len(value) == layers:
+        for step in range(1, layers + 1):
+            if value == [int(layer % step == 0) for layer in range(layers)]:
+                return step
+    found.complaints.append(f"moe_layer_freq = {value!r}: mtk has experts in every Nth layer")
+    return 1
+
+
+def _coefficient(found: ForeignConfig, name: str) -> float:
+    value = found.data.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _suspect(args: Mapping[str, Any], name: str) -> bool:
+    known = name in READ or name in HARMLESS or any(name == neutral for neutral, _, _ in NEUTRAL)
+    if known or name.startswith(OTHER_TASKS) or args[name] in (None, False, 0, "", [], ()):
+        return False
+    return SOUNDS_LIKE_THE_MODEL.search(name) is not None
+
+
+def _unknown(name: str, value: object) -> str:
+    return (
+        f"{name} = {value!r:.60}: mtk does not know this argument, and it sounds like a part of "
+        f"the model. If it does not change what the model computes, give {name}: null in a file "
+        f"with --megatron-args"
+    )

@@ -1,0 +1,124 @@
+"""A Megatron checkpoint as a native model: its configuration, and its weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtk.config.model import ModelConfig
+from mtk.convert.lazy import LazyTensors, Tensors
+from mtk.convert.megatron.arguments import model_config
+from mtk.convert.megatron.directory import iteration_folder
+from mtk.convert.megatron.pieces import Pieces, collect
+from mtk.convert.megatron.published import published_arguments
+from mtk.convert.megatron.ranks import Ranks, open_ranks
+from mtk.convert.megatron.rules import megatron_table
+from mtk.convert.megatron.spellings import Found, spelled
+from mtk.errors import ConfigError, ConversionError, Problem
+
+WORDS = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user says about a checkpoint that its files do not.
+
+    args: Megatron's arguments; None takes one back that mtk does not know.
+    """
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    true_vocab_size: int | None = None
+
+    def added_to(self, stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Both together. Raises ConversionError where they contradict each other."""
+        merged = dict(stated)
+        for name, value in self.args.items():
+            if value is None:
+                merged.pop(name, None)
+                continue
+            if stated.get(name) not in (None, value):
+                raise ConversionError(
+                    f"{where} says {name} = {stated[name]!r:.60}, --megatron-args says "
+                    f"{value!r:.60}."
+                )
+            merged[name] = value
+        if self.true_vocab_size is not None:
+            merged["true_vocab_size"] = self.true_vocab_size
+        return merged
+
+
+def read_given(args_file: str | None, true_vocab_size: int | None) -> Given:
+    """From the options of ``mtk convert``. Raises ConfigError for a file that is no mapping."""
+    if args_file is None:
+        return Given(true_vocab_size=true_vocab_size)
+    try:
+        args = yaml.safe_load(Path(args_file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = Problem("megatron_args", args_file, f"cannot be read: {error}")
+        raise ConfigError([problem]) from error
+    if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
+        raise ConfigError([Problem("megatron_args", args_file, "must be names and values in YAML")])
+    return Given({name.replace("-", "_"): value for name, value in args.items()}, true_vocab_size)
+
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """A checkpoint understood. args: what its files state and what was given beside them.
+
+    rows: of the embedding, all ranks together.
+    """
+
+    ranks: Ranks
+    args: Mapping[str, Any]
+    config: ModelConfig
+    rows: int
+    pieces: Pieces
+
+    @property
+    def tensors(self) -> Tensors:
+        """Whole tensors by Megatron's names, with global numbers of layers."""
+        return LazyTensors(self.pieces.held, self.pieces.whole)
+
+    @property
+    def native(self) -> Tensors:
+        """The weights under native names. Raises ConversionError if they do not fit."""
+        copy = self.pieces.output_copy
+        return megatron_table(self.config, self.rows, output_copy=copy).as_native(self.tensors)
+
+
+def open_megatron(path: Path, given: Given | None = None) -> MegatronModel:
+    """Open a checkpoint's folder or one iteration's. Reads pickles, not yet tensors.
+
+    Raises ConversionError naming the file and the tensor or argument that does not fit.
+    """
+    given = given or Given()
+    ranks = open_ranks(iteration_folder(path), given.args)
+    first = ranks.by_number[0, 0, 0]
+    found = [spelled(name, tensor) for name, tensor in first.chunks[0].items()]
+    words = [item.tensor.shape for item in found if item.name == WORDS]
+    if not words or len(words[0]) != 2:
+        raise ConversionError(f"{first.path} has no matrix of word embeddings.")
+    rows = words[0][0] * ranks.sizes.tensor
+    shown = {} if ranks.args else _shown(found, rows, words[0][1], ranks.sizes.tensor)
+    where = f"{first.path} (args)"
+    args = given.added_to({**shown, **published_arguments(shown), **ranks.args}, where)
+    config = model_config(args, where, rows=rows)
+    return MegatronModel(ranks, args, config, rows, collect(ranks, config, rows))
+
+
+def _shown(found: list[Found], rows: int, width: int, tensor: int) -> dict[str, int]:
+    """The arguments that follow from the weights of a file without any."""
+    shapes = {(item.layer, item.name): item.tensor.shape for item in found}
+    layers = [item.layer for item in found if item.layer is not None]
+    sizes = {"padded_vocab_size": rows, "hidden_size": width, "num_layers": len(set(layers))}
+    positions = shapes.get((None, "embedding.position_embeddings.weight"))
+    inner = shapes.get((0, "mlp.linear_fc1.weight"))
+    if positions:
+        sizes["max_position_embeddings"] = positions[0]
+    if inner:
+        sizes["ffn_hidden_size"] = inner[0] * tensor
+    return sizes

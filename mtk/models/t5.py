@@ -1,0 +1,181 @@
+"""T5 (Raffel et al. 2020): an encoder and a decoder that looks at what the encoder made.
+
+Layers are numbered through: 0..L-1 are the encoder's, L..2L-1 the decoder's, so that pipeline
+stages, recomputation and sharding treat them as one stack. Every stage takes and returns the
+states of both; those of the decoder wait while the encoder runs.
+
+With learned positions, biases and LayerNorm it is Megatron-LM's T5, with relative biases,
+RMSNorm and unscaled scores the published one.
+
+Shape suffixes: B batch, S encoder tokens, T decoder tokens, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtk.config.model import ModelConfig
+from mtk.models.attention import CAUSAL, Attention, AttentionKernel, Form, LayerCache, sdpa_kernel
+from mtk.models.block import Block
+from mtk.models.gpt import GPT, Memory
+from mtk.models.norm import make_norm
+from mtk.models.relative import RelativeBias
+from mtk.models.score_bias import distances, with_masks
+
+EVERYWHERE = Form(causal=False)
+States = tuple[Tensor, Tensor]
+
+
+class DecoderBlock(Block):
+    """A block with attention to the encoder's states between its own attention and the MLP."""
+
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel, form: Form) -> None:
+        super().__init__(config, kernel)
+        self.attention.form = form
+        self.cross_norm = make_norm(config)
+        self.cross_attention = Attention(config, kernel, EVERYWHERE)
+
+    def forward(
+        self,
+        x_BSE: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        documents: Tensor | None = None,
+        bias: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """memory: the encoder's states and where to look in them."""
+        assert memory is not None
+        attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache, None, bias)
+        x_BSE = x_BSE + self.dropout(attended)
+        states_BSE, seen = memory
+        looked = self.cross_attention(
+            self.cross_norm(x_BSE), None, seen, None, None, None, states_BSE
+        )
+        x_BSE = x_BSE + self.dropout(looked)
+        return x_BSE + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]
+
+
+class T5(GPT):
+    """:class:`GPT`'s parts around two stacks of layers.
+
+    The token embedding (and, where they are learned, that of positions) serves both stacks.
+    """
+
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> None:
+        super().__init__(config, kernel)
+        relative = config.position_embedding_type == "relative"
+        own = EVERYWHERE if relative else CAUSAL
+        encoder = [Block(config, kernel) for _ in range(config.num_layers)]
+        for block in encoder:
+            block.attention.form = EVERYWHERE
+        decoder = [DecoderBlock(config, kernel, own) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleDict({str(i): b for i, b in enumerate([*encoder, *decoder])})
+        self.encoder_norm: nn.Module | None = make_norm(config)
+        self.relative_bias = None
+        self.encoder_bias = _table(config, bidirectional=True) if relative else None
+        self.decoder_bias = _table(config, bidirectional=False) if relative else None
+        self.output_bias: nn.Parameter | None = None
+        if config.add_bias_linear:
+            self.output_bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+        self.output_scale = config.hidden_size**-0.5 if config.scale_tied_output else None
+
+    def keep(self, layers: range, *, first: bool, last: bool) -> None:
+        super().keep(layers, first=first, last=last)
+        # The encoder ends where its last layer is.
+        if self.config.num_layers - 1 not in layers:
+            self.encoder_norm = None
+        if not last:
+            self.output_bias = None
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs: Tensor | States,
+        decoder_tokens: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+    ) -> Tensor | States:
+        """Logits [B, T, V] of the token after each decoder token.
+
+        inputs: encoder token ids [B, S]; on a later pipeline stage the states of both stacks
+        from the stage before. decoder_tokens: ids [B, T], needed by the first stage.
+        documents: int64 [B, S], 0 where the encoder has a real token, else padding. Returns
+        the states of both stacks where a later stage follows.
+        """
+        if isinstance(inputs, Tensor):
+            assert decoder_tokens is not None
+            memory_BSE, x_BTE = self.embed(inputs), self.embed(decoder_tokens)
+            lengths = inputs.shape[1], decoder_tokens.shape[1]
+        else:
+            memory_BSE, x_BTE = inputs
+            lengths = self.config.seq_length, self.config.decoder_seq_length
+        memory_BSE = self.encode(memory_BSE, lengths[0], documents)
+        x_BTE = self.decode(x_BTE, lengths[1], memory_BSE, documents)
+        if not self.last:
+            # A stage returns tensors of its own, also those that it only passes on.
+            return memory_BSE.view_as(memory_BSE), x_BTE.view_as(x_BTE)
+        assert self.final_norm is not None
+        return self.logits(self.final_norm(x_BTE))
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """What either stack starts from."""
+        assert self.embedding is not None
+        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        return self.embedding(tokens_BS, positions)  # type: ignore[no-any-return]
+
+    def encode(self, x_BSE: Tensor, length: int, documents: Tensor | None) -> Tensor:
+        """States after the encoder's layers that are here, and its norm if it ends here."""
+        blocks = self._layers(range(self.config.num_layers))
+        if blocks:
+            bias = self._bias(self.encoder_bias, length, documents, EVERYWHERE, x_BSE)
+            documents = None if bias is not None else documents
+            x_BSE = self.run_layers(blocks, x_BSE, None, None, None, documents, bias)
+        return x_BSE if self.encoder_norm is None else self.encoder_norm(x_BSE)
+
+    def decode(
+        self, x_BTE: Tensor, length: int, memory_BSE: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        """States after the decoder's layers that are here."""
+        count = self.config.num_layers
+        blocks = self._layers(range(count, 2 * count))
+        if not blocks:
+            return x_BTE
+        bias = self._bias(self.decoder_bias, length, None, CAUSAL, x_BTE)
+        seen = None if documents is None else (documents == 0)[:, None, None]
+        memory = memory_BSE, seen
+        return self.run_layers(blocks, x_BTE, None, None, None, None, bias, memory)
+
+    def logits(self, x_BSE: Tensor) -> Tensor:
+        """Project states [..., E] to logits [..., V]."""
+        scaled = x_BSE if self.output_scale is None else x_BSE * self.output_scale
+        logits = super().logits(scaled)
+        return logits if self.output_bias is None else logits + self.output_bias[: logits.shape[-1]]
+
+    def _layers(self, numbers: range) -> list[nn.Module]:
+        return [block for index, block in self.layers.items() if int(index) in numbers]
+
+    def _bias(
+        self,
+        table: RelativeBias | None,
+        length: int,
+        documents: Tensor | None,
+        form: Form,
+        like: Tensor,
+    ) -> Tensor | None:
+        """[1 or B, H, S, S] with all masks in it, in the type of ``like``."""
+        if table is None:
+            return None
+        places = torch.arange(length, device=like.device)
+        bias = table(distances(places, places))
+        return with_masks(bias, None, documents, form).to(like.dtype)
+
+
+def _table(config: ModelConfig, *, bidirectional: bool) -> RelativeBias:
+    return RelativeBias(
+        config.num_attention_heads,
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
+        bidirectional=bidirectional,
+    )
