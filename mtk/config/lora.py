@@ -76,6 +76,12 @@ def lora_problems(model: ModelConfig) -> Iterator[Problem]:
     if lora.has("mlp") and model.num_experts is not None:
         rule = "experts are one grouped matrix multiply, which has no adapters"
         yield Problem("lora.lora_targets", lora.lora_targets, rule, "Nearest: attention.")
+    pattern = model.hybrid_layer_pattern
+    kinds = {"attention": "*", "mlp": "-"}
+    wanted = [mark for part, mark in kinds.items() if lora.lora_targets in (part, "all")]
+    if pattern is not None and not any(mark in pattern for mark in wanted):
+        rule = f"names layers that hybrid_layer_pattern = {pattern!r} has none of"
+        yield Problem("lora.lora_targets", lora.lora_targets, rule, "Train all: no --lora-rank.")
     widths = {"hidden_size": model.hidden_size}
     if lora.has("attention"):
         widths["num_query_groups x kv_channels"] = model.query_groups * model.head_size

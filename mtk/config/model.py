@@ -72,6 +72,11 @@ class ModelConfig(
     )
     lora: LoraConfig = group(LoraConfig, title="Adapters", hidden=True)
 
+    def in_head(self, parameter: str) -> bool:
+        """Whether a parameter belongs to the head of a task."""
+        del parameter
+        return False
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding; needs ``vocab_size``."""
