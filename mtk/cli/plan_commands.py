@@ -127,9 +127,11 @@ def _notes(config: PlanConfig) -> list[str]:
 
     notes = ["", "Not counted: fragmentation, workspaces, communication buffers, CUDA context."]
     if kept := attention_matrix(config):
+        masked = config.model.window_size is not None or config.model.biases_scores
+        fused = "as PyTorch's own for masks" if masked else "--use-flash-attn"
         notes.append(
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
-            f"fused kernel (--use-flash-attn) does not keep them."
+            f"fused kernel ({fused}) does not keep them."
         )
     flash = config.runtime.attention_backend == "flash"
     if flash and config.parallel.recompute_granularity == "selective":

@@ -99,6 +99,9 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         moe_layer_freq=shrunk_pattern(model.moe_layer_freq, model.num_layers),
         seq_length=length,
         max_position_embeddings=length,
+        decoder_seq_length=_up(length // 2, rows)
+        if model.family == "t5"
+        else model.decoder_seq_length,
         # Still hides something.
         window_size=model.window_size and min(model.window_size, max(1, length // 2)),
         mamba_head_dim=min(model.mamba_head_dim, HEAD) if mamba else model.mamba_head_dim,

@@ -24,7 +24,7 @@ class MegatronFiles:
         def loaded(rank: Rank, virtual: int) -> Tensors:
             chunk = rank.chunks[virtual]
             return LazyTensors(
-                chunk, lambda name: rounded(rank.file.tensor(chunk[name]), dtype).double()
+                chunk, lambda name: rounded(name, rank.file.tensor(chunk[name]), dtype).double()
             )
 
         stages = [
