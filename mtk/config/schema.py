@@ -50,7 +50,7 @@ def group(factory: Callable[[], Any], *, title: str, hidden: bool = False) -> An
     """A nested group of options; ``title`` heads its panel in ``--help``. hidden: see
     :class:`OptionSpec`."""
     metadata = {"group": title, "hidden": hidden}
-    return dataclasses.field(default_factory=factory, kw_only=True, metadata=metadata)
+    return dataclasses.field(default=factory(), kw_only=True, metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner: Tensor = self.product(self.dropout(x), self.a)
         out: Tensor = self.product(inner, self.b)
-        return self.scale * out
+        return out * self.scale
 
 
 class LoraLinear(nn.Linear):
@@ -57,8 +57,8 @@ class LoraLinear(nn.Linear):
         self.product: Product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.product(x, self.weight, self.bias)
-        return out + self.lora(x)
+        out: Tensor = self.product(x, self.weight, self.bias) + self.lora(x)
+        return out
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> None:

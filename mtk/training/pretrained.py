@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mtk.artifacts import InputRecord, verify
-from mtk.artifacts.hashing import sha256_json
 from mtk.config.model import ModelConfig
 from mtk.convert.lazy import Tensors
 from mtk.convert.open_model import has_tokenizer, read_native, tokenizer_folder
 from mtk.convert.source import Source, find_source
 from mtk.errors import CheckpointError
 from mtk.models.init import initial_value
+from mtk.models.lora import is_adapter
 from mtk.parallel.apply import Values
 from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.training.step import Stepper
@@ -54,11 +54,6 @@ class Pretrained:
         return load_tokenizer(folder)
 
 
-def digest_of(records: list[InputRecord]) -> str:
-    """One digest for weights that are one artifact, or some files."""
-    return records[0].digest if len(records) == 1 else sha256_json([r.digest for r in records])
-
-
 def open_pretrained(path: str) -> Pretrained:
     """Look into ``--pretrained-checkpoint``. Raises ArtifactError or a kind of it."""
     source = find_source(path)
@@ -87,16 +82,17 @@ def _value(
 def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
     """This rank's part of the weights. Raises CheckpointError where they are not the model's."""
     shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
-    missing, unread = (
-        sorted(set(shapes) - set(base.tensors)),
-        sorted(set(base.tensors) - set(shapes)),
-    )
+    fresh = {name for name in shapes if is_adapter(name)}
+    missing = sorted(set(shapes) - set(base.tensors) - fresh)
+    unread = sorted(set(base.tensors) - set(shapes))
     if missing or unread:
         raise CheckpointError(
             f"{base.path} does not fit the model: missing {missing[:5]}, unknown {unread[:5]} "
             f"(first five)."
         )
     for name, piece in stepper.pieces.items():
+        if name in fresh:
+            continue
         whole = base.tensors[name]
         if tuple(whole.shape) != shapes[name]:
             raise CheckpointError(

@@ -12,6 +12,7 @@ import torch
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
+from mtk.convert.source import digest_of
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
 from mtk.parallel.collectives import share_object
@@ -33,7 +34,7 @@ from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
 from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
-from mtk.training.pretrained import digest_of, initial_values, restore_pretrained
+from mtk.training.pretrained import initial_values, restore_pretrained
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver

@@ -12,6 +12,7 @@ from mtk.artifacts import Artifact, InputRecord, open_artifact, publish_director
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.checkpoint.sharded import join_blocks, write_blocks
 from mtk.checkpoint.steps import prune_steps, step_folder
+from mtk.convert.adapters import write_base
 from mtk.errors import CheckpointError
 from mtk.parallel.collectives import gather_objects, share_object
 from mtk.training.best import Best
@@ -68,6 +69,9 @@ class Saver:
         ) as publication:
             write_content(publication.folder, self._content(), self.job.recorded, self._limit)
             self.job.data.save_tokenizer(publication.folder / "tokenizer")
+            if self.stepper.placed.frozen and self.job.base is not None:
+                base, digest = self.job.base.source.folder, self.identity.base or ""
+                write_base(publication.folder, final, base, digest)
             if self.stepper.ranks.distributed:
                 path = str(publication.folder.resolve())
                 share_object(path, self.stepper.ranks.world, "save.folder")
