@@ -10,6 +10,7 @@ import pytest
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.config.recipes import RECIPES
+from mtk.convert.families import family_for
 from mtk.convert.mixtral import reasons, to_config
 from mtk.models.build import build_on_meta
 from mtk.models.count_families import active_parameters, flops_per_token, parameters
@@ -246,6 +247,39 @@ def test_models_with_experts_as_built(changes: dict[str, Any]) -> None:
     extra = flops_per_token(config).full - flops_per_token(without).full
     assert extra == 6 * sum(shared)
     assert bool(shared) == (config.moe_shared_expert_intermediate_size is not None)
+
+
+def recipe_model(name: str, vocab_size: int) -> ModelConfig:
+    known = ModelConfig.__dataclass_fields__
+    return model(**{k: v for k, v in RECIPES[name].items() if k in known}, vocab_size=vocab_size)
+
+
+def test_published_qwen_moe() -> None:
+    """Hugging Face's counts of the released weights; what a token uses as their names say."""
+    qwen3 = recipe_model("qwen3-30b-a3b", 151936)
+    assert parameters(qwen3) == 30_532_122_624
+    assert round(active_parameters(qwen3) / 1e9, 1) == 3.4  # 3.0 without the embedding
+    qwen2 = model(
+        **LLAMA,
+        num_layers=24,
+        hidden_size=2048,
+        num_attention_heads=16,
+        moe_ffn_hidden_size=1408,
+        num_experts=60,
+        moe_router_topk=4,
+        moe_router_pre_softmax=True,
+        add_qkv_bias=True,
+        moe_shared_expert_intermediate_size=5632,
+        moe_shared_expert_gate=True,
+        seq_length=4096,
+        vocab_size=151936,
+    )
+    assert parameters(qwen2) == 14_315_784_192
+    assert round(active_parameters(qwen2) / 1e9, 1) == 2.7
+    assert [f.model_type for f in (family_for(qwen2), family_for(qwen3))] == [
+        "qwen2_moe",
+        "qwen3_moe",
+    ]
 
 
 def test_the_published_mixtral_is_the_recipe() -> None:
