@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -28,17 +28,24 @@ from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 
+MakeObjective = Callable[[TokenLosses], Objective]
 # How a module of each family is called.
 CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
 
 def make_stepper(
-    config: PretrainConfig, samples: int, ranks: Ranks, values: Values | None = None
+    config: PretrainConfig,
+    samples: int,
+    ranks: Ranks,
+    values: Values | None = None,
+    *,
+    objective: MakeObjective | None = None,
+    forward: Call | None = None,
 ) -> Stepper:
     """Model, optimizer and schedule of this rank.
 
     samples: of the whole run, for the schedule. values: of the weights (default: initial ones
-    of the seed). Raises LayoutError.
+    of the seed). objective, forward: in place of the family's. Raises LayoutError.
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
     kernel = attention_kernel(config, ranks.device)
@@ -52,7 +59,7 @@ def make_stepper(
     main = MainWeights(placed.named_parameters(), dtype)
     placed.cast_copies(dtype)
     return Stepper(
-        make_passes(config, placed, ranks),
+        make_passes(config, placed, ranks, objective, forward),
         main,
         Optimizer(main.weights, config.optimizer),
         Schedule.from_config(config, samples),
@@ -67,17 +74,25 @@ def _initial(model: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
     return initial_value(name, shape, model, seed)
 
 
-def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
-    """How this rank runs its part of the model."""
+def make_passes(
+    config: PretrainConfig,
+    placed: Placed,
+    ranks: Ranks,
+    objective: MakeObjective | None = None,
+    forward: Call | None = None,
+) -> Passes:
+    """How this rank runs its part of the model. objective, forward: in place of the family's."""
     parallel = config.parallel
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
-    objective, feed = objective_of(config.model, ranks), Feed(ranks)
-    call = CALLS[config.model.family]
+    feed, call = Feed(ranks), forward or CALLS[config.model.family]
+    minimised = objective_of(config.model, ranks)
+    if objective is not None:
+        minimised = objective(cross_entropy(config.model, ranks))
     if placed.stages is None:
         each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
         # Without FSDP there are no shards that could add up in fp32.
         each = each and ranks.shards.size > 1
-        return Accumulation(placed.parts[0], objective, feed, overlap, reduce_each=each, call=call)
+        return Accumulation(placed.parts[0], minimised, feed, overlap, reduce_each=each, call=call)
     rows = ranks.tp.size if parallel.sequence_parallel else 1
     dtype = COMPUTE_DTYPES[config.precision.precision]
     pipeline = Pipeline(
@@ -97,18 +112,23 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
         overlap=overlap.reduce,
         call=call,
     )
-    return Pipelined(pipeline, objective, feed, overlap)
+    return Pipelined(pipeline, minimised, feed, overlap)
 
 
 def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:
-    """Cross-entropy from whole logits, or from this rank's part of the vocabulary."""
-    losses: TokenLosses = token_losses
-    if ranks.tp.size > 1:
-        size = model.padded_vocab_size
-        losses = partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
+    """What a family minimises."""
+    losses = cross_entropy(model, ranks)
     if model.family == "bert":
         return MaskedTokens(losses, model.bert_binary_head)
     return NextToken(losses)
+
+
+def cross_entropy(model: ModelConfig, ranks: Ranks) -> TokenLosses:
+    """From whole logits, or from this rank's part of the vocabulary."""
+    if ranks.tp.size == 1:
+        return token_losses
+    size = model.padded_vocab_size
+    return partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
 
 
 def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from mtk.artifacts import InputRecord
 from mtk.config.pretrain import LengthConfig, PretrainConfig
 from mtk.log import Reporter
+from mtk.training.custom import NOTHING_OWN, Custom
 from mtk.training.data import batch_schedule
 from mtk.training.loop import RunData
 from mtk.training.pretrained import Pretrained
@@ -35,7 +36,8 @@ class Job:
     of the core. samples: of the whole run. data_digest: of what decides which sample comes
     when. batches(reporter, rank, size): what one of ``size`` data-parallel ranks reads. base:
     weights to begin from, in place of initial ones. figure: of an evaluation, by which the
-    best checkpoint is kept beside the newest; ``-`` in front: the lower the better.
+    best checkpoint is kept beside the newest; ``-`` in front: the lower the better. custom:
+    what is used in place of mtk's own loss and forward step.
     """
 
     stage: str
@@ -47,6 +49,7 @@ class Job:
     batches: Callable[[Reporter, int, int], RunData]
     base: Pretrained | None = None
     figure: str | None = None
+    custom: Custom = NOTHING_OWN
 
     @property
     def save(self) -> Path:

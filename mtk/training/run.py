@@ -23,6 +23,7 @@ from mtk.precision.main_weights import COMPUTE_DTYPES
 from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.best import Best
+from mtk.training.custom import NOTHING_OWN, Custom
 from mtk.training.data import (
     data_identity,
     run_data,
@@ -55,7 +56,9 @@ class Run:
     start: Start
 
 
-def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact:
+def run_rank(
+    config: PretrainConfig, session: Session, ranks: Ranks, custom: Custom = NOTHING_OWN
+) -> Artifact:
     """Pretrain until the length is reached; every rank returns the last checkpoint.
 
     Raises what :func:`run_job` raises.
@@ -66,9 +69,13 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
     digest = data_identity(config, data, samples)
 
     def batches(reporter: Reporter, rank: int, size: int) -> RunData:
+        if custom.batches is not None:
+            return custom.batches(config, rank, size)
         return run_data(config, data, samples, reporter, rank, size)
 
-    return run_job(Job("pretrain", config, config, samples, data, digest, batches), session, ranks)
+    digest = custom.data_digest or digest
+    job = Job("pretrain", config, config, samples, data, digest, batches, custom=custom)
+    return run_job(job, session, ranks)
 
 
 def run_job(job: Job, session: Session, ranks: Ranks) -> Artifact:
@@ -82,7 +89,14 @@ def run_job(job: Job, session: Session, ranks: Ranks) -> Artifact:
     if not world.first:
         session = session.of_rank(ranks.rank)
     values = None if base is None else initial_values(base, config.model, config.runtime.seed)
-    stepper = make_stepper(config, job.samples, ranks, values)
+    stepper = make_stepper(
+        config,
+        job.samples,
+        ranks,
+        values,
+        objective=job.custom.objective,
+        forward=job.custom.forward,
+    )
     own = Start()
     if world.first:
         own = (start_again if session.force else find_start)(job)
