@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtk.config.layer_pattern import as_text
+from mtk.config.layer_pattern import shortest_text
 from mtk.config.model import ModelConfig
 from mtk.convert.family import ForeignConfig
 from mtk.convert.megatron.argument_tables import (
@@ -187,7 +187,7 @@ def _layer_frequency(found: ForeignConfig) -> str:
     if isinstance(value, int) and value >= 1:
         return str(value)
     if isinstance(value, list) and value and all(one in (0, 1) for one in value):
-        return as_text(tuple(one == 1 for one in value))
+        return shortest_text(tuple(one == 1 for one in value))
     found.complaints.append(f"moe_layer_freq = {value!r}: is no number and no list of 0 and 1")
     return "1"
 

@@ -189,7 +189,15 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"num_experts": 8, "moe_aux_loss_coeff": [0.5]},
         {"num_experts": 8, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.5},
     ),
-    ({"num_experts": 8, "moe_layer_freq": [1, 0] * 28}, {"moe_layer_freq": 2}),
+    ({"num_experts": 8, "moe_layer_freq": [1, 0] * 28}, {"moe_layer_freq": "2"}),
+    (
+        {"num_experts": 8, "moe_layer_freq": [0] + [1] * 55},
+        {"moe_layer_freq": "[0]+[1]*55"},
+    ),
+    (
+        {"num_experts": 8, "moe_router_pre_softmax": True},
+        {"moe_router_pre_softmax": True, "moe_router_topk": 2},
+    ),
     (
         {"num_experts": 8, "moe_router_topk": 1, "moe_router_pre_softmax": True},
         {"moe_router_topk": 1},
@@ -206,10 +214,9 @@ def test_meanings(given: dict[str, Any], meant: dict[str, Any]) -> None:
 COMPLAINTS: list[tuple[dict[str, Any], str]] = [
     ({"position_embedding_type": "yarn", "use_rotary_position_embeddings": False}, "'yarn'"),
     ({"swiglu": True, "squared_relu": True}, "swiglu and squared-relu at once"),
-    ({"num_experts": 8, "moe_router_pre_softmax": True}, "moe_router_pre_softmax = True"),
     ({"num_experts": 8, "moe_router_topk": 1}, "moe_router_pre_softmax = False"),
     ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn'"),
-    ({"num_experts": 8, "moe_layer_freq": [0, 1] * 28}, "every Nth layer"),
+    ({"num_experts": 8, "moe_layer_freq": [0, 2] * 28}, "no list of 0 and 1"),
     ({"num_experts": 8, "add_bias_linear": True}, "experts have no biases"),
     ({"vocab_size": 60000}, "60000 in an embedding of 50688 rows"),
     ({"padded_vocab_size": 50304}, "padded_vocab_size = 50304, but the embedding has 50688"),
