@@ -16,6 +16,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
 
     Raises ConversionError (no counterpart, weights left over) and GateError (parity).
     """
+    from mtk.convert.adapters import has_adapters
     from mtk.convert.lazy import DTYPES
     from mtk.convert.megatron.open_checkpoint import read_given
     from mtk.convert.megatron.publish import Target, publish_megatron
@@ -24,7 +25,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
 
     session = session or Session()
     source = find_source(config.load)
-    _check_kinds(config, source.kind)
+    _check_kinds(config, source.kind, adapters=has_adapters(source.folder))
     inputs = source.inputs()
     done = up_to_date(config.save, "convert", config, inputs, session)
     if done is not None:
@@ -75,12 +76,13 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     return publication.artifact
 
 
-def _check_kinds(config: ConvertConfig, kind: str) -> None:
+def _check_kinds(config: ConvertConfig, kind: str, *, adapters: bool) -> None:
     if config.source != "auto" and config.source != kind:
         raise ConversionError(f"{config.load} is {kind}, but --from says {config.source}.")
     if kind == "quantized":
         raise ConversionError(
             f"{config.load} is quantised; convert what it was made from (mtk lineage shows it)."
         )
-    if kind == config.to != "megatron":
+    # Adapters become a whole model.
+    if kind == config.to != "megatron" and not adapters:
         raise ConversionError(f"{config.load} is {kind} already; there is nothing to convert.")

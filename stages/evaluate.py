@@ -46,13 +46,16 @@ def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
     place = find_place(device)
     if place.started_by != "alone" or config.nproc == 1:
         return evaluate_here(place, config, session)
-    artifact: Artifact = launch(
-        evaluate_here,
-        (config, session.of_rank(0)),
-        config.nproc,
-        device=device,
-        timeout=config.distributed_timeout_minutes * 60,
-    )
+    _, inputs = _inputs(config)
+    artifact = up_to_date(config.output, "evaluate", config, inputs, session)
+    if artifact is None:
+        artifact = launch(
+            evaluate_here,
+            (config, session.of_rank(0)),
+            config.nproc,
+            device=device,
+            timeout=config.distributed_timeout_minutes * 60,
+        )
     return artifact
 
 
@@ -100,7 +103,7 @@ def evaluate_here(place: Place, config: EvaluateConfig, session: Session) -> Art
 
 def _inputs(config: EvaluateConfig) -> tuple[Source, list[InputRecord]]:
     from mtk.convert.source import find_source
-    from mtk.evaluation.lm_eval_tasks import harness_inputs
+    from mtk.evaluation.lm_eval_inputs import harness_inputs
 
     source = find_source(config.load)
     data = [input_file(path, "data") for path in config.valid_data]

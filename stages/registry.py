@@ -83,6 +83,12 @@ STAGES = (
         "Train a model from scratch or from a checkpoint.",
     ),
     Stage(
+        "finetune",
+        "mtk.config.finetune:FinetuneConfig",
+        "stages.finetune:run",
+        "Go on from a trained model: plain text, conversations, or a task with a head.",
+    ),
+    Stage(
         "serve",
         "mtk.config.serve:ServeConfig",
         "stages.serve:run",

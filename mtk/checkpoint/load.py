@@ -48,6 +48,11 @@ def load_model(
     folder = checkpoint_folder(path)
     artifact = open_artifact(folder, "checkpoint")
     config = read_model_config(folder)
+    if config.lora.lora_rank is not None:
+        raise CheckpointError(
+            f"{folder} holds adapters only. Merge them with their model: mtk convert --load "
+            f"{folder} --to native --save DIR."
+        )
     model = empty_model(config, dtype=dtype, device=device)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer"

@@ -68,10 +68,12 @@ def checkpoint_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{path} is not a checkpoint and holds none. Check the path.")
 
 
-def prune_steps(directory: str | Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest complete steps; 0 keeps all."""
+def prune_steps(directory: str | Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the ``keep`` newest complete steps and the ``best``; 0 keeps all."""
     if keep:
         for step in complete_steps(directory)[:-keep]:
+            if step == best:
+                continue
             folder = step_folder(directory, step)
             # Without its marker the folder no longer exists to a reader, even half-deleted.
             (folder / MARKER).unlink()

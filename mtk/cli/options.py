@@ -87,7 +87,7 @@ def add_command(
 
     body(given, common) is called with the options that were given, by dotted key.
     """
-    found = list(leaves(config_class))
+    found = [leaf for leaf in leaves(config_class) if not leaf.hidden]
 
     def command(**values: Any) -> None:
         body(_given(found, values), CommonOptions(values))

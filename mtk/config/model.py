@@ -12,11 +12,12 @@ from mtk.config.attention import AttentionOptions, attention_problems
 from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
 from mtk.config.layer_pattern import has_experts
+from mtk.config.lora import LoraConfig, lora_problems
 from mtk.config.mamba import EXPERTS, MambaOptions, implied_by_pattern, mamba_problems, mamba_sizes
 from mtk.config.moe import AUX_LOSS_COEFF, MoeOptions, moe_problems
 from mtk.config.nearest import nearest_divisor, nearest_multiple
 from mtk.config.positions import PositionOptions, position_problems
-from mtk.config.schema import option
+from mtk.config.schema import group, option
 from mtk.errors import Problem
 
 # Activations that multiply two matrices' outputs (Shazeer 2020).
@@ -69,6 +70,12 @@ class ModelConfig(
     make_vocab_size_divisible_by: int = option(
         128, help="The embedding is padded to a multiple of this, whatever the layout."
     )
+    lora: LoraConfig = group(LoraConfig, title="Adapters", hidden=True)
+
+    def in_head(self, parameter: str) -> bool:
+        """Whether a parameter belongs to the head of a task."""
+        del parameter
+        return False
 
     @property
     def padded_vocab_size(self) -> int:
@@ -162,6 +169,7 @@ class ModelConfig(
         yield from moe_problems(self)
         yield from encoder_problems(self)
         yield from mamba_problems(self)
+        yield from lora_problems(self)
 
     def _positive(self) -> Iterator[Problem]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):

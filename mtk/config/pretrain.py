@@ -114,27 +114,21 @@ class LengthConfig:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             found = tuple(vars(self).values())
-            rule = "give exactly one of --train-iters, --train-samples, --train-tokens"
-            yield Problem("train_iters", found, rule)
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in vars(self))
+            yield Problem("train_iters", found, f"give exactly one of {flags}")
         for name, value in given.items():
             if value < 1:
                 yield Problem(name, value, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """Where checkpoints go and come from."""
+class OutputConfig:
+    """Where checkpoints go."""
 
     save: str = option(help="Folder of checkpoints; the same command continues them.", runtime=True)
-    load: str | None = option(
-        None, help="Start from this checkpoint if --save holds none yet.", runtime=True
-    )
     save_interval: int = option(500, help="Steps between checkpoints.", runtime=True)
     keep_checkpoints: int = option(
         2, help="How many of the newest checkpoints stay; 0 keeps all.", runtime=True
-    )
-    finetune: bool = option(
-        False, help="Take only the weights from --load: step 0, fresh optimizer and data."
     )
     max_shard_size: int = option(
         2_000_000_000, help="Bytes after which a new weight file begins.", runtime=True
@@ -148,6 +142,21 @@ class SaveConfig:
             yield Problem("keep_checkpoints", self.keep_checkpoints, rule, "Nearest: 2.")
         if self.max_shard_size < 1:
             yield Problem("max_shard_size", self.max_shard_size, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig(OutputConfig):
+    """Where checkpoints go and come from."""
+
+    load: str | None = option(
+        None, help="Start from this checkpoint if --save holds none yet.", runtime=True
+    )
+    finetune: bool = option(
+        False, help="Take only the weights from --load: step 0, fresh optimizer and data."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.finetune and not self.load:
             yield Problem("finetune", True, "needs --load CHECKPOINT")
 
@@ -235,9 +244,16 @@ class PretrainConfig:
         return self.batch.global_batch_size or smallest_batch(self.parallel, self.batch, self.world)
 
     def problems(self) -> Iterator[Problem]:
-        batch = self.batch
         if self.data.mock_data and self.model.vocab_size is None:
             yield Problem("model.vocab_size", None, "must be given with --mock-data")
+        for name, value in (("lora.lora_rank", self.model.lora.lora_rank),):
+            if value is not None:
+                yield Problem(f"model.{name}", value, "belongs to mtk finetune", "Leave it out.")
+        yield from self.training_problems()
+
+    def training_problems(self) -> Iterator[Problem]:
+        """Rules of any training, whatever its data and wherever its model comes from."""
+        batch = self.batch
         if self.schedule.lr_warmup_init > self.optimizer.lr:
             rule = f"must not exceed optimizer.lr = {self.optimizer.lr}"
             yield Problem("schedule.lr_warmup_init", self.schedule.lr_warmup_init, rule)

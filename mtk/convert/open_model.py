@@ -12,6 +12,7 @@ from mtk.artifacts import Artifact
 from mtk.checkpoint import read_model_config
 from mtk.checkpoint.load import copy_into, empty_model
 from mtk.config.model import ModelConfig
+from mtk.convert.adapters import has_adapters, merge
 from mtk.convert.hf_directory import read_hf_model
 from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import check_complete
@@ -83,7 +84,10 @@ def open_source(
 
 
 def read_native(source: Source) -> tuple[ModelConfig, Tensors]:
-    """Configuration and weights (lazy) in native form, wherever they come from."""
+    """Configuration and weights (lazy) in native form, wherever they come from; adapters are
+    merged into the model they stand beside."""
+    if source.kind == "native" and has_adapters(source.folder):
+        return merge(source, read_native)
     if source.kind == "native":
         return read_model_config(source.folder), source.native_tensors()
     if source.kind == "megatron":

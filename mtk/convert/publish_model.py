@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 from mtk.checkpoint import read_model_config
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.config.model import ModelConfig
+from mtk.convert.adapters import apart, has_adapters
 from mtk.convert.families import family_for
 from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
@@ -82,7 +84,8 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
 
 
 def write_native(source: Source, folder: Path, stage_config: Any, demands: Demands) -> Parity:
-    """A foreign directory -> native checkpoint of weights with ``parity.json``."""
+    """A foreign directory, or adapters -> native checkpoint of all weights with
+    ``parity.json``."""
     config, tensors = read_model(source, demands)
     tokenizer = source_tokenizer(source, config)
     weights = as_dtype(tensors, demands.dtype)
@@ -110,7 +113,12 @@ def read_model(source: Source, demands: Demands) -> tuple[ModelConfig, Tensors]:
 def certify_source(
     source: Source, config: ModelConfig, native: Tensors, demands: Demands
 ) -> dict[str, Any]:
-    """For the certificate: that a foreign source was read right. Raises GateError."""
+    """For the certificate: that a foreign source was read right, or that adapters were merged
+    right. Raises GateError."""
+    if has_adapters(source.folder):
+        whole = dataclasses.replace(demands, dtype=None)
+        reference = source_reference(source, whole)
+        return {"merge": certify(config, native, source.folder, reference, whole).to_dict()}
     if source.kind == "native":
         return {}
     reference = source_reference(source, demands)
@@ -143,7 +151,12 @@ def certify(
 
 
 def source_reference(source: Source, demands: Demands) -> Comparable:
-    """What runs a foreign source without the tables it is converted by."""
+    """What runs a foreign source without the tables it is converted by, or adapters beside the
+    model that they were trained with."""
+    if has_adapters(source.folder):
+        config, tensors = apart(source, read_native)
+        model = assemble(config, tensors, source.folder)
+        return NativeModel(model, PROBES[config.family], "mtk with its adapters apart")
     if source.kind == "megatron":
         return MegatronFiles(open_megatron(source.folder, demands.given), demands.dtype)
     return reference_model(source.folder, demands)

@@ -41,8 +41,8 @@ class Comparable(Protocol):
 class NativeModel:
     """mtk's own module."""
 
-    def __init__(self, model: GPT, probe: Probe = CAUSAL) -> None:
-        self.name = "mtk"
+    def __init__(self, model: GPT, probe: Probe = CAUSAL, name: str = "mtk") -> None:
+        self.name = name
         self._model, self._probe = model.float().eval(), probe
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -3,11 +3,13 @@ or of Megatron."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mtk.artifacts import Artifact, InputRecord, find_marker, input_file, open_artifact
+from mtk.artifacts.hashing import sha256_json
 from mtk.artifacts.manifest import MARKER
 from mtk.checkpoint import checkpoint_folder, read_tensors
 from mtk.checkpoint.tensors import read_index
@@ -47,6 +49,11 @@ class Source:
             raise ValueError(f"{self.folder} is not a native checkpoint")
         names = read_index(self.folder, "model")
         return LazyTensors(names, lambda n: read_tensors(self.folder, "model", [n])[n])
+
+
+def digest_of(records: Sequence[InputRecord]) -> str:
+    """One digest for a model that is one artifact, or some files."""
+    return records[0].digest if len(records) == 1 else sha256_json([r.digest for r in records])
 
 
 def find_source(path: str | Path) -> Source:

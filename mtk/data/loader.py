@@ -25,8 +25,8 @@ class MicroBatch:
     """tokens_BS, labels_BS: int64; loss_mask_BS: float32, 0 where a label does not count.
     indices_B: positions in the dataset's order, for the data audit. documents_BS, positions_BS:
     int64, as :class:`~mtk.data.packing.Packing` says, or from samples that have ``documents``
-    themselves; None where one forward pass goes over the whole sample. extra: whatever else
-    the samples have, by its name there."""
+    and ``positions`` themselves; None where one forward pass goes over the whole sample.
+    extra: whatever else the samples have, by its name there."""
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
@@ -45,9 +45,9 @@ class MicroBatch:
 
 
 # What a sample may have besides extras.
-_FIELDS = frozenset(("tokens", "labels", "loss_mask", "documents"))
+_FIELDS = frozenset(("tokens", "labels", "loss_mask", "documents", "positions"))
 # What an extra is for a sample that does not count.
-_UNCOUNTED = {"order": -1}
+_UNCOUNTED = {"order": -1, "counted": 0}
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class BatchLoader:
         if "documents" in samples[0]:
             documents_BS = _stack(samples, "documents")
         positions_BS = None if packing is None else packing.position_ids(tokens_BS)
+        if "positions" in samples[0]:
+            positions_BS = _stack(samples, "positions")
         return MicroBatch(
             self._pinned(tokens_BS),
             self._pinned(_stack(samples, "labels")),

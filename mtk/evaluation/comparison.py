@@ -180,10 +180,10 @@ def _collect(entries: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Answ
 
 
 def _key(entry: Mapping[str, Any], *, several: bool) -> str:
-    number = next(entry[name] for name in ("doc_id", "document", "item") if name in entry)
+    named = [entry[name] for name in ("doc_id", "document", "item") if name in entry]
     parts = [str(entry["task"])] if several else []
     filtered = entry.get("filter", "none")
-    return "/".join([*parts, str(number), *([filtered] if filtered != "none" else [])])
+    return "/".join([*parts, str(named[0]), *([filtered] if filtered != "none" else [])])
 
 
 def _add(answer: Answer, entry: Mapping[str, Any]) -> None:

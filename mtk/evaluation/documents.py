@@ -35,6 +35,8 @@ def read_text(path: Path) -> str:
         raise DataError(
             f"{path} is not UTF-8: byte {error.start} is {data[error.start]:#04x}."
         ) from error
+    # Some editors begin a file with a byte order mark.
+    text = text.removeprefix("\ufeff")
     if not text.strip():
         raise DataError(f"{path} is empty; there is nothing to score.")
     # As Python's text mode reads line ends, which the published numbers were made with.
@@ -61,7 +63,18 @@ def read_records(path: Path, key: str) -> Iterator[Document]:
             raise DataError(f"{origin} has no field {key!r} (it has: {found}). See --text-key.")
         if not isinstance(record[key], str) or not record[key].strip():
             raise DataError(f"{origin}: field {key!r} is not a text, or is empty.")
+        _require_unicode(record[key], f"{origin}: field {key!r}")
         yield Document(record[key], origin)
+
+
+def _require_unicode(text: str, where: str) -> None:
+    """JSON can spell half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds a lone surrogate ({text[error.start]!a}), so it is not Unicode."
+        ) from error
 
 
 def read_documents(path: Path, key: str) -> list[Document]:

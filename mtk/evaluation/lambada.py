@@ -77,12 +77,13 @@ def lambada(
 def _request(text: TextIds, document: Document, strict: bool) -> Request:
     front = len(text.front)
     if not strict:
-        tokens = text.whole(document.text)
+        tokens = text.whole(document.text, document.origin)
         first = len(tokens) - 1
     else:
         word = document.text.split()[-1]
-        context = text.whole(document.text[: document.text.rindex(word)].strip())
-        tokens = context + text.alone(f" {word}")
+        before = document.text[: document.text.rindex(word)].strip()
+        context = text.whole(before, document.origin)
+        tokens = context + text.alone(f" {word}", document.origin)
         first = len(context)
     if first < 1 + front or first == len(tokens):
         raise DataError(f"{document.origin} is too short: nothing stands before its last word.")

@@ -20,7 +20,7 @@ from lm_eval.api.registry import model_registry, register_model
 from mtk.convert.lazy import DTYPES
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ConfigError, DataError, Problem
-from mtk.evaluation.scorer import Scorer
+from mtk.evaluation.scorer import Advance, Scorer
 from mtk.evaluation.scoring import Request
 from mtk.evaluation.text_ids import PrependBos, TextIds
 from mtk.evaluation.windows import rolling
@@ -48,15 +48,21 @@ Generate = Callable[[Sequence[Sequence[int]], Continuation], list[str]]
 
 class MtkModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra, mypy may lack it
     """max_length: the longest context in tokens. generate: makes texts (it lives above this
-    package). The harness sees one process; the ranks of ``scorer`` share every call, which all
-    of them must make."""
+    package). advance: told the sequences that are done. The harness sees one process; the ranks
+    of ``scorer`` share every call, which all of them must make."""
 
     def __init__(
-        self, scorer: Scorer, text: TextIds, generate: Generate, *, max_length: int
+        self,
+        scorer: Scorer,
+        text: TextIds,
+        generate: Generate,
+        *,
+        max_length: int,
+        advance: Advance = lambda count: None,
     ) -> None:
         super().__init__()
         self.scorer, self.text, self.max_length = scorer, text, max_length
-        self._generate = generate
+        self._generate, self._advance = generate, advance
 
     @property
     def eot_token_id(self) -> int:
@@ -90,8 +96,9 @@ class MtkModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra, my
     ) -> list[tuple[float, bool]]:
         del unused
         cut = [self._request(*request) for request in requests]
+        found = self.scorer.score(cut, self._advance)
         out = []
-        for (strings, _, _), scored in zip(requests, self.scorer.score(cut), strict=True):
+        for (strings, _, _), scored in zip(requests, found, strict=True):
             out.append((math.fsum(scored.log_probs), all(scored.greedy)))
             self.cache_hook.add_partial("loglikelihood", strings, out[-1])
         return out
@@ -118,7 +125,7 @@ class MtkModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra, my
             windows = list(rolling(len(ids) - 1, self.max_length))
             cut += [Request(ids[w.start : w.start + w.length + 1], w.first + 1) for w in windows]
             counts.append(len(windows))
-        found = iter(self.scorer.score(cut))
+        found = iter(self.scorer.score(cut, self._advance))
         out = [
             math.fsum(p for _ in range(count) for p in next(found).log_probs) for count in counts
         ]
@@ -139,6 +146,7 @@ class MtkModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra, my
             order = sorted(numbers, key=lambda n: (-len(prompts[n]), n))[world.rank :: world.size]
             found = self._generate([prompts[n] for n in order], settings) if order else []
             texts.update(zip(order, found, strict=True))
+            self._advance(len(numbers))
         out = self.scorer.share(texts, len(requests))
         for request, text in zip(requests, out, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)

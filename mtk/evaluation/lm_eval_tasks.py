@@ -14,15 +14,12 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtk.artifacts import InputRecord, input_file
 from mtk.config.evaluate import EvaluateConfig
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import ConfigError, DataError, GateError, Problem
 
 # Read by the libraries when they are imported. Whoever sets them otherwise means it.
 ENVIRONMENT = {
@@ -31,23 +28,15 @@ ENVIRONMENT = {
     "HF_EVALUATE_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "DISABLE_MULTIPROC": "1",  # the harness's bootstrap would fork this process
 }
+# Where they keep what they have read, in case they were imported before.
+SWITCHES = ("huggingface_hub.constants", "datasets.config")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # The harness takes 100,000 resamplings, minutes for what changes in the third digit.
 RESAMPLINGS = 1000
 FEWSHOT_SEED = 1234  # the harness's own
-
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """figures: task -> metric -> value. items: one for each question. details: versions and
-    settings. log_likelihoods: every one of them, to see that all are finite."""
-
-    figures: dict[str, Any]
-    items: list[dict[str, Any]]
-    details: dict[str, Any]
-    log_likelihoods: list[float]
 
 
 def require_harness() -> None:
@@ -63,9 +52,13 @@ def require_harness() -> None:
 def surroundings(folder: Path | None, *, first: bool) -> Iterator[None]:
     """Inside the block nothing is downloaded, relative paths are those of ``folder``, and what
     the harness prints goes to stderr (of the first rank)."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: ENVIRONMENT[name] for name in missing})
+    offline = os.environ["HF_HUB_OFFLINE"] == "1"
+    modules = [sys.modules[name] for name in SWITCHES if offline and name in sys.modules]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     stream = sys.stderr if first else io.StringIO()
     try:
         with (
@@ -75,62 +68,10 @@ def surroundings(folder: Path | None, *, first: bool) -> Iterator[None]:
         ):
             yield
     finally:
-        for name, found in before.items():
-            if found is None:
-                os.environ.pop(name, None)
-
-
-# -- what belongs to the digest -----------------------------------------------------------
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads a task file without running what it names."""
-
-
-_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def harness_inputs(config: EvaluateConfig) -> list[InputRecord]:
-    """The user's task files, and the data files they name. Raises DataError."""
-    if config.lm_eval_tasks is None:
-        return []
-    folder = Path(config.lm_eval_tasks)
-    tasks = sorted([*folder.rglob("*.yaml"), *folder.rglob("*.py")])
-    if not any(path.suffix == ".yaml" for path in tasks):
-        raise DataError(f"{folder} holds no task file (*.yaml). See --lm-eval-tasks.")
-    data = {file for path in tasks if path.suffix == ".yaml" for file in data_files(path, folder)}
-    records = [input_file(path, "task") for path in tasks]
-    return records + [input_file(path, "data") for path in sorted(data)]
-
-
-def data_files(path: Path, folder: Path) -> list[Path]:
-    """The local files that a task file names under ``dataset_kwargs``. Raises DataError."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Plain)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not a task file: {error}.") from error
-    named = content.get("dataset_kwargs") if isinstance(content, dict) else None
-    found = named.get("data_files") if isinstance(named, dict) else None
-    files = [folder / text for text in _texts(found) if not set(text) & set("*?[") and text]
-    files = [file for file in files if "://" not in str(file)]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise DataError(
-            f"{path} names the data file {missing}, which does not exist. Names are relative to "
-            f"--lm-eval-tasks."
-        )
-    return files
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, Sequence):
-        for part in value:
-            yield from _texts(part)
+        for module, found in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = found  # type: ignore[attr-defined]
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 # -- tasks --------------------------------------------------------------------------------
@@ -142,15 +83,8 @@ def load_tasks(config: EvaluateConfig, folder: Path | None, data: Path | None) -
     data: takes the place of the one task's data set. Raises ConfigError for an unknown name,
     DataError for data that is not there.
     """
-    from lm_eval.tasks import TaskManager
-
     names = list(config.harness_tasks)
-    manager = TaskManager(include_path=str(folder), include_defaults=False) if folder else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=str(folder) if folder else None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise ConfigError([_unknown(name, manager.all_tasks) for name in unknown])
+    manager = _manager(names, folder)
     specs = [_with_data(manager, names[0], data)] if data else names
     try:
         tasks: dict[str, Any] = manager.load(specs)["tasks"]
@@ -164,6 +98,33 @@ def load_tasks(config: EvaluateConfig, folder: Path | None, data: Path | None) -
     for task in tasks.values():
         _shots(task, config.num_fewshot)
     return tasks
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    """The harness's index of tasks: of the folder, of its own, or of both (the folder's win)."""
+    from lm_eval.tasks import TaskManager
+
+    own: list[str] = []
+    if folder is not None:
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        own = manager.all_tasks
+        if set(names) <= set(own):
+            return manager
+    published = _published()
+    known = [*own, *published.all_tasks]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError([_unknown(name, known) for name in unknown])
+    mixed = folder is not None and not set(names).isdisjoint(own)
+    return TaskManager(include_path=str(folder)) if mixed else published
+
+
+@lru_cache(maxsize=1)
+def _published() -> Any:
+    """It reads 14,000 files that do not change while this process runs."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _unknown(name: str, known: Sequence[str]) -> Problem:
@@ -211,7 +172,8 @@ def _shots(task: Any, asked: int | None) -> None:
 def run_tasks(model: Any, tasks: Mapping[str, Any], limit: int | None, *, first: bool) -> Any:
     """The harness's evaluation; every rank runs it and gets the same requests answered.
 
-    Raises DataError for tasks that run code or need pictures.
+    Raises DataError for tasks that run code or need pictures, GateError for a metric beyond
+    what a number holds.
     """
     from lm_eval.evaluator import evaluate
 
@@ -223,74 +185,12 @@ def run_tasks(model: Any, tasks: Mapping[str, Any], limit: int | None, *, first:
             bootstrap_iters=RESAMPLINGS if first else 0,
             log_samples=True,
         )
+    except OverflowError as error:
+        raise GateError(
+            f"a metric of {', '.join(tasks)} is too large for a number ({error}): the model gives "
+            f"these texts next to no probability. Nothing was published."
+        ) from error
     except ValueError as error:
         if "unsafe" in str(error) or "multimodal" in str(error):
             raise DataError(f"{error} mtk does not run such tasks.") from error
         raise
-
-
-def harness_result(found: Mapping[str, Any], limit: int | None) -> HarnessResult:
-    """The harness's results as mtk writes them."""
-    from lm_eval import __version__ as version
-
-    figures = {name: _metrics(values) for name, values in found["results"].items()}
-    items, values = [], []
-    for name, samples in found["samples"].items():
-        for sample in samples:
-            items.append(_item(name, sample))
-            values += _log_likelihoods(sample["filtered_resps"])
-    details = {
-        "harness": {
-            "lm_eval": version,
-            "bootstrap_iters": RESAMPLINGS,
-            "limit": limit,
-            "tasks": {
-                name: {
-                    "version": found["versions"].get(name),
-                    "num_fewshot": found["n-shot"].get(name),
-                    "questions": dict(found["n-samples"].get(name, {})),
-                    "higher_is_better": found["higher_is_better"].get(name),
-                }
-                for name in found["results"]
-            },
-        }
-    }
-    return HarnessResult(figures, items, details, values)
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``acc,none`` -> ``acc``; other filters stay in the name."""
-    return {
-        key.removesuffix(",none"): float(value)
-        for key, value in values.items()
-        if isinstance(value, (int, float)) and "," in key
-    }
-
-
-def _item(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    responses = sample["filtered_resps"]
-    values = _log_likelihoods(responses)
-    item: dict[str, Any] = {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"]}
-    if values:
-        item["log_likelihoods"] = values
-        greedy = [bool(r[1]) for r in responses if isinstance(r, (tuple, list))]
-        item |= {"greedy": greedy} if greedy else {}
-    else:
-        item["responses"] = [str(response) for response in responses]
-    item["target"] = str(sample["target"])
-    item["metrics"] = {name: _plain(sample[name]) for name in sample["metrics"]}
-    return item | {name: sample[name] for name in ("doc_hash", "prompt_hash", "target_hash")}
-
-
-def _log_likelihoods(responses: Sequence[Any]) -> list[float]:
-    """Of continuations ((value, greedy) each) or of whole texts; none of generated texts."""
-    values = [r[0] if isinstance(r, (tuple, list)) and r else r for r in responses]
-    return [float(value) for value in values if isinstance(value, (int, float))]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    return float(value) if hasattr(value, "__float__") else str(value)

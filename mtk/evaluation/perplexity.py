@@ -105,7 +105,7 @@ def _chunks(
     chunk: list[tuple[list[int], int]] = []
     first = held = 0
     for number, document in enumerate(documents):
-        ids = text.whole(detokenize(document.text, settings.detokenizer))
+        ids = text.whole(detokenize(document.text, settings.detokenizer), document.origin)
         tokens = len(ids) - len(text.front)
         if settings.cut == "rolling":
             ids = [text.anchor, *ids]

@@ -21,9 +21,6 @@ from mtk.parallel.groups import Group
 if TYPE_CHECKING:
     from mtk.evaluation.lm_eval_model import Generate
 
-# Positions with tables of their own; the others reach as far as one likes.
-BOUNDED = ("learned", "rope")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,6 +51,10 @@ class Bench:
 
 def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter: Reporter) -> Bench:
     """Read the data and check it against the model. Raises ConfigError, DataError."""
+    if opened.config.family != "gpt":
+        rule = f"needs a model that predicts the next token; {config.load} is a {{}}"
+        kind = opened.config.family.upper()
+        raise ConfigError([Problem("task", config.task, rule.format(kind))])
     scorer = Scorer(
         opened.model,
         opened.tokenizer.eod,
@@ -73,7 +74,7 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     as_trained = config.task == "WIKITEXT103" and config.windows == "megatron"
     length = config.seq_length or (min(opened.config.seq_length, limit) if as_trained else limit)
     problems = []
-    if length > limit and opened.config.position_embedding_type in BOUNDED:
+    if length > limit and opened.config.positions_are_limited:
         rule = f"exceeds the {limit} positions of the model"
         problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
     elif config.overlapping_eval is not None and config.overlapping_eval > length:
@@ -156,18 +157,24 @@ def lambada_task(bench: Bench) -> Outcome:
 def harness_task(bench: Bench, generate: Generate) -> Outcome:
     """Tasks of lm-evaluation-harness."""
     from mtk.evaluation import lm_eval_tasks as harness
+    from mtk.evaluation.lm_eval_results import harness_result
 
     config, first = bench.config, bench.scorer.world.first
     folder = Path(config.lm_eval_tasks).resolve() if config.lm_eval_tasks else None
     data = Path(config.valid_data[0]).resolve() if config.valid_data else None
     bench.reporter.info(f"lm-evaluation-harness: {', '.join(config.harness_tasks)}")
-    with harness.surroundings(folder, first=first):
+    with (
+        bench.reporter.progress("evaluate", None, "sequences") as bar,
+        harness.surroundings(folder, first=first),
+    ):
         from mtk.evaluation.lm_eval_model import MtkModel
 
-        model = MtkModel(bench.scorer, bench.text, generate, max_length=bench.length)
+        model = MtkModel(
+            bench.scorer, bench.text, generate, max_length=bench.length, advance=bar.advance
+        )
         tasks = harness.load_tasks(config, folder, data)
         found = harness.run_tasks(model, tasks, config.limit, first=first)
-        result = harness.harness_result(found, config.limit)
+        result = harness_result(found, config.limit)
     _require_finite(result.log_likelihoods, config.dtype)
     summary = "\n".join(
         f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in values.items())}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mtk.errors import ConfigError, Problem
+from mtk.errors import ConfigError, DataError, Problem
 from mtk.tokenizers import Tokenizer
 
 PrependBos = Literal["auto", "always", "never"]
@@ -29,13 +29,16 @@ class TextIds:
         wanted = prepend == "always" or (prepend == "auto" and tokenizer.bos_first)
         self.front: list[int] = [tokenizer.bos] if wanted and tokenizer.bos is not None else []
 
-    def alone(self, text: str) -> list[int]:
-        """Ids of the text and nothing else."""
-        return self.tokenizer.encode_alone(text)
+    def alone(self, text: str, origin: str = "") -> list[int]:
+        """Ids of the text and nothing else. Raises DataError that names ``origin``."""
+        try:
+            return self.tokenizer.encode_alone(text)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}" if origin else str(error)) from error
 
-    def whole(self, text: str) -> list[int]:
+    def whole(self, text: str, origin: str = "") -> list[int]:
         """BOS, if it was decided for, and the text."""
-        return self.front + self.alone(text)
+        return self.front + self.alone(text, origin)
 
     @property
     def anchor(self) -> int:

@@ -13,14 +13,18 @@ from mtk.errors import ConfigError
 from mtk.models.attention import AttentionKernel, sdpa_kernel
 from mtk.models.bert import Bert
 from mtk.models.gpt import GPT
+from mtk.models.lora import add_adapters
 from mtk.models.t5 import T5
 
 MODULES: Mapping[str, type[GPT]] = {"gpt": GPT, "bert": Bert, "t5": T5}
 
 
 def build_model(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:
-    """The module without meaningful weights."""
-    return MODULES[config.family](config, kernel)
+    """The module without meaningful weights; of one with adapters all else is frozen."""
+    model = MODULES[config.family](config, kernel)
+    if config.lora.lora_rank is not None:
+        add_adapters(model, config)
+    return model
 
 
 def build_on_meta(config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> GPT:

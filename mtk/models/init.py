@@ -33,7 +33,12 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """Matrices ~ N(0, std), residual outputs ~ N(0, std / sqrt(branches)), norms such that they
     multiply by 1, biases 0; Mamba's own as :mod:`mtk.models.mamba_init` says. A layer has two
-    branches, one of a pattern one."""
+    branches, one of a pattern one. Of adapters A is as wide as the authors' uniform values, B 0.
+    """
+    if name.endswith(".lora.b"):
+        return torch.zeros(shape)
+    if name.endswith(".lora.a"):
+        return normal_weight(name, shape, (3 * shape[1]) ** -0.5, seed)
     own = mamba_value(name, shape, config, seed) if ".mamba." in name else None
     if own is not None:
         return own

@@ -46,9 +46,9 @@ class Placed:
 
     parts: its (virtual) pipeline stages in order; without pipelining the one model. pieces:
     what it holds of each of its parameters and kept buffers. shapes: of all parameters of the
-    whole model; buffer_shapes: of its kept buffers.
-    stages: where all layers are. deferred: what delays weight gradients of each part, for
-    schedules that ask for it.
+    whole model; buffer_shapes: of its kept buffers. frozen: names of parameters that are not
+    trained. stages: where all layers are. deferred: what delays weight gradients of each part,
+    for schedules that ask for it.
     """
 
     parts: tuple[GPT, ...]
@@ -57,13 +57,19 @@ class Placed:
     stages: Stages | None = None
     deferred: tuple[Deferred, ...] = ()
     buffer_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def whole(cls, model: GPT) -> Placed:
         """A model that one process holds."""
         shapes, buffers = _shapes(model)
         pieces = {name: Piece.whole(shape) for name, shape in {**shapes, **buffers}.items()}
-        return cls((model,), pieces, shapes, buffer_shapes=buffers)
+        return cls((model,), pieces, shapes, buffer_shapes=buffers, frozen=_frozen(model))
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of the whole model that are trained."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.frozen}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters here by name. Where two stages hold the same one (tied embeddings in
@@ -104,6 +110,7 @@ def place(
     kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
     whole = build_on_meta(config, kernel)
     shapes, buffers = _shapes(whole)
+    frozen = _frozen(whole)
     copies = tuple(group for group in (ranks.tp, ranks.shards) if group.size > 1)
     all_shapes = {**shapes, **buffers}
     pieces = {name: Piece.whole(shape, copies) for name, shape in all_shapes.items()}
@@ -120,13 +127,24 @@ def place(
         deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
         held |= own
     delayed = tuple(found for found in deferred if found is not None)
-    return Placed(tuple(parts), held, shapes, stages, delayed, buffers)
+    return Placed(tuple(parts), held, shapes, stages, delayed, buffers, frozen)
 
 
 def _shapes(model: GPT) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Of parameters, and of kept buffers."""
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return parameters, {name: tuple(b.shape) for name, b in kept_buffers(model).items()}
+
+
+def _store_frozen(part: GPT, dtype: torch.dtype) -> None:
+    """What is not trained needs no more precision than it computes with."""
+    for parameter in part.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _frozen(model: GPT) -> frozenset[str]:
+    return frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
 
 
 def _apply(
@@ -145,6 +163,7 @@ def _apply(
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
     apply_recompute(part, parallel)
+    _store_frozen(part, dtype)
     if runtime.compile:
         for block in part.layers.values():
             block.compile(dynamic=False)

@@ -21,7 +21,7 @@ SHARDED = {"replicate": "replicated", "optimizer": "optimizer sharded", "full": 
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank keeps from step to step. parameters: those it updates; state: bytes of
+    """What one rank keeps from step to step. parameters: those it holds; state: bytes of
     weights, gradients and optimizer."""
 
     parameters: int
@@ -34,8 +34,11 @@ def held(placed: Placed, dtype: torch.dtype) -> Held:
     parameters = state = 0
     for name, parameter in placed.named_parameters().items():
         size = prod(placed.pieces[name].size)
-        copy = 0 if dtype == torch.float32 or isinstance(parameter, DTensor) else dtype.itemsize
         parameters += size
+        if name in placed.frozen:
+            state += size * dtype.itemsize
+            continue
+        copy = 0 if dtype == torch.float32 or isinstance(parameter, DTensor) else dtype.itemsize
         state += size * (MAIN_BYTES + copy)
     return Held(parameters, state)
 
@@ -47,6 +50,7 @@ def describe_layout(
 
     layers: of the whole model.
     """
+    trained = sum(prod(shape) for shape in placed.trained.values())
     everyone: list[Held] = gather_objects(held(placed, dtype), ranks.world, "run.layout")
     whole = sum(prod(shape) for shape in placed.shapes.values())
     fewest, most = (choose(h.parameters for h in everyone) for choose in (min, max))
@@ -68,6 +72,9 @@ def describe_layout(
         axes = " x ".join(_axes(placed, ranks, parallel, layers))
         text = f"{dims.world} ranks on {ranks.device.type} = {axes}: {_short(whole)} parameters, "
         text += f"{each} a rank with at most {kept}"
+    if trained != whole:
+        text += f"; {_short(trained)} of them are trained"
+        fields["trained_parameters"] = trained
     return text, fields
 
 

@@ -56,7 +56,8 @@ def apply_recompute(model: GPT, parallel: ParallelConfig) -> None:
         units = units_of(
             len(model.layers), parallel.recompute_method, parallel.recompute_num_layers or 1
         )
-        dropout = model.config.hidden_dropout or model.config.attention_dropout
+        config = model.config
+        dropout = config.hidden_dropout or config.attention_dropout or config.lora.lora_dropout
         places = {id(block): place for place, block in enumerate(model.layers.values())}
         model.run_layers = RecomputedLayers(units, places, random=bool(dropout))
 

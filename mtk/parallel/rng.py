@@ -8,10 +8,13 @@ its own heads, and with sequence parallelism its own rows.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mtk.models.attention import CAUSAL, AttentionKernel, Form
 from mtk.parallel.groups import Group
@@ -51,12 +54,33 @@ def own_heads_dropout(kernel: AttentionKernel, group: Group) -> AttentionKernel:
         run = partial(kernel, mask=mask, documents=documents, form=form, bias=bias)
         if dropout == 0.0:
             return run(q_BHSD, k_BGTD, v_BGTD, dropout=0.0)
-        start = int(torch.randint(2**31, (1,)).item()) + group.rank
-        devices = [q_BHSD.device] if q_BHSD.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(start)
+        with _own_stream(group, q_BHSD.device):
             return run(q_BHSD, k_BGTD, v_BGTD, dropout=dropout)
 
     # Generators are swapped on the host, which cannot be traced.
     disabled: AttentionKernel = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
     return disabled
+
+
+class OwnPartDropout(nn.Module):
+    """Dropout on channels of which each rank of ``group`` has its own part."""
+
+    def __init__(self, p: float, group: Group) -> None:
+        super().__init__()
+        self.p, self.group = p, group
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        with _own_stream(self.group, x.device):
+            return F.dropout(x, self.p)
+
+
+@contextmanager
+def _own_stream(group: Group, device: torch.device) -> Iterator[None]:
+    """Random numbers that differ between the ranks of ``group``, from one of the shared stream."""
+    start = int(torch.randint(2**31, (1,)).item()) + group.rank
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(start)
+        yield

@@ -21,6 +21,7 @@ from mtk.models.bert import Bert
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Embedding, Product
 from mtk.models.layer import SingleBlock
+from mtk.models.lora import LoraLinear
 from mtk.models.mlp import MLP
 from mtk.models.t5 import T5, DecoderBlock
 from mtk.parallel.collectives import (
@@ -32,6 +33,7 @@ from mtk.parallel.collectives import (
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.rng import OwnPartDropout
 from mtk.parallel.stages import SHARED_BIASES
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
@@ -72,17 +74,24 @@ class Region:
 
 
 class RowParallelLinear(nn.Linear):
-    """A linear layer cut by input columns; the bias is added once, after the sum."""
+    """A linear layer cut by input columns; the bias is added once, after the sum. lora: its
+    adapter, cut alike."""
 
     def __init__(self, linear: nn.Linear, region: Region, site: str) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.region, self.site = region, site
+        self.lora = linear.lora if isinstance(linear, LoraLinear) else None
+        if self.lora is not None and self.lora.p and region.sequence is None:
+            self.lora.dropout = OwnPartDropout(self.lora.p, region.group)
         self.product: Product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.region.leave(self.product(x, self.weight), self.site)
+        part = self.product(x, self.weight)
+        if self.lora is not None:
+            part = part + self.lora(x)
+        out = self.region.leave(part, self.site)
         return out if self.bias is None else out + self.bias
 
 
@@ -134,7 +143,7 @@ def _shard_attention(attention: Attention, name: str, region: Region, cutter: Cu
         cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
     for part in ("query_norm", "key_norm"):
         cutter.of_own_heads(getattr(attention, part), f"{name}.{part}")
-    cutter.cut(attention.output, "weight", 1, f"{name}.output.weight")
+    cutter.columns(attention.output, f"{name}.output")
     attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
 
 
@@ -144,7 +153,7 @@ def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: Cutter) -> None:
         linear = getattr(mlp, part)
         if linear is not None:
             cutter.rows(linear, f"{name}.{part}")
-    cutter.cut(mlp.down, "weight", 1, f"{name}.down.weight")
+    cutter.columns(mlp.down, f"{name}.down")
     mlp.down = RowParallelLinear(mlp.down, region, "tp.mlp.down")
 
 
@@ -224,6 +233,20 @@ class Cutter:
         for attribute in ("weight", "bias"):
             if getattr(module, attribute) is not None:
                 self.cut(module, attribute, 0, f"{name}.{attribute}")
+        if isinstance(module, LoraLinear):
+            self.cut(module.lora, "b", 0, f"{name}.lora.b")
+            self._in_parts(f"{name}.lora.a")
+
+    def columns(self, linear: nn.Linear, name: str) -> None:
+        """Input columns of the weight; the bias stays whole."""
+        self.cut(linear, "weight", 1, f"{name}.weight")
+        if isinstance(linear, LoraLinear):
+            self.cut(linear.lora, "a", 1, f"{name}.lora.a")
+            self._in_parts(f"{name}.lora.b")
+
+    def _in_parts(self, name: str) -> None:
+        """Whole on every rank, which has a part of its gradient."""
+        self.pieces[name] = self.pieces[name].with_partial(self.ranks.tp)
 
     def heads(self, linear: nn.Linear, name: str, head_size: int) -> None:
         """As :meth:`rows`, but one whole head where there are fewer heads than ranks; the
@@ -237,21 +260,24 @@ class Cutter:
             self.rows(module, name)
             return
         start = self.ranks.tp.rank // sharing.size * size
-        for attribute in ("weight", "bias"):
-            if getattr(module, attribute) is not None:
-                full = f"{name}.{attribute}"
+        own = [(module, "weight", name), (module, "bias", name)]
+        if isinstance(module, LoraLinear):
+            own.append((module.lora, "b", f"{name}.lora"))
+            self._in_parts(f"{name}.lora.a")
+        for holder, attribute, prefix in own:
+            if getattr(holder, attribute) is not None:
+                full = f"{prefix}.{attribute}"
                 piece = self.pieces[full].narrow(0, start, size).without_copies(self.ranks.tp)
                 piece = piece.with_copies(sharing).with_partial(sharing)
-                self._replace(module, attribute, full, piece)
+                self._replace(holder, attribute, full, piece)
 
     def of_own_heads(self, norm: nn.Module | None, name: str) -> None:
         """Whole weights on every rank, whose gradient there is that of its own heads."""
         for part, _ in () if norm is None else norm.named_parameters():
-            full = f"{name}.{part}"
-            self.pieces[full] = self.pieces[full].with_partial(self.ranks.tp)
+            self._in_parts(f"{name}.{part}")
 
     def _replace(self, module: nn.Module, attribute: str, name: str, piece: Piece) -> None:
         old = getattr(module, attribute)
         local = torch.empty(piece.size, dtype=old.dtype, device=old.device)
-        setattr(module, attribute, nn.Parameter(local))
+        setattr(module, attribute, nn.Parameter(local, requires_grad=old.requires_grad))
         self.pieces[name] = piece

@@ -25,14 +25,17 @@ class MainWeights:
 
     Construct it while the model still has its fp32 initial weights, so that the main
     weights start unrounded; the model computes in ``dtype`` afterwards. Buffers (rotary
-    tables) stay fp32.
+    tables) stay fp32. Frozen parameters have no main weight, and are kept in ``dtype`` only.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
         self._parameters = dict(parameters)
         self.weights: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            if isinstance(parameter, DTensor):
+            if not parameter.requires_grad:
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(dtype)
+            elif isinstance(parameter, DTensor):
                 self.weights[name] = parameter.to_local().detach()
             elif dtype == torch.float32:
                 self.weights[name] = parameter
@@ -42,9 +45,9 @@ class MainWeights:
 
     def _separate(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, main weight) where the two are not the same object."""
-        for name, parameter in self._parameters.items():
-            if self.weights[name] is not parameter:
-                yield parameter, self.weights[name]
+        for name, main in self.weights.items():
+            if main is not self._parameters[name]:
+                yield self._parameters[name], main
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -74,8 +77,11 @@ class MainWeights:
 
     @torch.no_grad()
     def restore(self, name: str, tensor: Tensor) -> None:
-        """Set one main weight and its parameter from a checkpoint."""
-        self.weights[name].copy_(tensor)
+        """Set one main weight, if there is one, and its parameter from a checkpoint."""
         parameter = self._parameters[name]
+        if name in self.weights:
+            self.weights[name].copy_(tensor)
+        elif isinstance(parameter, DTensor):
+            parameter.to_local().copy_(tensor)
         if not isinstance(parameter, DTensor):
             parameter.copy_(tensor)

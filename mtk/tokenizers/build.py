@@ -35,6 +35,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     files = {name: contents[name] for name in description["files"]}
     extra = {name: contents[name] for name in description["extra"]}
     tokenizer = _restore(description["kind"], description["options"], files, extra, folder)
+    tokenizer.extra = dict(extra)
     if tokenizer.fingerprint != description["fingerprint"]:
         raise DataError(
             f"{folder}: the tokenizer has the fingerprint {tokenizer.fingerprint[:16]}..., "

@@ -13,7 +13,7 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
-from mtk.parallel.apply import Placed, fill, place
+from mtk.parallel.apply import Placed, Values, fill, place
 from mtk.parallel.pipeline import Call, Pipeline, call_bert, call_gpt, call_t5, states_boundary
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
@@ -32,10 +32,13 @@ from mtk.training.step import Stepper
 CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
 
-def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
-    """Model with initial weights, optimizer and schedule of this rank.
+def make_stepper(
+    config: PretrainConfig, samples: int, ranks: Ranks, values: Values | None = None
+) -> Stepper:
+    """Model, optimizer and schedule of this rank.
 
-    samples: of the whole run, for the schedule. Raises LayoutError.
+    samples: of the whole run, for the schedule. values: of the weights (default: initial ones
+    of the seed). Raises LayoutError.
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
     kernel = attention_kernel(config, ranks.device)
@@ -44,7 +47,8 @@ def make_stepper(config: PretrainConfig, samples: int, ranks: Ranks) -> Stepper:
     if copies and config.model.attention_dropout:
         kernel = own_heads_dropout(kernel, ranks.tp)
     placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
-    fill(placed, partial(_initial, config.model, config.runtime.seed), ranks.device)
+    values = values or partial(_initial, config.model, config.runtime.seed)
+    fill(placed, values, ranks.device)
     main = MainWeights(placed.named_parameters(), dtype)
     placed.cast_copies(dtype)
     return Stepper(

@@ -7,6 +7,7 @@ from pathlib import Path
 from mtk.checkpoint.load import read_model_config
 from mtk.config.model import ModelConfig
 from mtk.config.positions import RELATIVE_OPTIONS
+from mtk.convert.open_model import has_tokenizer
 from mtk.errors import CheckpointError
 from mtk.tokenizers import Tokenizer, load_tokenizer
 
@@ -21,6 +22,7 @@ FUNCTION = (
     "norm_epsilon",
     "position_embedding_type",
     "rotary_percent",
+    "lora",
     "rotary_interleaved",
     *RELATIVE_OPTIONS,
     "use_parallel_residual",
@@ -58,11 +60,11 @@ def check_model(folder: Path, model: ModelConfig) -> None:
 def check_tokenizer(folder: Path, data_tokenizer: Path | None) -> None:
     """The ids of the data mean the same text as those the weights were trained on.
 
-    Tokenizers of different kinds pass if every id stands for the same bytes. Raises
-    CheckpointError.
+    folder: of a checkpoint or of a Hugging Face model. Tokenizers of different kinds pass if
+    every id stands for the same bytes. Raises CheckpointError.
     """
-    own = folder / "tokenizer"
-    if data_tokenizer is None or not own.is_dir():
+    own = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    if data_tokenizer is None or not has_tokenizer(own):
         return
     known, given = load_tokenizer(own), load_tokenizer(data_tokenizer)
     if known.fingerprint == given.fingerprint or _same_bytes(known, given):

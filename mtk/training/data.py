@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtk.artifacts.hashing import sha256_json
-from mtk.config.masking import MASKING_OPTIONS, SPECIAL_TOKENS, decoder_length
+from mtk.config.masking import MASKING_OPTIONS, SPECIAL_TOKENS
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
 from mtk.data.build import SampleCounts, build_splits
@@ -25,7 +25,7 @@ from mtk.data.sampler import micro_batches
 from mtk.data.token_source import SampleDataset
 from mtk.errors import ConfigError, Problem
 from mtk.log import Reporter
-from mtk.tokenizers import load_tokenizer
+from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.training.batch import GlobalBatch
 from mtk.training.loop import Batches, RunData
 from mtk.training.opened_data import PATHS, OpenedData
@@ -93,7 +93,7 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         content["family"] = config.model.family
         content["masking"] = [getattr(options, name) for name in MASKING_OPTIONS]
         content["pairs"] = config.model.bert_binary_head
-        content["decoder"] = decoder_length(config.model)
+        content["decoder"] = config.model.decoder_seq_length
     return sha256_json(content)
 
 
@@ -139,12 +139,13 @@ def run_data(
     packed = packing(config, data, reporter)
     train, share = splits.train, Share(config.batch.micro_batch_size, rank, size, packed)
     # Bits per byte compress a text; masked tokens are no text.
-    whole = config.model.family not in SPECIAL_TOKENS
-    bytes_V = token_bytes(data.tokenizer_folder, config.model.vocab_size) if whole else None
+    bytes_V = None
+    if config.model.family not in SPECIAL_TOKENS and data.tokenizer_folder is not None:
+        bytes_V = token_bytes(load_tokenizer(data.tokenizer_folder), config.model.vocab_size)
     return RunData(
-        train=lambda consumed: _batches(train, consumed, samples, schedule.at, share),
-        valid=_fixed(splits.valid, fixed, share),
-        test=_fixed(splits.test, fixed, share),
+        train=lambda consumed: training_batches(train, consumed, samples, schedule.at, share),
+        valid=held_out(splits.valid, fixed, share),
+        test=held_out(splits.test, fixed, share),
         train_samples=samples,
         token_bytes_V=bytes_V,
     )
@@ -169,7 +170,7 @@ def packing(config: PretrainConfig, data: OpenedData, reporter: Reporter) -> Pac
     return Packing(eod, options.reset_attention_mask, options.reset_position_ids)
 
 
-def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
+def held_out(dataset: SampleDataset | None, samples: int, share: Share) -> Batches | None:
     """The first ``samples`` of a held-out split, or all it has.
 
     All ranks get equally many micro-batches of the same size, which collectives and pipelines
@@ -192,7 +193,7 @@ def _fixed(dataset: SampleDataset | None, samples: int, share: Share) -> Batches
     return batches
 
 
-def _batches(
+def training_batches(
     dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], share: Share
 ) -> Iterator[GlobalBatch]:
     """Global batches from a cursor on, read ahead by one thread."""
@@ -205,11 +206,10 @@ def _batches(
             consumed += size
 
 
-def token_bytes(folder: Path | None, vocab_size: int | None) -> Tensor | None:
+def token_bytes(tokenizer: Tokenizer, vocab_size: int | None) -> Tensor | None:
     """int64 [V]: bytes of text behind each id; None if the tokenizer cannot say."""
-    if folder is None or vocab_size is None:
+    if vocab_size is None:
         return None
-    tokenizer = load_tokenizer(folder)
     lengths = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     if any(piece is None for piece in lengths):
         return None

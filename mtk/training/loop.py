@@ -23,6 +23,8 @@ from mtk.training.step import Stepper, StepResult
 from mtk.training.stop import StopRequest
 
 Batches = Callable[[], Iterator[GlobalBatch]]
+# Figures of an evaluation after a number of steps, to be logged.
+Judge = Callable[[Stepper, int], dict[str, Any]]
 
 # Skipped steps at the least loss scale after which fp16 is given up: none of them trains.
 STUCK_STEPS = 20
@@ -30,19 +32,26 @@ STUCK_STEPS = 20
 
 @dataclass(frozen=True)
 class RunData:
-    """Batches of a run. train: from a cursor (samples) on; valid, test: always the same."""
+    """Batches of a run. train: from a cursor (samples) on; valid, test: always the same.
+
+    epoch: samples after which the run evaluates and saves, besides the intervals. judge: what
+    an evaluation on ``valid`` does in place of the held-out loss; every rank calls it.
+    """
 
     train: Callable[[int], Iterator[GlobalBatch]]
     valid: Batches | None
     test: Batches | None
     train_samples: int
     token_bytes_V: Tensor | None
+    epoch: int | None = None
+    judge: Judge | None = None
 
 
 class Loop:
     """Runs a :class:`Stepper` over :class:`RunData` until all samples are consumed.
 
-    save(metrics) writes a checkpoint of the current state.
+    save(metrics) writes a checkpoint of the current state. evaluated_step: when the metrics of
+    "eval" were taken.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class Loop:
         self.config, self.stepper, self.data = config, stepper, data
         self.progress, self.log, self.reporter, self.save = progress, log, reporter, save
         self.metrics: dict[str, Any] = {}
+        self.evaluated_step: int | None = None
         self._saved_step = progress.step
         self._stuck_steps = 0
         self._interval_start = time.perf_counter()
@@ -107,10 +117,19 @@ class Loop:
             self._log(lr, result)
             bar.advance(0, loss=f"{self.metrics['train_loss']:.3f}", lr=f"{lr:.2e}")
         bar.advance(batch.samples)
-        if not last and progress.step % self.config.checkpoint.save_interval == 0:
-            self._save()
-        if not last and progress.step % logging.eval_interval == 0:
+        if last:
+            return
+        ended = self._epoch_ended(batch)
+        # Before saving, so that a checkpoint's figures are its own.
+        interval = logging.eval_interval
+        if ended or (interval and progress.step % interval == 0):
             self._evaluate("eval", self.data.valid)
+        if ended or progress.step % self.config.checkpoint.save_interval == 0:
+            self._save()
+
+    def _epoch_ended(self, batch: GlobalBatch) -> bool:
+        epoch, consumed = self.data.epoch, self.progress.consumed_samples
+        return epoch is not None and consumed // epoch > (consumed - batch.samples) // epoch
 
     def _count(self, batch: GlobalBatch, result: StepResult) -> None:
         progress = self.progress
@@ -184,17 +203,26 @@ class Loop:
             )
 
     def _evaluate(self, name: str, batches: Batches | None) -> None:
-        if batches is None:
+        judge = self.data.judge if name == "eval" else None
+        if batches is None and judge is None:
             return
         started = time.perf_counter()
         self.stepper.ranks.trace.phase(f"{name} evaluation")
-        result = held_out_loss(
-            self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
-        )
+        if judge is not None:
+            result = judge(self.stepper, self.progress.step)
+        else:
+            assert batches is not None
+            result = held_out_loss(
+                self.stepper.passes, batches(), self.stepper.ranks, self.data.token_bytes_V
+            )
         self.metrics[name] = result
+        if name == "eval":
+            self.evaluated_step = self.progress.step
         self.log.write(name, self.progress.step, result)
         self.reporter.event(name, step=self.progress.step, **result)
         text = f"step {self.progress.step}: {name} loss {result['loss']:.4f}"
+        if "accuracy" in result:
+            text += f", accuracy {result['accuracy']:.4%}"
         if "bits_per_byte" in result:
             text += f", {result['bits_per_byte']:.3f} bits per byte"
         self.reporter.info(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mtk.data.dataset_artifact import DatasetInfo, open_dataset
 from mtk.errors import DataError
 
 # Options that name datasets.
+DATA_ROLE = "training data"
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -30,8 +32,13 @@ class OpenedData:
 
     def inputs(self) -> list[InputRecord]:
         """Each dataset artifact once, however many of its keys are used."""
-        records = {r.digest: r for r in (d.input_record("training data") for d in self.datasets)}
+        records = {r.digest: r for r in (d.input_record(DATA_ROLE) for d in self.datasets)}
         return list(records.values())
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """What a checkpoint keeps: the tokenizer of the data, if they name one."""
+        if self.tokenizer_folder is not None:
+            shutil.copytree(self.tokenizer_folder, folder)
 
 
 def open_data(config: DataConfig) -> OpenedData:

@@ -13,10 +13,10 @@ from typing import Any
 from mtk.artifacts import Artifact, open_artifact, remove_leftovers
 from mtk.checkpoint.steps import checkpoint_folder, damaged_steps, latest_step, step_folder
 from mtk.config import config_digest, leaves, to_dict
-from mtk.config.pretrain import PretrainConfig
 from mtk.errors import CheckpointError
+from mtk.training.best import BEST
 from mtk.training.compatibility import check_model, check_tokenizer
-from mtk.training.opened_data import OpenedData
+from mtk.training.job import Job
 from mtk.training.state import read_training
 
 
@@ -32,54 +32,59 @@ class Start:
     warnings: tuple[str, ...] = ()
 
 
-def find_start(config: PretrainConfig, save: Path, target_samples: int, data: OpenedData) -> Start:
+def find_start(job: Job) -> Start:
     """Own checkpoints win over --load, so that the same command always continues.
 
     Raises CheckpointError when --load names nothing that this run can begin from, when a
     finished run with other options or data is in the way, or when all own checkpoints are
     damaged.
     """
+    save, load = job.save, job.config.checkpoint.load
     step = latest_step(save) if save.is_dir() else None
     damaged = [text for number, text in damaged_steps(save) if number > (step or 0)]
     if step is not None:
-        return _continue(config, step_folder(save, step), target_samples, data, damaged)
+        return _continue(job, step_folder(save, step), damaged)
     if damaged:
         raise CheckpointError(
             f"{damaged[-1]} No other checkpoint in {save} is complete; start over with --force."
         )
-    if config.checkpoint.load is None:
-        return Start()
-    return _load(config, checkpoint_folder(config.checkpoint.load), target_samples, data)
+    return Start() if load is None else _load(job, checkpoint_folder(load))
 
 
-def start_again(config: PretrainConfig, save: Path, target_samples: int, data: OpenedData) -> Start:
+def start_again(job: Job) -> Start:
     """Of --force, which deletes the own checkpoints: --load, or fresh. Raises CheckpointError
     as :func:`find_start` does, and when --load is among those to be deleted."""
-    if config.checkpoint.load is None:
+    load, base = job.config.checkpoint.load, job.base
+    if base is not None:
+        _refuse_to_delete(job.save, base.source.folder, "--pretrained-checkpoint")
+    if load is None:
         return Start()
-    folder = checkpoint_folder(config.checkpoint.load)
+    folder = checkpoint_folder(load)
+    _refuse_to_delete(job.save, folder, "--load")
+    return _load(job, folder)
+
+
+def _refuse_to_delete(save: Path, folder: Path, option: str) -> None:
     if folder.resolve().parent == save.resolve():
         raise CheckpointError(
-            f"--force deletes the checkpoints of --save {save}, and --load {folder} is one of "
+            f"--force deletes the checkpoints of --save {save}, and {option} {folder} is one of "
             f"them. Use another --save."
         )
-    return _load(config, folder, target_samples, data)
 
 
-def _continue(
-    config: PretrainConfig,
-    folder: Path,
-    target_samples: int,
-    data: OpenedData,
-    damaged: Sequence[str],
-) -> Start:
+def _continue(job: Job, folder: Path, damaged: Sequence[str]) -> Start:
     artifact = open_artifact(folder, "checkpoint")
-    changed = changes(artifact.config, config)
-    if _consumed(folder) < target_samples:
-        check_model(folder, config.model)
+    if artifact.stage != job.stage:
+        raise CheckpointError(
+            f"{folder} was written by mtk {artifact.stage}, so mtk {job.stage} cannot continue it. "
+            f"Use another --save."
+        )
+    changed = changes(artifact.config, job.recorded)
+    if _consumed(folder) < job.samples:
+        check_model(folder, job.config.model)
         return Start(folder, warnings=(*_damage(damaged), *_told(changed)))
-    if artifact.config_digest == config_digest(config):
-        changed = changed_inputs(artifact, config, data)
+    if artifact.config_digest == config_digest(job.recorded):
+        changed = changed_inputs(artifact, job)
         if not changed:
             return Start(folder, finished=artifact)
     raise CheckpointError(
@@ -88,19 +93,19 @@ def _continue(
     )
 
 
-def _load(config: PretrainConfig, folder: Path, target_samples: int, data: OpenedData) -> Start:
-    check_model(folder, config.model)
-    check_tokenizer(folder, data.tokenizer_folder)
-    if config.checkpoint.finetune:
+def _load(job: Job, folder: Path) -> Start:
+    check_model(folder, job.config.model)
+    check_tokenizer(folder, job.data.tokenizer_folder)
+    if job.config.checkpoint.finetune:
         return Start(folder, weights_only=True)
     consumed = _consumed(folder)
-    if consumed >= target_samples:
+    if consumed >= job.samples:
         raise CheckpointError(
-            f"{folder} has seen {consumed} samples already, of {target_samples} asked for: "
+            f"{folder} has seen {consumed} samples already, of {job.samples} asked for: "
             f"nothing is left to train. Train longer, or add --finetune to begin at step 0."
         )
     artifact = open_artifact(folder, "checkpoint")
-    return Start(folder, warnings=tuple(_told(changes(artifact.config, config))))
+    return Start(folder, warnings=tuple(_told(changes(artifact.config, job.recorded))))
 
 
 def _consumed(folder: Path) -> int:
@@ -115,25 +120,28 @@ def _told(changed: Sequence[str]) -> list[str]:
     return [f"continuing with a changed option: {change}" for change in changed]
 
 
-def changed_inputs(artifact: Artifact, config: PretrainConfig, data: OpenedData) -> list[str]:
+def changed_inputs(artifact: Artifact, job: Job) -> list[str]:
     """Inputs of a finished run that are no longer what they were."""
     found = []
     used = {record.digest for record in artifact.inputs if record.role == "training data"}
-    if used != {record.digest for record in data.inputs()}:
+    if used != {record.digest for record in job.data.inputs()}:
         found.append("the training data have changed since")
     before = {record.digest for record in artifact.inputs if record.role == "initial model"}
-    if config.checkpoint.load is not None and before:
-        initial = checkpoint_folder(config.checkpoint.load)
+    load = job.config.checkpoint.load
+    if load is not None and before:
+        initial = checkpoint_folder(load)
         if open_artifact(initial, "checkpoint").digest not in before:
             found.append(f"it began from another model than --load {initial}")
+    if job.base is not None and {record.digest for record in job.base.records()} != before:
+        found.append(f"it began from another model than {job.base.path}")
     return found
 
 
-def changes(saved: Mapping[str, Any], config: PretrainConfig) -> list[str]:
+def changes(saved: Mapping[str, Any], config: Any) -> list[str]:
     """Options that can change the result and differ from ``saved``."""
     current = to_dict(config)
     found = []
-    for leaf in leaves(PretrainConfig):
+    for leaf in leaves(type(config)):
         if leaf.spec.runtime:
             continue
         old, new = _value(saved, leaf.path), _value(current, leaf.path)
@@ -147,7 +155,8 @@ def start_over(save: Path) -> None:
     for folder in save.glob("step_*"):
         (folder / "artifact.json").unlink(missing_ok=True)
         shutil.rmtree(folder)
-    (save / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", BEST):
+        (save / name).unlink(missing_ok=True)
 
 
 @contextmanager

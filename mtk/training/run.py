@@ -12,6 +12,7 @@ import torch
 from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
+from mtk.convert.source import digest_of
 from mtk.errors import CheckpointError
 from mtk.log import Reporter
 from mtk.parallel.collectives import share_object
@@ -21,16 +22,19 @@ from mtk.parallel.rng import stream_seed
 from mtk.precision.main_weights import COMPUTE_DTYPES
 from mtk.session import Session
 from mtk.training.assemble import make_stepper
+from mtk.training.best import Best
 from mtk.training.data import (
     data_identity,
     run_data,
     target_samples,
     with_vocabulary,
 )
+from mtk.training.job import Job
 from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
-from mtk.training.opened_data import OpenedData, open_data
+from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
+from mtk.training.pretrained import initial_values, restore_pretrained
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver
@@ -41,36 +45,47 @@ from mtk.training.stop import stop_on_signals
 
 @dataclass(frozen=True)
 class Run:
-    """What :func:`train` needs. save: the folder of checkpoints."""
+    """What :func:`train` needs."""
 
-    config: PretrainConfig
+    job: Job
     session: Session
     stepper: Stepper
-    data: OpenedData
     batches: RunData
     identity: Identity
-    save: Path
     start: Start
 
 
 def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact:
+    """Pretrain until the length is reached; every rank returns the last checkpoint.
+
+    Raises what :func:`run_job` raises.
+    """
+    data = open_data(config.data)
+    config = with_vocabulary(config, data)
+    samples = target_samples(config)
+    digest = data_identity(config, data, samples)
+
+    def batches(reporter: Reporter, rank: int, size: int) -> RunData:
+        return run_data(config, data, samples, reporter, rank, size)
+
+    return run_job(Job("pretrain", config, config, samples, data, digest, batches), session, ranks)
+
+
+def run_job(job: Job, session: Session, ranks: Ranks) -> Artifact:
     """Train until the length is reached; every rank returns the last checkpoint.
 
     Rank 0 alone reads what is in the folder of checkpoints, reports and publishes. Raises
     MtkError subclasses: ConfigError, DataError, CheckpointError, GateError (loss not
     finite), Interrupted (signal; state saved).
     """
-    world = ranks.world
+    world, config, base = ranks.world, job.config, job.base
     if not world.first:
         session = session.of_rank(ranks.rank)
-    data = open_data(config.data)
-    config = with_vocabulary(config, data)
-    samples = target_samples(config)
-    stepper = make_stepper(config, samples, ranks)
-    save = Path(config.checkpoint.save)
+    values = None if base is None else initial_values(base, config.model, config.runtime.seed)
+    stepper = make_stepper(config, job.samples, ranks, values)
     own = Start()
     if world.first:
-        own = (start_again if session.force else find_start)(config, save, samples, data)
+        own = (start_again if session.force else find_start)(job)
     start: Start = share_object(own, world, "run.start")
     if start.finished is not None:
         session.reporter.info(f"{start.folder} is already complete; nothing to train.")
@@ -78,58 +93,63 @@ def run_rank(config: PretrainConfig, session: Session, ranks: Ranks) -> Artifact
     # Everything that can be wrong with the data is found before anything is written.
     if world.first:
         check_tensorboard(config.logging.tensorboard_dir)
-    batches = _batches(config, data, samples, session.reporter, ranks)
+    batches = _batches(job, session.reporter, ranks)
+    records = base.records() if base is not None and world.first else []
+    records = share_object(records, world, "run.base")
     identity = Identity(
-        data_identity(config, data, samples),
-        data.fingerprint,
+        job.data_digest,
+        job.data.fingerprint,
         config.runtime.seed,
         config.precision.precision,
+        digest_of(records) if records else None,
     )
-    prepared = Run(config, session, stepper, data, batches, identity, save, start)
+    prepared = Run(job, session, stepper, batches, identity, start)
     _tell_layout(prepared)
-    with exclusive(save) if world.first else nullcontext():
+    with exclusive(job.save) if world.first else nullcontext():
         if world.first:
-            _still_so(prepared, samples)
+            _still_so(prepared)
         share_object(None, world, "run.locked")
-        return train(prepared, begin(prepared))
+        return train(prepared, begin(prepared), records)
 
 
 def _tell_layout(run: Run) -> None:
-    config, stepper = run.config, run.stepper
+    config, stepper = run.job.config, run.stepper
     dtype, layers = COMPUTE_DTYPES[config.precision.precision], stacked_layers(config.model)
     text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
     run.session.reporter.info(text)
     run.session.reporter.event("layout", **fields)
 
 
-def _batches(
-    config: PretrainConfig, data: OpenedData, samples: int, reporter: Reporter, ranks: Ranks
-) -> RunData:
+def _batches(job: Job, reporter: Reporter, ranks: Ranks) -> RunData:
     """Rank 0 first: it builds the index caches that the others then find."""
     if not ranks.world.first:
         share_object(None, ranks.world, "run.data")
-    found = run_data(config, data, samples, reporter, ranks.dp.rank, ranks.dp.size)
+    found = job.batches(reporter, ranks.dp.rank, ranks.dp.size)
     if ranks.world.first:
         share_object(None, ranks.world, "run.data")
     return found
 
 
-def _still_so(run: Run, samples: int) -> None:
+def _still_so(run: Run) -> None:
     """With the lock held: no other run has written since the start was chosen."""
     if run.session.force:
-        start_over(run.save)
-    elif find_start(run.config, run.save, samples, run.data) != run.start:
+        start_over(run.job.save)
+    elif find_start(run.job) != run.start:
         raise CheckpointError(
-            f"another run wrote checkpoints into {run.save} while this one was prepared. Repeat "
-            f"the command to continue them, or use another --save."
+            f"another run wrote checkpoints into {run.job.save} while this one was prepared. "
+            f"Repeat the command to continue them, or use another --save."
         )
 
 
 def begin(run: Run) -> RunProgress:
     """Bring the state to where the run starts."""
-    stepper, start, session = run.stepper, run.start, run.session
-    seed, sequence_parallel = run.config.runtime.seed, run.config.parallel.sequence_parallel
+    stepper, start, session, config = run.stepper, run.start, run.session, run.job.config
+    seed, sequence_parallel = config.runtime.seed, config.parallel.sequence_parallel
     torch.manual_seed(stream_seed(seed, stepper.ranks, sequence_parallel))
+    base = run.job.base
+    if base is not None and (start.folder is None or stepper.placed.frozen):
+        restore_pretrained(stepper, base)
+        session.reporter.info(f"weights from {base.path}; fresh optimizer")
     if start.folder is None:
         return RunProgress()
     for warning in start.warnings:
@@ -147,37 +167,38 @@ def begin(run: Run) -> RunProgress:
     return progress
 
 
-def train(run: Run, progress: RunProgress) -> Artifact:
-    """Run the loop; every checkpoint is an artifact below ``run.save``."""
-    config, save, session = run.config, run.save, run.session
-    inputs = run.data.inputs() + initial_model(run.start, save)
-    saver = Saver(
-        save,
-        run.stepper,
-        progress,
-        run.identity,
-        config,
-        inputs,
-        run.data.tokenizer_folder,
-        session.command,
-    )
+def train(run: Run, progress: RunProgress, base: list[InputRecord]) -> Artifact:
+    """Run the loop; every checkpoint is an artifact below ``--save``.
+
+    base: records of the weights that finetuning began from.
+    """
+    job, session, save = run.job, run.session, run.job.save
+    inputs = job.data.inputs() + (base or initial_model(run.start, save))
+    first = run.stepper.ranks.world.first
+    best = None if job.figure is None else Best(save, job.figure, progress.step)
+    saver = Saver(run.stepper, progress, run.identity, job, inputs, session.command, best)
     saved: list[Artifact] = []
 
     def write_checkpoint(metrics: dict[str, Any]) -> None:
+        if best is not None and first and loop.evaluated_step == progress.step:
+            best.offer(progress.step, metrics["eval"])
         artifact = saver.save(metrics)
         saved.append(artifact)
         session.reporter.event("checkpoint", step=progress.step, path=str(artifact.path))
 
-    first = run.stepper.ranks.world.first
-    log = _log(save, progress, config) if first else NoLog()
-    loop = Loop(config, run.stepper, run.batches, progress, log, session.reporter, write_checkpoint)
+    log = _log(save, progress, job.config) if first else NoLog()
+    loop = Loop(
+        job.config, run.stepper, run.batches, progress, log, session.reporter, write_checkpoint
+    )
     with stop_on_signals() as stop:
         try:
             loop.run(stop)
         finally:
             log.close()
-            if config.logging.plots and first:
+            if job.config.logging.plots and first:
                 write_plots(save / "metrics.jsonl", save / "plots")
+    if best is not None and best.text:
+        session.reporter.info(best.text)
     return saved[-1]
 
 

@@ -12,9 +12,11 @@ from mtk.artifacts import Artifact, InputRecord, open_artifact, publish_director
 from mtk.checkpoint.save import CheckpointContent, write_content
 from mtk.checkpoint.sharded import join_blocks, write_blocks
 from mtk.checkpoint.steps import prune_steps, step_folder
-from mtk.config.pretrain import PretrainConfig
+from mtk.convert.adapters import write_base
 from mtk.errors import CheckpointError
 from mtk.parallel.collectives import gather_objects, share_object
+from mtk.training.best import Best
+from mtk.training.job import Job
 from mtk.training.progress import RunProgress
 from mtk.training.state import Identity, blocks, training_record
 from mtk.training.step import Stepper
@@ -25,25 +27,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Saver:
-    """Publishes checkpoints of a run below ``folder`` and prunes old ones.
+    """Publishes checkpoints of a run below ``--save`` and prunes old ones.
 
     Every rank calls :meth:`save` between the same two steps; rank 0 publishes what all have
-    written, or nothing.
+    written, or nothing. best: names one that is not pruned.
     """
 
-    folder: Path
     stepper: Stepper
     progress: RunProgress
     identity: Identity
-    config: PretrainConfig
+    job: Job
     inputs: Sequence[InputRecord]
-    tokenizer_folder: Path | None
     command: str
+    best: Best | None = None
 
     def save(self, metrics: dict[str, Any]) -> Artifact:
         """The checkpoint of the current step. Raises CheckpointError when a rank cannot
         write its part."""
-        final = step_folder(self.folder, self.progress.step)
+        final = step_folder(self.job.save, self.progress.step)
         if self.stepper.ranks.world.first:
             try:
                 self._publish(final, metrics)
@@ -60,16 +61,17 @@ class Saver:
         with publish_directory(
             final,
             kind="checkpoint",
-            stage="pretrain",
-            config=self.config,
+            stage=self.job.stage,
+            config=self.job.recorded,
             inputs=self.inputs,
             command=self.command,
             force=True,
         ) as publication:
-            content = self._content()
-            write_content(
-                publication.folder, content, self.config, self.config.checkpoint.max_shard_size
-            )
+            write_content(publication.folder, self._content(), self.job.recorded, self._limit)
+            self.job.data.save_tokenizer(publication.folder / "tokenizer")
+            if self.stepper.placed.frozen and self.job.base is not None:
+                base, digest = self.job.base.source.folder, self.identity.base or ""
+                write_base(publication.folder, final, base, digest)
             if self.stepper.ranks.distributed:
                 path = str(publication.folder.resolve())
                 share_object(path, self.stepper.ranks.world, "save.folder")
@@ -77,7 +79,12 @@ class Saver:
                 self._join(publication.folder)
             counts = {"step": self.progress.step, "tokens": self.progress.consumed_tokens}
             publication.metrics.update(counts | metrics)
-        prune_steps(self.folder, self.config.checkpoint.keep_checkpoints)
+        keep, best = self.job.config.checkpoint.keep_checkpoints, self.best
+        prune_steps(self.job.save, keep, None if best is None else best.step)
+
+    @property
+    def _limit(self) -> int:
+        return self.job.config.checkpoint.max_shard_size
 
     def _content(self) -> CheckpointContent:
         """What rank 0 writes alone: with several ranks all but the tensors."""
@@ -87,20 +94,18 @@ class Saver:
             for index, own in blocks(self.stepper).items():
                 tensors[index] = {name: block.tensor for name, block in own.items()}
         return CheckpointContent(
-            model_config=self.config.model,
+            model_config=self.job.config.model,
             weights=tensors.get("model", {}),
             optimizer=tensors.get("optimizer", {}),
             random=tensors.get("random", {}),
             training=record,
-            tokenizer_folder=self.tokenizer_folder,
         )
 
     def _write_part(self, folder: Path) -> None:
         ranks, failure = self.stepper.ranks, ""
         try:
             for index, own in blocks(self.stepper).items():
-                limit = self.config.checkpoint.max_shard_size
-                write_blocks(folder, index, own, ranks.rank, limit)
+                write_blocks(folder, index, own, ranks.rank, self._limit)
         except (OSError, CheckpointError) as error:
             failure = f"rank {ranks.rank} cannot write its part to {folder}: {error}".rstrip(".")
         failures = [f for f in gather_objects(failure, ranks.world, "save.written") if f]

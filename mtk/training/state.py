@@ -25,13 +25,15 @@ from mtk.training.step import Stepper
 class Identity:
     """What must be the same for a checkpoint to be continued.
 
-    data: digest of the training data and its order; tokenizer: fingerprint or None.
+    data: digest of the training data and its order; tokenizer: fingerprint or None; base:
+    digest of the weights that finetuning began from.
     """
 
     data: str
     tokenizer: str | None
     seed: int
     precision: str
+    base: str | None = None
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         return [
@@ -91,9 +93,10 @@ def _prefix(stepper: Stepper) -> str:
 
 
 def restore_weights(stepper: Stepper, folder: Path) -> None:
-    """Weights only, strictly by name and shape, in any layout. Raises CheckpointError."""
+    """The weights that are trained, strictly by name and shape, in any layout. Raises
+    CheckpointError."""
     entries = read_index(folder, "model")
-    shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
+    shapes = {**stepper.shapes, **stepper.placed.buffer_shapes}
     check_names(set(entries), set(shapes), folder)
     for name, shape in shapes.items():
         if tuple(entries[name]["shape"]) != shape:
@@ -101,7 +104,8 @@ def restore_weights(stepper: Stepper, folder: Path) -> None:
                 f"{folder}: {name} is {entries[name]['shape']}, the model needs "
                 f"{list(shape)}. Give the sizes it was trained with."
             )
-    for name, piece in stepper.pieces.items():
+    for name in (*stepper.main.weights, *stepper.buffers):
+        piece = stepper.pieces[name]
         block = read_block(folder, name, entries[name], piece.offset, piece.size)
         if name in stepper.buffers:
             stepper.buffers[name].copy_(block)
@@ -116,7 +120,7 @@ def restore_optimizer(stepper: Stepper, folder: Path) -> None:
     if not (folder / "optimizer.index.json").is_file():
         return
     entries = read_index(folder, "optimizer")
-    stepper.optimizer.check_names(set(entries), set(stepper.placed.shapes))
+    stepper.optimizer.check_names(set(entries), set(stepper.shapes))
     tensors: dict[str, Tensor] = {}
     for key in stepper.optimizer.state_names():
         kind, name = key.split(".", 1)

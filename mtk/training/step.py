@@ -70,6 +70,11 @@ class Stepper:
         return self.placed.pieces
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all parameters of the whole model that are trained."""
+        return self.placed.trained
+
+    @property
     def device(self) -> torch.device:
         return self.ranks.device
 

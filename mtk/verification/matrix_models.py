@@ -3,8 +3,9 @@
 Sizes are multiples of 2, 3, 4, 6 and 8 where layouts cut them, so that most layouts of up to 8
 ranks are legal. Between them the first two models have: GPT-2's parts and Llama's, tied and untied
 output, learned and rotary positions, biases or none, and fewer key/value heads than tensor
-ranks (one, and four). The third, only run where it is asked for, is the second with DeepSeek-V3's
-router and a shared expert.
+ranks (one, and four). The others run where they are asked for: the second with DeepSeek-V3's
+router and a shared expert; one with Mamba layers, with fewer groups than ranks, among attention
+and MLPs; BERT, its norms first; T5 as published.
 """
 
 from __future__ import annotations
@@ -72,7 +73,37 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_shared_expert_intermediate_size": 48,
         "moe_shared_expert_gate": True,
     },
+    "hybrid": {
+        **_BASE,
+        "hybrid_layer_pattern": "MM-*M-M*",
+        "num_query_groups": 4,
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "mamba_num_heads": 24,
+        "mamba_head_dim": 4,
+        "mamba_state_dim": 6,
+        "mamba_num_groups": 4,
+        "mamba_chunk_size": 7,
+        # Memories as long as the sequence; a list, as it comes back from JSON.
+        "mamba_a_range": [0.1, 2.0],
+    },
+    "bert": {**_BASE, "family": "bert"},
+    "t5": {
+        **_BASE,
+        "family": "t5",
+        "num_layers": 4,
+        "decoder_seq_length": 24,
+        "position_embedding_type": "relative",
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "normalization": "RMSNorm",
+        "activation": "geglu-tanh",
+        "add_bias_linear": False,
+        "softmax_scale": 1.0,
+        "scale_tied_output": True,
+    },
 }
+# Of --matrix unless told otherwise.
 BOTH = ("dense", "moe")
 # Any number of copies of the model can share it.
 SHARED_BY_ALL = BatchConfig(micro_batch_size=1, global_batch_size=840)

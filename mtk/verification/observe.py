@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.packing import Packing
+from mtk.parallel.apply import Values
 from mtk.parallel.ranks import Ranks
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
@@ -129,9 +130,16 @@ def share(sample: Sample, micro: int, rank: int, size: int) -> GlobalBatch:
     return GlobalBatch([sample.rows(k, k + micro) for k in starts], count)
 
 
-def observe(config: PretrainConfig, sample: Sample, ranks: Ranks, steps: int = 1) -> Observation:
-    """Initial weights, ``steps`` training steps on ``sample``; gradients are the last ones."""
-    stepper = make_stepper(config, config.batch.full * 10, ranks)
+def observe(
+    config: PretrainConfig,
+    sample: Sample,
+    ranks: Ranks,
+    steps: int = 1,
+    values: Values | None = None,
+) -> Observation:
+    """Initial weights (``values``: others), ``steps`` training steps on ``sample``; gradients are
+    the last ones."""
+    stepper = make_stepper(config, config.batch.full * 10, ranks, values)
     batch = share(sample, config.batch.micro_batch_size, ranks.dp.rank, ranks.dp.size)
     for step in range(steps - 1):
         stepper.step(batch, config.batch.full * step)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mtk.convert.open_model import OpenedModel
 from tests.convert.models import TEXT
 
 WORDS = TEXT.split()
@@ -77,11 +80,34 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def write_tasks(folder: Path, *, passages: int = 24, pages: int = 8) -> Path:
-    """Task files and their data; some texts are longer than any context of these tests."""
+def right_passages(opened: OpenedModel, count: int) -> list[str]:
+    """Passages whose last word is what the model says, so that accuracies are not 0."""
+    generator, tokenizer = random.Random(4), opened.tokenizer
+    found: list[str] = []
+    while len(found) < count:
+        context = sentence(generator, 1, 4)
+        ids = tokenizer.encode(context)
+        if len(ids) > opened.config.positions:
+            continue
+        with torch.inference_mode():
+            word = tokenizer.decode([int(opened.model(torch.tensor([ids]))[0, -1].argmax())])
+        alone = word.startswith(" ") and word[1:].isalnum()
+        if alone and tokenizer.encode(context + word)[:-1] == ids:
+            found.append(context + word)
+    return found
+
+
+def write_tasks(
+    folder: Path, *, passages: int = 24, pages: int = 8, right: Sequence[str] = ()
+) -> Path:
+    """Task files and their data; some texts are longer than any context of these tests.
+
+    right: further passages.
+    """
     folder.mkdir()
     generator = random.Random(3)
     texts = [{"text": sentence(generator, 2, 60)} for _ in range(passages)]
+    texts += [{"text": text} for text in right]
     write_jsonl(folder / "passages.jsonl", texts)
     long = [{"text": f"{sentence(generator, 1, 200)} \n = x = \n"} for _ in range(pages)]
     write_jsonl(folder / "pages.jsonl", long)

@@ -10,20 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mtk.artifacts import Artifact, verify_lineage
+from mtk.artifacts import verify_lineage
 from mtk.cli.main import main
-from mtk.config import make
-from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ArtifactError, ConfigError, DataError, GateError
 from mtk.evaluation.scoring import Request, batches
 from mtk.models.gpt import GPT
-from stages.evaluate import run
-from tests.convert.models import TEXT, VOCAB, llama, quiet, save_native
-
-CONTEXT = 24
+from tests.convert.models import TEXT, VOCAB, llama, save_native
+from tests.evaluation.stage import CONTEXT, brute_force, evaluate, items, log_prob, results
+from tests.models.sizes import small_config
 
 
 @pytest.fixture(scope="module")
@@ -34,40 +30,6 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opened(native: Path) -> OpenedModel:
     return open_model(native)
-
-
-def evaluate(native: Path, data: Path, folder: Path, **changes: Any) -> Artifact:
-    values: dict[str, Any] = {
-        "load": str(native),
-        "task": "WIKITEXT103",
-        "valid_data": str(data),
-        "output": str(folder / "out"),
-        "detokenizer": "none",
-    }
-    return run(make(EvaluateConfig, **(values | changes)), quiet())
-
-
-def results(artifact: Artifact) -> dict[str, Any]:
-    return dict(json.loads((artifact.path / "results.json").read_text()))
-
-
-def items(artifact: Artifact) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifact.path / "items.jsonl").read_text().splitlines()]
-
-
-def log_prob(opened: OpenedModel, context: list[int], target: int) -> float:
-    logits: Tensor = opened.model(torch.tensor([context]))[0, -1].double()
-    return logits.log_softmax(-1)[target].item()
-
-
-def brute_force(opened: OpenedModel, tokens: list[int], step: int) -> float:
-    """-ln p of every target, one forward pass each, with the context its window gives."""
-    total = 0.0
-    for target in range(1, len(tokens)):
-        prediction = target - 1
-        late = max(0, math.ceil((prediction - CONTEXT + 1) / step))
-        total -= log_prob(opened, tokens[late * step : target], tokens[target])
-    return total
 
 
 @pytest.mark.parametrize("overlap", [None, 1, 7, CONTEXT])
@@ -211,6 +173,19 @@ def test_bad_data(
         ({"overlapping_eval": 9, "seq_length": 8}, "Nearest: 8"),
         ({"strict_lambada": True}, "belongs to --task LAMBADA"),
         ({"task": "LAMBADA", "overlapping_eval": 3}, "belongs to --task WIKITEXT103"),
+        ({"task": "LAMBADA", "windows": "rolling"}, "belongs to --task WIKITEXT103"),
+        ({"windows": "rolling", "overlapping_eval": 3}, "belongs to --windows megatron"),
+        ({"task": "lambada"}, "Nearest: LAMBADA"),
+        ({"task": "hellaswag"}, "lm-eval:hellaswag"),
+        ({"task": "lm-eval:"}, "names no task"),
+        ({"task": "lm-eval:a,b"}, "several tasks"),
+        ({"task": "lm-eval:a", "detokenizer": "ptb"}, "belongs to --task WIKITEXT103"),
+        ({"task": "lm-eval:a", "text_key": "x", "detokenizer": "auto"}, "belongs to --task WIKI"),
+        ({"num_fewshot": 2}, "belongs to --task lm-eval:NAME"),
+        ({"limit": 0}, "at least 1"),
+        ({"valid_data": ()}, "names no file"),
+        ({"nproc": 0}, "at least 1"),
+        ({"distributed_timeout_minutes": 0}, "greater than 0"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str, native: Path, tmp_path: Path) -> None:
@@ -264,3 +239,65 @@ def test_batches_respect_both_limits() -> None:
     for group in groups:
         longest = max(requests[i].inputs for i in group)
         assert len(group) <= 2 and (len(group) == 1 or len(group) * longest <= 16)
+
+
+def test_a_long_passage_loses_its_beginning(
+    native: Path, opened: OpenedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "a.jsonl"
+    texts = [TEXT.strip(), "a test numbers"]
+    data.write_text("".join(json.dumps({"text": t}) + "\r\n" for t in texts)[:-2], "utf-8")
+    artifact = evaluate(native, data, tmp_path, task="LAMBADA", strict_lambada=True)
+    long, short = items(artifact)
+    encode = opened.tokenizer.encode
+    word = texts[0].split()[-1]
+    context, label = encode(texts[0][: texts[0].rindex(word)].strip()), encode(" " + word)
+    kept = (context + label)[-CONTEXT - 1 :]
+    first = len(kept) - len(label)
+    expected = sum(log_prob(opened, kept[: first + k], target) for k, target in enumerate(label))
+    assert long["log_likelihood"] == pytest.approx(expected, rel=1e-5)
+    assert long["truncated"] == len(context) - first and short["truncated"] == 0
+    assert results(artifact)["figures"]["truncated"] == 1
+
+
+def test_bos_in_front(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
+    """Megatron's windows with BOS: the first token is predicted too, BOS itself never."""
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    artifact = evaluate(native, data, tmp_path, prepend_bos="always")
+    bos, tokens = opened.tokenizer.bos, opened.tokenizer.encode(TEXT)
+    assert bos is not None
+    total = brute_force(opened, [bos, *tokens], CONTEXT)
+    figures = results(artifact)["figures"]
+    assert figures["total_nll"] == pytest.approx(total, rel=1e-6)
+    assert figures["scored_tokens"] == figures["tokens"] == len(tokens)
+    assert figures["token_ratio"] == len(tokens) / len(TEXT.strip().split(" "))
+    assert results(artifact)["prepend_bos"] is True
+
+
+def test_rolling_windows_have_all_the_context_the_model_takes(
+    opened: OpenedModel, native: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "a.jsonl"
+    texts = [TEXT, "a", "the quick brown"]
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    artifact = evaluate(native, data, tmp_path, windows="rolling", batch_tokens=50)
+    total = 0.0
+    for text in texts:
+        ids = [opened.tokenizer.eod, *opened.tokenizer.encode(text)]
+        for target in range(1, len(ids)):
+            window = (target - 1) // CONTEXT
+            end = min((window + 1) * CONTEXT, len(ids) - 1)
+            total -= log_prob(opened, ids[max(0, end - CONTEXT) : target], ids[target])
+    figures = results(artifact)["figures"]
+    assert figures["total_nll"] == pytest.approx(total, rel=1e-6)
+    assert figures["scored_tokens"] == figures["tokens"]
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
+    config = small_config(family="bert", vocab_size=VOCAB)
+    model = save_native(tmp_path / "bert", config)
+    data = tmp_path / "a.txt"
+    data.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"predicts the next token; .* is a BERT"):
+        evaluate(model, data, tmp_path)

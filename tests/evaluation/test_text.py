@@ -102,6 +102,9 @@ def test_documents(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"content": "x"}\n', r"a\.jsonl:1 has no field 'text' \(it has: content"),
         ("a.jsonl", b'["x"]\n', "JSON list"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800 y"}', r"a\.jsonl:2.*lone surrogate"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b"\n\n", "is empty"),
         ("a.jsonl", b'{"text": 3}\n', "not a text"),
         ("a.jsonl", b'{"text": " "}\n', "empty"),
     ],
@@ -112,3 +115,14 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path) -> N
     with pytest.raises(DataError, match=message) as caught:
         read_documents(path, "text")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("between", [b"\n", b"\r\n", b"\n\n", b"\r"])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_ends_of_lines_and_files_do_not_matter(
+    start: bytes, between: bytes, end: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(start + b'{"text": "one\\r\\ntwo"}' + between + b'{"text": "x"}' + end)
+    assert [d.text for d in read_documents(path, "text")] == ["one\r\ntwo", "x"]
