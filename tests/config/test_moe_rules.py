@@ -134,6 +134,10 @@ def test_all_at_once() -> None:
             ["expert_model_parallel_size = 2", "no experts"],
         ),
         (
+            {"compile": True, "deterministic_mode": True},
+            ["runtime.compile = True", "Leave out --compile"],
+        ),
+        (
             {"tensor_model_parallel_size": 2, "moe_ffn_hidden_size": 24},
             ["tensor_model_parallel_size = 2", "an expert's MLP, 24", "Nearest: 1"],
         ),
