@@ -90,8 +90,16 @@ def shrunk_pattern(text: str, layers: int) -> str:
     return as_text(tuple(kept))
 
 
+def shortest_text(pattern: tuple[bool, ...]) -> str:
+    """The number N if every Nth layer has experts, else the lists."""
+    for step in range(1, len(pattern) + 1):
+        if all(one == (layer % step == 0) for layer, one in enumerate(pattern)):
+            return str(step)
+    return as_text(pattern)
+
+
 def as_text(pattern: tuple[bool, ...]) -> str:
-    """The shortest way to write a pattern: equal neighbours together."""
+    """A pattern as lists, equal neighbours together."""
     runs: list[list[int]] = []
     for one in pattern:
         if runs and runs[-1][0] == one:

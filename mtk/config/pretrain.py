@@ -285,6 +285,11 @@ class PretrainConfig:
             fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
             yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
         yield from self._mamba_kernel()
+        if self.model.num_experts and runtime.compile and runtime.deterministic_mode:
+            # Seen on an H200 with torch 2.11: two runs differ, uncompiled they do not.
+            rule = "compiled layers of experts differ from run to run; deterministic_mode does not"
+            fix = "Leave out --compile, or --deterministic-mode."
+            yield Problem("runtime.compile", True, rule, fix)
         if runtime.attention_backend != "flash":
             return
         if runtime.device == "cpu" and self.model.attention_dropout:

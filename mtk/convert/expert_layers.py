@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtk.config.layer_pattern import as_text
+from mtk.config.layer_pattern import shortest_text
 from mtk.config.model import ModelConfig
 from mtk.convert.gated_decoder import Takes
 from mtk.convert.lazy import LazyTensors, Tensors
@@ -45,7 +45,7 @@ def normalised_reasons(config: ModelConfig, name: str) -> list[str]:
 
 def layer_freq(layers: list[bool]) -> str:
     """The native option for layers with experts (True) and without."""
-    return "1" if all(layers) else as_text(tuple(layers))
+    return shortest_text(tuple(layers))
 
 
 def experts(config: ModelConfig, i: int, mlp: str, parts: Parts = PLAIN) -> list[Rule]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mtk.config import make
+from mtk.config import make, to_dict
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import ConfigError
@@ -134,6 +134,10 @@ def test_all_at_once() -> None:
             ["expert_model_parallel_size = 2", "no experts"],
         ),
         (
+            {"compile": True, "deterministic_mode": True},
+            ["runtime.compile = True", "Leave out --compile"],
+        ),
+        (
             {"tensor_model_parallel_size": 2, "moe_ffn_hidden_size": 24},
             ["tensor_model_parallel_size = 2", "an expert's MLP, 24", "Nearest: 1"],
         ),
@@ -155,7 +159,7 @@ def test_derived_and_resolved_again() -> None:
     dense = make(ModelConfig, **MODEL | {"num_experts": None})
     assert dense.moe_ffn_hidden_size is None and dense.moe_layers == 0
     for config in (moe, dense):
-        assert make(ModelConfig, **vars(config)) == config
+        assert make(ModelConfig, **to_dict(config)) == config
     assert moe.moe_aux_loss_coeff == 0.01 and dense.moe_aux_loss_coeff is None
     quiet = make(ModelConfig, **MODEL, moe_router_load_balancing_type="none")
     assert quiet.moe_aux_loss_coeff == 0.0

@@ -213,4 +213,4 @@ def test_an_option_no_family_knows_is_a_reason_against_all() -> None:
     with pytest.raises(ConversionError) as caught:
         family_for(llama(activation="geglu", scale_embeddings=True))
     text = str(caught.value)
-    assert text.count("scale_embeddings = True") == 7 and text.count("activation = geglu") == 8
+    assert text.count("scale_embeddings = True") == 11 and text.count("activation = geglu") == 12

@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtk.config.model import ModelConfig
-from mtk.convert.families import FAMILIES, family_for
-from mtk.convert.family import Family
+from mtk.convert import families
+from mtk.convert.families import family_for
 from mtk.convert.mapping import Rule, StackExperts
 from mtk.convert.open_model import open_model
 from mtk.errors import ConversionError, GateError, MtkError
 from stages.convert import run
 from tests.convert.faults import Fault, config_fault, lost, permuted, shifted, swapped, table_fault
 from tests.convert.models import convert_config, llama, quiet, save_native
-from tests.convert.test_mutations import seed_fault
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
@@ -159,10 +158,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     return found
 
 
-def family_named(kind: str) -> Family:
-    return next(family for family in FAMILIES if family.model_type == kind)
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_family_holds_its_model(kind: str, folders: dict[str, tuple[Path, Path]]) -> None:
     assert family_for(CONFIGS[kind]).model_type == kind
@@ -179,7 +174,8 @@ def test_faults_are_refused_both_ways(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kind, fault = FAULTS[name]
-    seed_fault(monkeypatch, family_named(kind), fault)
+    faulty = tuple(fault(f) if f.model_type == kind else f for f in families.FAMILIES)
+    monkeypatch.setattr(families, "FAMILIES", faulty)
     native, foreign = folders[kind]
     for load, to in ((native, "hf"), (foreign, "native")):
         with pytest.raises(GateError, match="first difference") as caught:

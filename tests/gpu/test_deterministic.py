@@ -52,6 +52,10 @@ def checkpoint(folder: Path, options: str) -> dict[str, str]:
         "--bf16 --use-flash-attn --recompute-activations",
         "--bf16 --recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "--bf16 --compile --hidden-dropout 0 --attention-dropout 0",
+        "--bf16 --swiglu --disable-bias-linear --num-experts 16 --moe-router-topk 4 "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+        "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-layer-freq [0]+[1]*3 "
+        "--moe-shared-expert-intermediate-size 128 --moe-shared-expert-gate",
     ],
 )
 def test_two_runs_give_identical_checkpoints(tmp_path: Path, options: str) -> None:
