@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mtk.config.heads import TASKS
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
@@ -22,7 +23,7 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
-from mtk.training.objective import MaskedTokens, NextToken, Objective, TokenLosses
+from mtk.training.objective import Classification, MaskedTokens, NextToken, Objective, TokenLosses
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
@@ -101,7 +102,10 @@ def make_passes(config: PretrainConfig, placed: Placed, ranks: Ranks) -> Passes:
 
 
 def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:
-    """Cross-entropy from whole logits, or from this rank's part of the vocabulary."""
+    """Cross-entropy from whole logits, or from this rank's part of the vocabulary; of labels
+    where the model has the head of a task."""
+    if model.task_head is not None:
+        return Classification(TASKS[model.task_head].choices)
     losses: TokenLosses = token_losses
     if ranks.tp.size > 1:
         size = model.padded_vocab_size
