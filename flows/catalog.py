@@ -21,8 +21,8 @@ class FlowEntry:
 FLOWS: Mapping[str, FlowEntry] = {
     "end_to_end": FlowEntry(
         "end_to_end",
-        "corpus > tokenizer > preprocess > pretrain > evaluate > cloze > convert > quantize"
-        " > serve",
+        "corpus > tokenizer > preprocess > pretrain (> finetune) > evaluate > cloze > convert"
+        " > quantize > serve",
         "flows.end_to_end:end_to_end",
     ),
 }

@@ -63,7 +63,7 @@ def plan_pipeline(
     configs: dict[str, Any] = {}
     planned: list[PlannedStep] = []
     for step in steps:
-        if left_out(step.name, flow):
+        if left_out(step.name, flow) or (step.on_request and step.name not in sections):
             continue
         layers = [Layer("flow", step.wire(Wiring(flow, check, configs)))]
         layers += sections.get(step.name, [])

@@ -28,6 +28,12 @@ class Wiring:
         return str(Path(self.flow.work) / name)
 
     @property
+    def trained(self) -> str:
+        """The folder of checkpoints that training ended with."""
+        last = self.configs.get("finetune", self.configs["pretrain"])
+        return str(last.checkpoint.save)
+
+    @property
     def corpus(self) -> list[str]:
         """The files everything starts from."""
         if self.flow.input:
@@ -51,11 +57,13 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Step:
-    """One link of the chain. stage: (group, name) in the table of stages."""
+    """One link of the chain. stage: (group, name) in the table of stages. on_request: it runs
+    only where the file has a section for it."""
 
     name: str
     stage: tuple[str | None, str]
     wire: Callable[[Wiring], dict[str, Any]]
+    on_request: bool = False
 
 
 def _corpus(wiring: Wiring) -> dict[str, Any]:
@@ -81,9 +89,14 @@ def _pretrain(wiring: Wiring) -> dict[str, Any]:
     return {"data_path": [prefix], "save": wiring.below("checkpoints")}
 
 
+def _finetune(wiring: Wiring) -> dict[str, Any]:
+    pretrained = wiring.configs["pretrain"].checkpoint.save
+    return {"pretrained_checkpoint": pretrained, "save": wiring.below("finetuned")}
+
+
 def _evaluate(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.configs["pretrain"].checkpoint.save,
+        "load": wiring.trained,
         "task": "WIKITEXT103",
         "detokenizer": "none",  # plain text, not the tokens of WikiText
         "valid_data": wiring.heldout,
@@ -93,7 +106,7 @@ def _evaluate(wiring: Wiring) -> dict[str, Any]:
 
 def _cloze(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.configs["pretrain"].checkpoint.save,
+        "load": wiring.trained,
         "task": "LAMBADA",
         "valid_data": wiring.cloze,
         "output": wiring.below("cloze"),
@@ -101,13 +114,12 @@ def _cloze(wiring: Wiring) -> dict[str, Any]:
 
 
 def _convert(wiring: Wiring) -> dict[str, Any]:
-    load = wiring.configs["pretrain"].checkpoint.save
-    return {"load": load, "save": wiring.below("hf_model"), "to": "hf"}
+    return {"load": wiring.trained, "save": wiring.below("hf_model"), "to": "hf"}
 
 
 def _quantize(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.configs["pretrain"].checkpoint.save,
+        "load": wiring.trained,
         "save": wiring.below("quantized_model"),
         "format": "int8_wo",
         "valid_data": wiring.heldout,
@@ -115,9 +127,9 @@ def _quantize(wiring: Wiring) -> dict[str, Any]:
 
 
 def _serve(wiring: Wiring) -> dict[str, Any]:
-    source = wiring.configs[SOURCES[wiring.check.source]]
-    folder = source.checkpoint.save if wiring.check.source == "checkpoint" else source.save
-    return {"load": folder}
+    if wiring.check.source == "checkpoint":
+        return {"load": wiring.trained}
+    return {"load": wiring.configs[SOURCES[wiring.check.source]].save}
 
 
 STEPS = (
@@ -125,6 +137,7 @@ STEPS = (
     Step("tokenizer", ("tokenizer", "train"), _tokenizer),
     Step("preprocess", (None, "preprocess"), _preprocess),
     Step("pretrain", (None, "pretrain"), _pretrain),
+    Step("finetune", (None, "finetune"), _finetune, on_request=True),
     Step("evaluate", (None, "evaluate"), _evaluate),
     Step("cloze", (None, "evaluate"), _cloze),
     Step("convert", (None, "convert"), _convert),

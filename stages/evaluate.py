@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtk.artifacts import Artifact, input_file, publish_directory
 from mtk.config.evaluate import EvaluateConfig
+from mtk.config.heads import TASKS as HEADS
 from mtk.data.stop import terminate_cleanly
 from mtk.errors import LayoutError, Problem
 from mtk.session import Session
@@ -104,9 +105,10 @@ def evaluate_here(place: Place, config: EvaluateConfig, session: Session) -> Art
 def _inputs(config: EvaluateConfig) -> tuple[Source, list[InputRecord]]:
     from mtk.convert.source import find_source
     from mtk.evaluation.lm_eval_inputs import harness_inputs
+    from mtk.evaluation.task_files import data_files
 
     source = find_source(config.load)
-    data = [input_file(path, "data") for path in config.valid_data]
+    data = [input_file(path, "data") for path in data_files(config)]
     return source, [*source.inputs(), *data, *harness_inputs(config)]
 
 
@@ -142,13 +144,19 @@ def _outcome(
     from mtk.evaluation import tasks
 
     opened = open_source(source, dtype=DTYPES[config.dtype], device=place.device)
-    bench = tasks.prepare(config, opened, world, session.reporter)
-    if config.harness_tasks:
-        outcome = tasks.harness_task(bench, generator(opened))
-    elif config.task == "LAMBADA":
-        outcome = tasks.lambada_task(bench)
+    if config.task in HEADS:
+        from mtk.evaluation.head_task import head_task
+
+        outcome, length = head_task(config, opened, world, session.reporter)
     else:
-        outcome = tasks.perplexity_task(bench)
+        bench = tasks.prepare(config, opened, world, session.reporter)
+        length = bench.length
+        if config.harness_tasks:
+            outcome = tasks.harness_task(bench, generator(opened))
+        elif config.task == "LAMBADA":
+            outcome = tasks.lambada_task(bench)
+        else:
+            outcome = tasks.perplexity_task(bench)
     results = {
         **FORMAT,
         "task": config.task,
@@ -159,7 +167,7 @@ def _outcome(
             "tokenizer": opened.tokenizer.fingerprint,
             "dtype": config.dtype,
         },
-        "seq_length": bench.length,
+        "seq_length": length,
         **outcome.details,
     }
     return outcome, results

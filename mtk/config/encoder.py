@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mtk.config.heads import TASKS
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -29,6 +30,12 @@ class EncoderOptions:
         help="BERT: pooler and head that tell whether two segments are in order.",
         shortcuts=(("--bert-no-binary-head", False),),
     )
+    task_head: Literal["RACE", "MNLI", "QQP"] | None = option(
+        None, help="BERT: head of a task, in place of those of pretraining.", hidden=True
+    )
+    num_classes: int | None = option(
+        None, help="BERT: labels that the head of the task tells apart.", hidden=True
+    )
     decoder_seq_length: int = option(128, help="T5: tokens of the decoder per training sample.")
     softmax_scale: float | None = option(
         None, help="T5: factor on attention scores (default: 1 / sqrt(head); published T5: 1)."
@@ -39,7 +46,13 @@ class EncoderOptions:
 
 
 OPTIONS = {
-    "bert": ("norm_placement", "num_tokentypes", "bert_binary_head"),
+    "bert": (
+        "norm_placement",
+        "num_tokentypes",
+        "bert_binary_head",
+        "task_head",
+        "num_classes",
+    ),
     "t5": ("decoder_seq_length", "softmax_scale", "scale_tied_output"),
 }
 
@@ -77,6 +90,15 @@ def _t5(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _bert(model: ModelConfig) -> Iterator[Problem]:
+    head, classes = model.task_head, model.num_classes
+    if head is None and classes is not None:
+        yield Problem("num_classes", classes, "belongs to task_head", "Leave it out.")
+    if head is not None and classes not in (None, TASKS[head].classes):
+        rule = f"{head} has {TASKS[head].classes} classes"
+        yield Problem("num_classes", classes, rule, f"Nearest: {TASKS[head].classes}.")
+    if head is not None and model.bert_binary_head:
+        rule = "the head of a task stands in the place of those of pretraining"
+        yield Problem("bert_binary_head", True, rule, "Nearest: False.")
     if model.num_tokentypes < 1:
         yield Problem("num_tokentypes", model.num_tokentypes, "must be at least 1", "Nearest: 2.")
     for name, wanted in (

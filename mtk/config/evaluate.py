@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mtk.config.heads import TASKS as HEADS
 from mtk.config.schema import option
 from mtk.config.world_rules import launch_problems
 from mtk.errors import Problem
 
 HARNESS = "lm-eval:"
-TASKS = ("WIKITEXT103", "LAMBADA")
+TEXT_TASKS = ("WIKITEXT103", "LAMBADA")
+TASKS = (*TEXT_TASKS, *HEADS)
 # What belongs to some tasks only, with the value that leaves it out.
 PERPLEXITY_OPTIONS = {"overlapping_eval": None, "windows": "megatron"}
 OWN_OPTIONS = {"text_key": "text"}
+TEXT_OPTIONS = {"prepend_bos": "auto"}
 HARNESS_OPTIONS = {"lm_eval_tasks": None, "num_fewshot": None, "limit": None}
 
 
@@ -29,11 +32,13 @@ class EvaluateConfig:
     )
     task: str = option(
         help="WIKITEXT103: perplexity of any text, adjusted for the tokenizer; LAMBADA: last word; "
-        "lm-eval:NAME[,NAME]: tasks of lm-evaluation-harness."
+        "RACE, MNLI, QQP: accuracy of a BERT finetuned for it; lm-eval:NAME[,NAME]: tasks of "
+        "lm-evaluation-harness."
     )
     valid_data: tuple[str, ...] = option(
         (),
-        help="Files: text, or JSONL with one document a line. For one lm-eval task: the file that "
+        help="Files: text, or JSONL with one document a line; folders of RACE, .tsv files of MNLI "
+        "and QQP. For one lm-eval task: the file that "
         "takes the place of its published data set.",
         runtime=True,
     )
@@ -135,9 +140,11 @@ class EvaluateConfig:
             if self.detokenizer not in allowed:
                 rule = "belongs to --task WIKITEXT103"
                 yield Problem("detokenizer", self.detokenizer, rule, f"Nearest: {allowed[-1]}.")
-        if harness:
-            yield from self._foreign(OWN_OPTIONS, f"--task {' or '.join(TASKS)}")
-        else:
+        if self.task in HEADS:
+            yield from self._foreign(TEXT_OPTIONS, "tasks of plain text")
+        if harness or self.task in HEADS:
+            yield from self._foreign(OWN_OPTIONS, f"--task {' or '.join(TEXT_TASKS)}")
+        if not harness:
             yield from self._foreign(HARNESS_OPTIONS, f"--task {HARNESS}NAME")
 
     def _foreign(self, options: Mapping[str, str | None], owner: str) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from mtk.config.chat import ChatConfig
 from mtk.config.given_model import GivenModel
+from mtk.config.heads import TASKS
 from mtk.config.lora import LoraConfig
 from mtk.config.model import ModelConfig
 from mtk.config.optimization import OptimizerConfig, PrecisionConfig, ScheduleConfig
@@ -27,7 +28,7 @@ from mtk.config.schema import group, option
 from mtk.config.world_rules import smallest_batch, world_size
 from mtk.errors import ConfigError, Problem
 
-HEAD_TASKS = ("RACE", "MNLI", "QQP")
+HEAD_TASKS = tuple(TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Literal
 from mtk.config.schema import option
 from mtk.errors import Problem
 
-OPTIONAL_STEPS = ("evaluate", "cloze", "convert", "quantize", "serve")
+OPTIONAL_STEPS = ("finetune", "evaluate", "cloze", "convert", "quantize", "serve")
 SOURCES = {"hf_model": "convert", "quantized_model": "quantize", "checkpoint": "pretrain"}
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from mtk.config.attention import AttentionOptions, attention_problems
 from mtk.config.blocks import BlockOptions, block_problems
 from mtk.config.encoder import EncoderOptions, encoder_problems
+from mtk.config.heads import TASKS
 from mtk.config.layer_pattern import has_experts
 from mtk.config.lora import LoraConfig, lora_problems
 from mtk.config.mamba import EXPERTS, MambaOptions, implied_by_pattern, mamba_problems, mamba_sizes
@@ -74,8 +75,7 @@ class ModelConfig(
 
     def in_head(self, parameter: str) -> bool:
         """Whether a parameter belongs to the head of a task."""
-        del parameter
-        return False
+        return self.task_head is not None and parameter.startswith(("pooler.", "classifier."))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -205,6 +205,7 @@ class ModelConfig(
             kv_channels=self.head_size,
             max_position_embeddings=self.positions,
             mamba_num_heads=mamba_sizes(self).heads if self.has_mamba else None,
+            num_classes=None if self.task_head is None else TASKS[self.task_head].classes,
         )
 
     @classmethod

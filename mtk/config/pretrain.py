@@ -246,7 +246,11 @@ class PretrainConfig:
     def problems(self) -> Iterator[Problem]:
         if self.data.mock_data and self.model.vocab_size is None:
             yield Problem("model.vocab_size", None, "must be given with --mock-data")
-        for name, value in (("lora.lora_rank", self.model.lora.lora_rank),):
+        model = self.model
+        for name, value in (
+            ("lora.lora_rank", model.lora.lora_rank),
+            ("task_head", model.task_head),
+        ):
             if value is not None:
                 yield Problem(f"model.{name}", value, "belongs to mtk finetune", "Leave it out.")
         yield from self.training_problems()

@@ -22,6 +22,8 @@ def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
         if config.family != "bert":
             return [f"family = {config.family}: {name} is an encoder"]
         listed = []
+        if config.task_head is not None:
+            listed.append(f"task_head = {config.task_head}: heads of tasks are not exported")
         if config.norm_placement != placement:
             listed.append(f"norm_placement = {config.norm_placement}: {name} has {placement}")
         if config.activation not in ACTIVATIONS:

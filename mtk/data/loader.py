@@ -168,4 +168,6 @@ class BatchLoader:
 
 
 def _stack(samples: list[dict[str, npt.NDArray[np.generic]]], key: str) -> torch.Tensor:
-    return torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    """One row a sample, or several where a sample has several sequences [C, S]."""
+    found = [sample[key] for sample in samples]
+    return torch.from_numpy((np.concatenate if found[0].ndim == 2 else np.stack)(found))

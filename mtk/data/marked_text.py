@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 
 from mtk.data.chat_template import Span
-from mtk.errors import DataError
 from mtk.tokenizers import Tokenizer
 
 # Stands inside the names of special tokens in messages, so that they stay ordinary text.
@@ -27,12 +26,11 @@ class MarkedText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._frame = tokenizer.encode("")
         ids = {tokenizer.eod, *getattr(tokenizer, "specials", ())}
         ids |= {t for t in (tokenizer.bos, tokenizer.eos, tokenizer.pad) if t is not None}
         names = {tokenizer.piece(token): token for token in sorted(ids)}
         # The others are found by the tokenizer itself, with its own rules about spaces.
-        self._unseen = {n: t for n, t in names.items() if n and self._bare(n) != [t]}
+        self._unseen = {n: t for n, t in names.items() if n and tokenizer.encode_alone(n) != [t]}
         listed = sorted(map(re.escape, self._unseen), key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(listed)})") if listed else None
 
@@ -45,13 +43,13 @@ class MarkedText:
     def ids(self, text: str) -> list[int]:
         """Ids of a whole text, or of a part of one."""
         if self._pattern is None:
-            return self._bare(text)
+            return self._tokenizer.encode_alone(text)
         found: list[int] = []
         for part in self._pattern.split(text):
             if part in self._unseen:
                 found.append(self._unseen[part])
             elif part:
-                found += self._bare(part.replace(GUARD, ""))
+                found += self._tokenizer.encode_alone(part.replace(GUARD, ""))
         return found
 
     def encode(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
@@ -70,15 +68,3 @@ class MarkedText:
             counted += [inside] * len(new)
             done = border
         return ids, counted
-
-    def _bare(self, text: str) -> list[int]:
-        """Without what the tokenizer puts in front of every text: the template does that."""
-        ids = self._tokenizer.encode(text)
-        if not self._frame:
-            return ids
-        if ids[: len(self._frame)] != self._frame:
-            raise DataError(
-                "the tokenizer wraps every text in special tokens, which a conversation of several "
-                "parts cannot have. Finetune from a checkpoint whose tokenizer adds none."
-            )
-        return ids[len(self._frame) :]

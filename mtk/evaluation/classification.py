@@ -1,6 +1,7 @@
 """Texts with a label, and the sequences that BERT classifies them by.
 
-A task is a table row: how many sequences a sample has, how many values the head gives for each.
+A task is a row of ``mtk.config.heads``: how many sequences a sample has, how many values the
+head gives for each.
 RACE has four sequences of one value (a choice each), MNLI and QQP one sequence of as many
 values as there are classes. A sample is, as in Megatron-LM's tasks, ``[CLS] A [SEP] B [SEP]``.
 
@@ -17,33 +18,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from mtk.config.heads import ClassificationTask
 from mtk.errors import ConfigError, DataError, Problem
 from mtk.tokenizers import Tokenizer
-
-# Tokens of question and answer together that RACE keeps.
-MAX_QA_LENGTH = 128
-
-
-@dataclass(frozen=True)
-class ClassificationTask:
-    """choices: sequences of a sample. outputs: values of the head for each sequence. classes:
-    different labels. first_limit: tokens kept of A, None for all that fit."""
-
-    name: str
-    choices: int
-    outputs: int
-    first_limit: int | None = None
-
-    @property
-    def classes(self) -> int:
-        return max(self.choices, self.outputs)
-
-
-TASKS = {
-    "RACE": ClassificationTask("RACE", choices=4, outputs=1, first_limit=MAX_QA_LENGTH),
-    "MNLI": ClassificationTask("MNLI", choices=1, outputs=3),
-    "QQP": ClassificationTask("QQP", choices=1, outputs=2),
-}
 
 
 @dataclass(frozen=True)
@@ -106,6 +83,12 @@ class ClassificationData:
         rows = [self._row(first, second, sample.origin) for first, second in sample.pairs]
         text, types, mask = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
         return ClassificationSample(text, types, mask, sample.label, sample.uid)
+
+    def label(self, index: int) -> int:
+        return self._texts[index].label
+
+    def uid(self, index: int) -> int:
+        return self._texts[index].uid
 
     def origin(self, index: int) -> str:
         """File and line of a sample."""

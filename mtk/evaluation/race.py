@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mtk.config.heads import TASKS
 from mtk.errors import DataError
-from mtk.evaluation.classification import TASKS, LabelledText, clean_text
+from mtk.evaluation.classification import LabelledText, clean_text
 from mtk.evaluation.documents import read_text
 
 CHOICES = TASKS["RACE"].choices

@@ -96,7 +96,7 @@ def perplexity_task(bench: Bench) -> Outcome:
             bench.scorer, bench.text, bench.documents, settings, bar.advance
         )
     figures = result.figures
-    _require_finite([figures["loss"]], config.dtype)
+    require_finite([figures["loss"]], config.dtype)
     adjusted = figures["adjusted_perplexity"]
     summary = (
         f"loss {figures['loss']:.4E}, perplexity {figures['perplexity']:.4E}, adjusted "
@@ -140,7 +140,7 @@ def lambada_task(bench: Bench) -> Outcome:
             advance=bar.advance,
         )
     figures = result.figures
-    _require_finite([figures["loss"]], bench.config.dtype)
+    require_finite([figures["loss"]], bench.config.dtype)
     if figures["truncated"]:
         bench.reporter.warn(
             f"{figures['truncated']} passages are longer than the context of {bench.length} "
@@ -175,7 +175,7 @@ def harness_task(bench: Bench, generate: Generate) -> Outcome:
         tasks = harness.load_tasks(config, folder, data)
         found = harness.run_tasks(model, tasks, config.limit, first=first)
         result = harness_result(found, config.limit)
-    _require_finite(result.log_likelihoods, config.dtype)
+    require_finite(result.log_likelihoods, config.dtype)
     summary = "\n".join(
         f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in values.items())}"
         for name, values in result.figures.items()
@@ -194,7 +194,8 @@ def _data_record(path: str, documents: int | None) -> dict[str, Any]:
     return {"file": Path(path).name, "sha256": sha256_file(Path(path)), "documents": documents}
 
 
-def _require_finite(values: list[float], dtype: str) -> None:
+def require_finite(values: list[float], dtype: str) -> None:
+    """Raises GateError unless all losses are numbers."""
     bad = next((value for value in values if not math.isfinite(value)), None)
     if bad is not None:
         raise GateError(

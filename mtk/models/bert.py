@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
 from mtk.models.block import Block, make_norm
@@ -87,10 +88,24 @@ class Pooler(nn.Module):
         return self.dense(self.whole(x_BSE)[:, 0]).tanh()  # type: ignore[no-any-return]
 
 
-class Bert(GPT):
-    """:class:`GPT`'s layers looking both ways, with BERT's embedding and heads.
+class Classifier(nn.Module):
+    """linear(dropout(pooled)): [B, E] -> [B, outputs] of a task."""
 
-    The output matrix is the token embedding, with a bias of its own.
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.task_head is not None
+        self.p = config.hidden_dropout
+        self.dropout: nn.Module = nn.Dropout(self.p)
+        self.dense = nn.Linear(config.hidden_size, TASKS[config.task_head].outputs)
+
+    def forward(self, x_BE: Tensor) -> Tensor:
+        return self.dense(self.dropout(x_BE))  # type: ignore[no-any-return]
+
+
+class Bert(GPT):
+    """:class:`GPT`'s layers looking both ways, with BERT's embedding and heads: those of
+    pretraining, whose output matrix is the token embedding with a bias of its own, or that of a
+    task (pooler and classifier).
     """
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> None:
@@ -104,11 +119,14 @@ class Bert(GPT):
         for block in self.layers.values():
             assert isinstance(block, Block)
             block.attention.form = EVERYWHERE
-        self.transform: Transform | None = Transform(config)
-        self.output_bias: nn.Parameter | None = nn.Parameter(torch.zeros(config.padded_vocab_size))
-        binary = config.bert_binary_head
-        self.pooler: Pooler | None = Pooler(config) if binary else None
+        pretraining, binary = config.task_head is None, config.bert_binary_head
+        self.transform: Transform | None = Transform(config) if pretraining else None
+        bias = nn.Parameter(torch.zeros(config.padded_vocab_size)) if pretraining else None
+        self.output_bias: nn.Parameter | None = bias
+        pooled = binary or not pretraining
+        self.pooler: Pooler | None = Pooler(config) if pooled else None
         self.order: nn.Linear | None = nn.Linear(config.hidden_size, 2) if binary else None
+        self.classifier = None if pretraining else Classifier(config)
 
     def keep(self, layers: range, *, first: bool, last: bool) -> None:
         super().keep(layers, first=first, last=last)
@@ -116,6 +134,7 @@ class Bert(GPT):
             self.embedding.types = self.embedding.norm = None
         if not last:
             self.transform = self.output_bias = self.pooler = self.order = None
+            self.classifier = None
 
     def forward(  # type: ignore[override]
         self,
@@ -126,7 +145,8 @@ class Bert(GPT):
         documents: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, V] of the token at each place, and [B, 2] of whether segments are in
-        order (0) or swapped (1) if there is a binary head.
+        order (0) or swapped (1) if there is a binary head; with the head of a task its
+        [B, outputs] alone.
 
         inputs: token ids [B, S], or states on a later pipeline stage. types: int64 [B, S],
         default 0. documents: int64 [B, S]; tokens look at those of their own number only, so
@@ -135,6 +155,8 @@ class Bert(GPT):
         x_BSE = self.states(inputs, positions, types=types, documents=documents)
         if not self.last:
             return x_BSE
+        if self.classifier is not None and self.pooler is not None:
+            return self.classifier(self.pooler(x_BSE))  # type: ignore[no-any-return]
         logits = self.logits(x_BSE)
         if self.pooler is None or self.order is None:
             return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
 from mtk.models import count
 from mtk.models.count import Flops, layer_matrices
@@ -50,6 +51,9 @@ def _bert(config: ModelConfig, vocab: int) -> int:
     hidden = config.hidden_size
     # Norms after layers need none at the end, but one after the embedding.
     body = count.parameter_count(config, vocab) + config.num_tokentypes * hidden
+    if config.task_head is not None:
+        outputs = TASKS[config.task_head].outputs
+        return body + hidden * hidden + hidden + outputs * (hidden + 1)
     head = hidden * hidden + hidden + _norm(config) + vocab
     binary = hidden * hidden + hidden + 2 * hidden + 2
     return body + head + (binary if config.bert_binary_head else 0)

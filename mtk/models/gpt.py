@@ -174,7 +174,7 @@ class GPT(nn.Module):
         self.first, self.last = first, last
         self.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
         if not first and self.embedding is not None:
-            if last and self.output is None:
+            if last and self.output is None and self.config.task_head is None:
                 self.embedding.positions = self.embedding.norm = None
             else:
                 self.embedding = None

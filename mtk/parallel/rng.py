@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.models.attention import CAUSAL, AttentionKernel, Form
+from mtk.parallel.collectives import all_reduce
 from mtk.parallel.groups import Group
 from mtk.parallel.ranks import Ranks
 
@@ -77,10 +78,30 @@ class OwnPartDropout(nn.Module):
             return F.dropout(x, self.p)
 
 
-@contextmanager
-def _own_stream(group: Group, device: torch.device) -> Iterator[None]:
+class SharedDropout(nn.Module):
+    """Dropout on what the ranks of ``group`` compute alike, though each has a stream of its
+    own."""
+
+    def __init__(self, p: float, group: Group) -> None:
+        super().__init__()
+        self.p, self.group = p, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        start = torch.randint(2**31, (1,)).to(x.device)
+        with _stream(int(all_reduce(start, self.group, "tp.dropout", "max").item()), x.device):
+            return F.dropout(x, self.p)
+
+
+def _own_stream(group: Group, device: torch.device) -> AbstractContextManager[None]:
     """Random numbers that differ between the ranks of ``group``, from one of the shared stream."""
-    start = int(torch.randint(2**31, (1,)).item()) + group.rank
+    return _stream(int(torch.randint(2**31, (1,)).item()) + group.rank, device)
+
+
+@contextmanager
+def _stream(start: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from ``start`` on, beside the stream of this rank."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(start)
         yield

@@ -87,6 +87,9 @@ def balance(config: ModelConfig, stages: int) -> tuple[int, ...]:
     Costs are FLOPs per token: the output matrix and the loss count with the last stage, the
     look-up with the first. Raises ValueError for more stages than layers.
     """
+    if config.task_head is not None:  # neither matrix nor logits at the end
+        first = float(LOOKUP_FLOPS * config.hidden_size)
+        return partition(layer_costs(config), stages, first=first, last=0.0)
     none = output_cost(config)
     first = float(LOOKUP_FLOPS * config.hidden_size)
     # T5 has logits for the decoder's tokens only.
@@ -169,7 +172,8 @@ def mark_tied(
             copies = (*piece.copies, ranks.pp)
             marked[name] = replace(piece, copies=copies).with_partial(ranks.pp)
     one_rank = stages.ranks[0] == stages.ranks[-1] or ranks.ends.size == 1
-    if config.untie_embeddings_and_output_weights or one_rank:
+    untied = config.untie_embeddings_and_output_weights or config.task_head is not None
+    if untied or one_rank:
         return marked
     piece = marked[TIED]
     marked[TIED] = replace(piece, copies=(*piece.copies, ranks.ends)).with_partial(ranks.ends)

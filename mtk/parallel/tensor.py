@@ -33,13 +33,13 @@ from mtk.parallel.collectives import (
 from mtk.parallel.groups import Group
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
-from mtk.parallel.rng import OwnPartDropout
+from mtk.parallel.rng import OwnPartDropout, SharedDropout
 from mtk.parallel.stages import SHARED_BIASES
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
 # Modules that see whole sequences on every rank, also under sequence parallelism.
-COMPUTED_ALIKE = ("pooler.", "order.")
+COMPUTED_ALIKE = ("pooler.", "order.", "classifier.")
 
 
 class Region:
@@ -132,6 +132,8 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
         cutter.cut(model, "output_bias", 0, "output_bias")
     if isinstance(model, Bert) and model.pooler is not None:
         model.pooler.whole = region.whole
+    if isinstance(model, Bert) and model.classifier is not None and region.sequence is not None:
+        model.classifier.dropout = SharedDropout(model.classifier.p, region.group)
     if sequence_parallel:
         _sum_gradients_of_rows(model, ranks.tp, pieces)
 

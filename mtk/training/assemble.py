@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mtk.config.heads import TASKS
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
@@ -22,7 +23,7 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
-from mtk.training.objective import MaskedTokens, NextToken, Objective, TokenLosses
+from mtk.training.objective import Classification, MaskedTokens, NextToken, Objective, TokenLosses
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
@@ -116,7 +117,9 @@ def make_passes(
 
 
 def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:
-    """What a family minimises."""
+    """What a family, or the head of a task, minimises."""
+    if model.task_head is not None:
+        return Classification(TASKS[model.task_head].choices)
     losses = cross_entropy(model, ranks)
     if model.family == "bert":
         return MaskedTokens(losses, model.bert_binary_head)

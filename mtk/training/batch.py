@@ -44,13 +44,14 @@ class LocalBatch:
 class GlobalBatch:
     """This rank's micro-batches of one optimizer step.
 
-    samples: sequences of the step, those of all data-parallel ranks together.
+    samples: of the step, those of all data-parallel ranks together. sequences: of each.
     """
 
     micro_batches: Sequence[MicroBatch]
     samples: int
+    sequences: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of the step on all ranks."""
-        return self.samples * self.micro_batches[0].tokens_BS.shape[1]
+        return self.samples * self.sequences * self.micro_batches[0].tokens_BS.shape[1]

@@ -23,6 +23,7 @@ FUNCTION = (
     "position_embedding_type",
     "rotary_percent",
     "lora",
+    "task_head",
     "rotary_interleaved",
     *RELATIVE_OPTIONS,
     "use_parallel_residual",

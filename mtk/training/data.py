@@ -107,12 +107,14 @@ class Share:
     """How one of the data-parallel ranks reads.
 
     micro: samples of a micro-batch. packing: what the documents inside a sample mean.
+    sequences: of each sample.
     """
 
     micro: int
     rank: int = 0
     size: int = 1
     packing: Packing | None = None
+    sequences: int = 1
 
 
 def run_data(
@@ -202,7 +204,8 @@ def training_batches(
     with closing(BatchLoader(dataset, order, packing=share.packing)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
             own = size // (share.micro * share.size)
-            yield GlobalBatch([next(loader) for _ in range(own)], samples=size)
+            mine = [next(loader) for _ in range(own)]
+            yield GlobalBatch(mine, samples=size, sequences=share.sequences)
             consumed += size
 
 

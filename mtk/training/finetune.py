@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
-from mtk.config.finetune import FinetuneConfig
+from mtk.config.finetune import HEAD_TASKS, FinetuneConfig
 from mtk.config.given_model import complete
+from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.blend import parse_blend
@@ -22,6 +24,7 @@ from mtk.training.data import (
     target_samples,
     with_vocabulary,
 )
+from mtk.training.heads import head_job
 from mtk.training.job import Job, with_samples
 from mtk.training.loop import RunData
 from mtk.training.opened_data import OpenedData, open_data
@@ -36,7 +39,26 @@ def finetuned_model(config: FinetuneConfig, base: Pretrained) -> ModelConfig:
     """What is trained: the checkpoint's model with what the task adds. Raises ConfigError,
     also for a family that the task is not for."""
     model = complete(config.model, base.model, config.pretrained_checkpoint)
-    return dataclasses.replace(model, lora=config.lora)
+    head, path = base.model.task_head, config.pretrained_checkpoint
+    if config.task in HEAD_TASKS and base.model.family != "bert":
+        rule = f"puts a head on BERT; {path} is of family {base.model.family}"
+        raise ConfigError([Problem("task", config.task, rule, "Give a checkpoint of BERT.")])
+    if config.task == "sft" and base.model.family != "gpt":
+        rule = f"writes answers token by token; {path} is of family {base.model.family}"
+        raise ConfigError([Problem("task", "sft", rule, "Give a checkpoint of family gpt.")])
+    if head not in (None, config.task):
+        rule = f"{path} has the head of {head}, and nothing of those of pretraining"
+        fix = f"Begin from what it was made from, or use --task {head}."
+        raise ConfigError([Problem("task", config.task, rule, fix)])
+    changes: dict[str, Any] = {"lora": config.lora}
+    if config.task in HEAD_TASKS:
+        classes = TASKS[config.task].classes
+        changes |= {"task_head": config.task, "num_classes": classes, "bert_binary_head": False}
+    model = dataclasses.replace(model, **changes)
+    problems = [dataclasses.replace(p, key=f"model.{p.key}") for p in model.problems()]
+    if problems:
+        raise ConfigError(problems)
+    return model
 
 
 def finetune_job(config: FinetuneConfig, base: Pretrained, reporter: Reporter) -> Job:
@@ -83,4 +105,8 @@ def _samples_of_epoch(core: PretrainConfig, data: OpenedData) -> int:
 
 
 Maker = Callable[[FinetuneConfig, PretrainConfig, Pretrained, Reporter], Job]
-MAKERS: Mapping[str, Maker] = {"lm": _lm, "sft": partial(sft_job, STAGE)}
+MAKERS: Mapping[str, Maker] = {
+    "lm": _lm,
+    "sft": partial(sft_job, STAGE),
+    **{task: partial(head_job, STAGE) for task in HEAD_TASKS},
+}

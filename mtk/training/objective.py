@@ -73,6 +73,28 @@ class MaskedTokens:
         return self.token_losses(logits_BSV, batch.labels_BS), swapped
 
 
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy of each sample's label (``extra["label"]``, int64 [B]) where
+    ``extra["counted"]`` (fp32 [B]) is 1. Outputs are [B x choices, values]: a value for each
+    choice, or for each class."""
+
+    choices: int
+    names: tuple[str, ...] = ("loss",)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """fp32 [B, classes]."""
+        values = self.choices * outputs.shape[-1]
+        return outputs.float().reshape(-1, values)
+
+    def weights(self, batch: MicroBatch | LocalBatch) -> tuple[Tensor, ...]:
+        return (batch.extra["counted"],)
+
+    def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
+        logits_BK = self.logits(outputs)
+        return (F.cross_entropy(logits_BK, batch.extra["label"], reduction="none"),)
+
+
 def counts(objective: Objective, batch: MicroBatch | LocalBatch) -> Tensor:
     """fp32 [terms]: the sum of each term's weights."""
     return torch.stack([weight.sum() for weight in objective.weights(batch)])

@@ -31,14 +31,17 @@ class Optimizer:
             {"params": decay, "decays": True},
             {"params": plain, "decays": False},
         ]
-        self._adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        groups = [group for group in groups if group["params"]]
+        self._adam: torch.optim.AdamW | None = None
+        if groups:  # else all weights here are frozen
+            self._adam = torch.optim.AdamW(
+                groups,
+                lr=config.lr,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
 
     def zero_grad(self) -> None:
         for weight in self._weights.values():
@@ -68,6 +71,8 @@ class Optimizer:
 
     def step(self, lr: float, weight_decay: float) -> None:
         """One update with this learning rate and this decay (for what decays)."""
+        if self._adam is None:
+            return
         for group in self._adam.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -76,8 +81,9 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``."""
         tensors: dict[str, Tensor] = {}
+        known = {} if self._adam is None else self._adam.state
         for name, weight in self._weights.items():
-            state = self._adam.state.get(weight, {})
+            state = known.get(weight, {})
             for key in (*_STATES, "step"):
                 if key in state:
                     tensors[f"{key}.{name}"] = state[key]
@@ -106,4 +112,5 @@ class Optimizer:
                 state[key] = tensors[f"{key}.{name}"].to(weight.device, copy=True)
             device = weight.device if weight.is_cuda else "cpu"
             state["step"] = tensors[f"step.{name}"].to(device, copy=True)
+            assert self._adam is not None
             self._adam.state[weight] = state

@@ -21,6 +21,9 @@ from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.training.step import Stepper
 
 ROLE = "initial model"
+# Parameters of BERT's heads: of a task, and what only pretraining needs.
+HEADS = ("pooler.", "classifier.")
+PRETRAINING_HEADS = ("transform.", "output_bias", "order.")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Pretrained:
     source: Source
     model: ModelConfig
     tensors: Tensors
+
+    def adds(self, name: str) -> bool:
+        """Whether finetuning may begin a parameter anew: of adapters, or of the head of a task."""
+        return is_adapter(name) or name.startswith(HEADS)
+
+    def drops(self, name: str) -> bool:
+        """Whether the head of a task takes the place of a parameter."""
+        return self.model.family == "bert" and name.startswith(PRETRAINING_HEADS)
 
     @property
     def path(self) -> str:
@@ -82,9 +93,9 @@ def _value(
 def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
     """This rank's part of the weights. Raises CheckpointError where they are not the model's."""
     shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
-    fresh = {name for name in shapes if is_adapter(name)}
+    fresh = {name for name in shapes if name not in base.tensors and base.adds(name)}
     missing = sorted(set(shapes) - set(base.tensors) - fresh)
-    unread = sorted(set(base.tensors) - set(shapes))
+    unread = sorted(name for name in set(base.tensors) - set(shapes) if not base.drops(name))
     if missing or unread:
         raise CheckpointError(
             f"{base.path} does not fit the model: missing {missing[:5]}, unknown {unread[:5]} "

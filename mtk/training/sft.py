@@ -12,7 +12,6 @@ from mtk.data.chat_corpus import ChatReader
 from mtk.data.chat_dataset import ChatDataset
 from mtk.data.chat_template import choose_template
 from mtk.data.epochs import ShuffledEpochs
-from mtk.errors import ConfigError, Problem
 from mtk.log import Reporter
 from mtk.training.data import Share, batch_schedule, held_out, target_samples, training_batches
 from mtk.training.data import token_bytes as bytes_of_tokens
@@ -25,11 +24,7 @@ from mtk.training.task_data import TaskFiles, named_files
 def sft_job(
     stage: str, config: FinetuneConfig, core: PretrainConfig, base: Pretrained, reporter: Reporter
 ) -> Job:
-    """Raises ConfigError, DataError, and CheckpointError without a tokenizer."""
-    if core.model.family != "gpt":
-        rule = "answers are written token by token, which an encoder does not"
-        fix = f"{base.path} is of family {core.model.family}; take one of family gpt."
-        raise ConfigError([Problem("task", "sft", rule, fix)])
+    """Raises ConfigError (template), DataError, and CheckpointError without a tokenizer."""
     tokenizer = base.tokenizer()
     template = choose_template(config.chat.chat_template, tokenizer, base.path)
     if config.chat.chat_template is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+import mtk.models.lora
 from mtk.config import make
 from mtk.config.lora import LoraConfig
 from mtk.config.model import ModelConfig
+from mtk.config.optimization import OptimizerConfig
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import ConfigError
@@ -20,6 +23,8 @@ from mtk.models.init import initial_value, initialize, normal_weight
 from mtk.models.lora import adapted_weight, is_adapter, merged
 from mtk.parallel.dims import Dims
 from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.parallel.tensor import Cutter, RowParallelLinear
+from mtk.training.optimizer import Optimizer
 from mtk.verification.compare import compare
 from mtk.verification.observe import Observation, observe, random_sample
 from tests.models.sizes import llama_config, small_config, small_model
@@ -97,6 +102,46 @@ def test_equals_one_process(kind: str, world: int, layout: dict[str, Any]) -> No
     assert compare(step_on_rank(0, single, 1), ranks).failures == []
 
 
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "gradients of copies are not summed": lambda patch: patch.setattr(
+        Cutter, "_in_parts", lambda self, name: None
+    ),
+    "the adapter is added on every rank": lambda patch: patch.setattr(
+        RowParallelLinear, "forward", _added_after_the_sum
+    ),
+    "alpha / rank is left out": lambda patch: patch.setattr(LoraConfig, "scale", 1.0),
+    "the base is trained too": lambda patch: patch.setattr(
+        mtk.models.lora, "is_adapter", lambda name: True
+    ),
+}
+
+
+def _added_after_the_sum(self: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+    out = self.region.leave(self.product(x, self.weight), self.site)
+    out = out if self.bias is None else out + self.bias
+    return out if self.lora is None else out + self.lora(x)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_faults_are_seen(fault: str) -> None:
+    config = configure("llama", 2, tensor_model_parallel_size=2)
+    model = dataclasses.replace(config.model, lora=make(LoraConfig, **LORA))
+    config = dataclasses.replace(config, model=model)
+    single = dataclasses.replace(config, parallel=make(ParallelConfig))
+    ranks = run_ranks(2, step_with_fault, config, 2, fault)
+    try:
+        failures = compare(step_on_rank(0, single, 1), ranks).failures
+    except (ValueError, KeyError) as error:
+        failures = [str(error)]
+    assert failures
+
+
+def step_with_fault(rank: int, config: PretrainConfig, world: int, fault: str) -> Observation:
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        return step_on_rank(rank, config, world)
+
+
 def step_on_rank(rank: int, config: PretrainConfig, world: int) -> Observation:
     """A step from weights in which no matrix of an adapter is zero."""
     ranks = Ranks()
@@ -143,3 +188,10 @@ def test_experts_have_no_adapters() -> None:
 def test_alpha_is_as_the_rank_unless_given() -> None:
     assert make(LoraConfig, lora_rank=4).scale == 1.0
     assert make(LoraConfig, lora_rank=4, lora_alpha=16).scale == 4.0
+
+
+def test_a_stage_of_frozen_weights_has_nothing_to_optimise() -> None:
+    optimizer = Optimizer({}, make(OptimizerConfig, lr=1.0))
+    optimizer.zero_grad()
+    optimizer.step(1.0, 0.0)
+    assert optimizer.norm() == 0 and optimizer.state_tensors() == {}

@@ -174,13 +174,15 @@ def test_every_figure_is_that_of_one_process(
     torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-3, atol=1e-4)
 
 
-def test_packing_changes_no_answer(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_packing_changes_no_answer(home: Path, tmp_path: Path, base: str) -> None:
     """All conversations in one step, packed or not: the same loss and norm."""
     steps = []
     for packing in (True, False):
         wanted = config(
             home,
             tmp_path / str(packing),
+            base,
             packing=packing,
             train_iters=1,
             global_batch_size=len(ChatDataset(corpus(home)[0], 48, 0, packing=packing)),

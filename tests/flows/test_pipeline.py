@@ -11,6 +11,7 @@ import pytest
 from flows.attempts import curable
 from flows.pipeline import Pipeline, plan_pipeline
 from flows.runner import run_plain
+from flows.steps import registered_stages
 from mtk.config import Layer
 from mtk.errors import (
     ArtifactError,
@@ -63,6 +64,18 @@ def test_outputs_become_inputs_and_follow_a_moved_output() -> None:
     assert configs["pretrain"].data_path == ("work/data/corpus_text_document",)
     assert configs["evaluate"].load == "work/checkpoints"
     assert configs["tokenizer"].vocab_size == 64
+
+
+def test_finetuning_is_a_step_where_the_file_has_a_section_for_it(folder: Path) -> None:
+    options = "{task: sft, train_data: [talk.jsonl], chat_template: plain, epochs: 1, lr: 1e-4}"
+    (folder / "flow.yaml").write_text(f"{FILE}finetune: {options}\n")
+    stages = {**fake_stages(), "finetune": registered_stages()["finetune"]}
+    configs = {step.name: step.config for step in plan_pipeline("flow.yaml", stages).steps}
+    assert list(configs) == [*STEPS[:4], "finetune", *STEPS[4:]]
+    assert configs["finetune"].pretrained_checkpoint == "work/checkpoints"
+    assert configs["finetune"].checkpoint.save == "work/finetuned"
+    for name in ("evaluate", "cloze", "convert", "quantize"):
+        assert configs[name].load == "work/finetuned"
 
 
 def test_own_corpus_replaces_the_demo_corpus() -> None:
