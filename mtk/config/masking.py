@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mtk.config.model import ModelConfig
     from mtk.config.pretrain import DataConfig
 
-DEFAULT_DECODER_LENGTH = 128
 SPECIAL_TOKENS = {"bert": 3, "t5": 2}  # of a sample, beside the text
 SHORTEST_TEXT = 2
 
@@ -31,11 +30,6 @@ class MaskingOptions:
 
 MASKING_OPTIONS = ("mask_prob", "short_seq_prob")
 WINDOW_OPTIONS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")
-
-
-def decoder_length(model: ModelConfig) -> int:
-    """Tokens of T5's decoder."""
-    return int(getattr(model, "decoder_seq_length", None) or DEFAULT_DECODER_LENGTH)
 
 
 def masking_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
@@ -67,7 +61,7 @@ def _decoder_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]
     tokens are rarely exceeded."""
     text = model.seq_length - SPECIAL_TOKENS["t5"]
     least = 1 + math.ceil(1.5 * max(1, int(data.mask_prob * text)))
-    found = decoder_length(model)
+    found = model.decoder_seq_length
     if found < least:
         rule = f"must be at least {least} for seq_length = {model.seq_length} and "
         rule += f"mask_prob = {data.mask_prob}"

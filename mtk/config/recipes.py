@@ -129,6 +129,29 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "min_lr": 3e-5,
         "precision": "bf16",
     },
+    # Yang et al. 2025; rates and batch are not published and have Mixtral's.
+    "qwen3-30b-a3b": {
+        **LLAMA,
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "kv_channels": 128,
+        "qk_layernorm": True,
+        "ffn_hidden_size": 6144,
+        "num_experts": 128,
+        "moe_router_topk": 8,
+        "moe_ffn_hidden_size": 768,
+        "rotary_base": 1e6,
+        "norm_epsilon": 1e-6,
+        "seq_length": 4096,
+        "max_position_embeddings": 32768,
+        "micro_batch_size": 1,
+        "global_batch_size": 1024,
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "precision": "bf16",
+    },
     # Megatron-LM's README: BERT-345M and T5-220M. Planned and costed; their models
     # are not trained by this version.
     "bert-345m": {

@@ -49,7 +49,9 @@ class MatrixConfig:
     subset: Literal["all", "pairwise"] = option(
         "all", help="All layouts, or few that combine each two techniques at least once."
     )
-    model: Literal["dense", "moe", "both"] = option("both", help="Which tiny models.")
+    model: Literal["dense", "moe", "moe-biased", "hybrid", "bert", "t5", "both"] = option(
+        "both", help="Which tiny model; both: dense and moe."
+    )
     limit: int | None = option(None, help="A random choice (--seed) of so many of the layouts.")
     jobs: int = option(1, help="Layouts that are run at the same time.", runtime=True)
     output: str | None = option(

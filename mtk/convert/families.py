@@ -20,7 +20,7 @@ from mtk.convert.t5 import T5
 from mtk.errors import ConfigError, ConversionError, Problem
 
 # A native model becomes the first one that can express it.
-DECODERS = (GPT2, LLAMA, MAMBA2, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM)
+DECODERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT_NEOX, BLOOM, MAMBA2)
 WITH_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
 FAMILIES = (*DECODERS, *WITH_EXPERTS, BERT, MEGATRON_BERT, T5)
 

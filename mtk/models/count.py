@@ -49,11 +49,11 @@ def active_expert_weights(config: ModelConfig) -> int:
     return chosen * mlp_matrices(config, config.moe_ffn_size)
 
 
-def _instead_of_dense(config: ModelConfig) -> int:
-    """What MoE layers change besides their experts: routers and shared experts are there,
-    dense MLPs are not."""
+def instead_of_dense(config: ModelConfig) -> int:
+    """What an MoE layer changes besides its experts: router and shared expert are there, the
+    dense MLP is not."""
     own = config.hidden_size * (config.num_experts or 0) + shared_expert_weights(config)
-    return config.moe_layers * (own - mlp_matrices(config, config.ffn_size))
+    return own - mlp_matrices(config, config.ffn_size)
 
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -65,7 +65,9 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> int:
     if config.qk_layernorm:
         per_layer += 2 * config.head_size * per_norm // hidden
     output = vocab * hidden if config.untie_embeddings_and_output_weights else 0
-    body = layers * per_layer + _instead_of_dense(config) + expert_weights(config)
+    body = (
+        layers * per_layer + config.moe_layers * instead_of_dense(config) + expert_weights(config)
+    )
     if config.hybrid_layer_pattern is not None:
         body = sum(layer_parameters(config, kind) for kind in kinds(config))
     ends = _embedded_positions(config) + per_norm * (2 if config.embedding_layernorm else 1)
@@ -108,7 +110,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None = None) -> Flops
         full, causal = (6.0 * vocab * config.hidden_size + sum(part) for part in _columns(layers))
         return Flops(full=full, causal=causal)
     matrices = config.num_layers * layer_matrices(config) + vocab * config.hidden_size
-    matrices += _instead_of_dense(config) + active_expert_weights(config)
+    matrices += config.moe_layers * instead_of_dense(config) + active_expert_weights(config)
     width = config.num_attention_heads * config.head_size
     each_key = 12.0 * config.num_layers * width
     seen = each_key * keys_seen(config)

@@ -12,11 +12,12 @@ place in the pipeline is called its stage, though it may hold several virtual on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
-from mtk.models.count import expert_weights
+from mtk.models.count import expert_weights, instead_of_dense
 from mtk.models.count_families import layers_of, parameters
 from mtk.parallel.planning_pattern import mamba_activations, pattern_parameters, scan_activations
 
@@ -113,8 +114,11 @@ def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
     table = model.padded_vocab_size * model.hidden_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     share = sum(split[index] for index in placed) / sum(split)
-    in_experts = expert_weights(model) * share
-    held = (parameters(model) - tables * table - expert_weights(model)) * share
+    alike = parameters(model) - tables * table - expert_weights(model)
+    alike -= model.moe_layers * instead_of_dense(model)
+    moe_layers = _moe_layers(config, stage)
+    in_experts = expert_weights(model) / max(model.moe_layers, 1) * moe_layers
+    held = alike * share + moe_layers * instead_of_dense(model)
     if model.hybrid_layer_pattern is not None:
         own = "".join(kind or "" for kinds in kinds_of(config, stage) for kind in kinds)
         layers, in_experts = pattern_parameters(model, own)
@@ -125,6 +129,13 @@ def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
     held += table * (first + last if tables == 2 or not (first and last) else 1)
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     return held / tp, in_experts / tp / ep
+
+
+def _moe_layers(config: PlanConfig, stage: int) -> int:
+    """Layers with experts at a place of the pipeline."""
+    starts = [0, *accumulate(split_of(config))]
+    own = [range(starts[index], starts[index + 1]) for index in stages_of(config, stage)]
+    return sum(config.model.has_experts(layer) for layers in own for layer in layers)
 
 
 def micro_batches(config: PlanConfig) -> int:
@@ -233,6 +244,7 @@ def _projections(config: PlanConfig, kind: str | None) -> float:
     gates = 2 if model.gated else 1
     moe = model.moe_layers / model.num_layers if kind is None else float(kind == EXPERTS)
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
+    width += moe * (model.moe_shared_expert_intermediate_size or 0)
     sharded = attends * (2 * queries + keys_values + normed) + feeds * (gates + 1) * width
     return shared + tokens * (sharded * size / _tp(config) + moe * _routing(model, size))
 

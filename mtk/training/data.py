@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtk.artifacts.hashing import sha256_json
-from mtk.config.masking import MASKING_OPTIONS, SPECIAL_TOKENS, decoder_length
+from mtk.config.masking import MASKING_OPTIONS, SPECIAL_TOKENS
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
 from mtk.data.build import SampleCounts, build_splits
@@ -93,7 +93,7 @@ def data_identity(config: PretrainConfig, data: OpenedData, samples: int) -> str
         content["family"] = config.model.family
         content["masking"] = [getattr(options, name) for name in MASKING_OPTIONS]
         content["pairs"] = config.model.bert_binary_head
-        content["decoder"] = decoder_length(config.model)
+        content["decoder"] = config.model.decoder_seq_length
     return sha256_json(content)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mtk.config.masking import decoder_length
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.gpt_samples import GPTSamples
 from mtk.data.mock_sentences import mock_vocabulary
@@ -25,7 +24,7 @@ def sample_kind(config: PretrainConfig, data: OpenedData, notify: Notify = ignor
     vocabulary, tokenizer = _vocabulary(config, data)
     rules = SentenceRules(
         model.seq_length,
-        decoder_length(model),
+        model.decoder_seq_length,
         config.data.mask_prob,
         config.data.short_seq_prob,
         pairs=model.bert_binary_head,

@@ -82,7 +82,7 @@ LINES = [
     ("--save list.yaml/x", 4, "list.yaml/x"),
     ("--load list.yaml", 4, "list.yaml"),
     ("--finetune", 2, "--load"),
-    ("--family t5", 2, "family"),
+    ("--family t5 --position-embedding-type rope", 2, "position_embedding_type"),
     ("--vocab-size 10", 3, "vocab-size"),
     ("--hidden-size 100000000000", 2, "more elements than torch can count"),
     ("--ffn-hidden-size 10000000000000", 2, "not enough memory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_pattern_says_how_many_layers() -> None:
     assert (config.num_layers, config.num_attention_heads) == (2, 1)
     assert [config.has_mamba, config.has_attention, config.has_mlp] == [True, False, False]
     # A resolved configuration is given back as it is.
-    assert make(ModelConfig, **vars(config)) == config
+    assert make(ModelConfig, **dataclasses.asdict(config)) == config
     with pytest.raises(ConfigError, match="num_attention_heads = None: must be given"):
         make(ModelConfig, **{k: v for k, v in MODEL.items() if k != "num_attention_heads"})
 

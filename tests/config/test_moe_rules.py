@@ -19,6 +19,8 @@ MODEL: dict[str, Any] = {
     "add_bias_linear": False,
     "num_experts": 8,
 }
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIASED = {**SIGMOID, "moe_router_enable_expert_bias": True}
 RUN = {"mock_data": True, "vocab_size": 50, "train_iters": 1, "save": "unused", "lr": 1e-3}
 
 
@@ -37,6 +39,68 @@ def complaint(config_class: type, **values: Any) -> str:
         ({"moe_router_topk": 0}, ["moe_router_topk = 0", "Nearest: 1"]),
         ({"moe_layer_freq": 0}, ["moe_layer_freq = 0", "Nearest: 1"]),
         ({"moe_layer_freq": 5}, ["moe_layer_freq = 5", "num_layers = 4", "Nearest: 4"]),
+        ({"moe_layer_freq": "[0,1]"}, ["lists 2 layers; num_layers = 4", "Nearest: [0]+[1]*3"]),
+        ({"moe_layer_freq": "[0]*4"}, ["no layer any experts", "Nearest: [0]*3+[1]"]),
+        ({"moe_layer_freq": "[2]*4"}, ["lists of 0 and 1", "Nearest: 1"]),
+        ({"moe_layer_freq": "__import__('os')"}, ["lists of 0 and 1"]),
+        ({"moe_router_pre_softmax": True, **SIGMOID}, ["moe_router_pre_softmax", "softmax"]),
+        ({"moe_router_topk_scaling_factor": 0.0}, ["scaling_factor = 0.0", "Nearest: 1.0"]),
+        (
+            {**SIGMOID, "moe_router_num_groups": 3, "moe_router_group_topk": 1},
+            ["moe_router_num_groups = 3", "divide num_experts = 8", "Nearest: 2 or 4"],
+        ),
+        (
+            {**SIGMOID, "moe_router_num_groups": 4, "moe_router_group_topk": 3},
+            ["moe_router_group_topk = 3", "divide moe_router_topk = 2", "Nearest: 2"],
+        ),
+        (
+            {
+                **SIGMOID,
+                "moe_router_topk": 6,
+                "moe_router_num_groups": 4,
+                "moe_router_group_topk": 2,
+            },
+            ["groups of 2 experts must hold the 6", "Nearest: 3"],
+        ),
+        ({"moe_router_num_groups": 4}, ["moe_router_num_groups = 4", "--moe-router-group-topk"]),
+        ({"moe_router_group_topk": 2}, ["moe_router_group_topk = 2", "--moe-router-num-groups"]),
+        (
+            {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+            ["--moe-router-pre-softmax", "sigmoid"],
+        ),
+        ({"moe_router_enable_expert_bias": True}, ["enable_expert_bias", "--moe-router-score"]),
+        ({"moe_router_bias_update_rate": 0.1}, ["bias_update_rate = 0.1", "enable_expert_bias"]),
+        (
+            {**BIASED, "moe_router_bias_update_rate": -1.0},
+            ["moe_router_bias_update_rate = -1.0", "0 or more"],
+        ),
+        (
+            {**BIASED, "moe_router_load_balancing_type": "sinkhorn"},
+            ["moe_router_enable_expert_bias", "sinkhorn both decide"],
+        ),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.1},
+            ["moe_aux_loss_coeff = 0.1", "Nearest: 0"],
+        ),
+        (
+            {"moe_router_load_balancing_type": "aux_loss"},
+            ["moe_router_load_balancing_type", "'seq_aux_loss'"],
+        ),
+        (
+            {
+                **SIGMOID,
+                "moe_router_load_balancing_type": "sinkhorn",
+                "moe_router_num_groups": 4,
+                "moe_router_group_topk": 2,
+            },
+            ["moe_router_load_balancing_type = 'sinkhorn'", "groups"],
+        ),
+        ({"moe_shared_expert_intermediate_size": 0}, ["intermediate_size = 0", "at least 1"]),
+        ({"moe_shared_expert_gate": True}, ["moe_shared_expert_gate", "intermediate_size"]),
+        (
+            {"num_experts": None, "moe_shared_expert_intermediate_size": 8},
+            ["moe_shared_expert_intermediate_size = 8", "num_experts"],
+        ),
         ({"moe_aux_loss_coeff": -0.1}, ["moe_aux_loss_coeff = -0.1"]),
         ({"moe_z_loss_coeff": float("inf")}, ["moe_z_loss_coeff"]),
         ({"moe_expert_capacity_factor": 0.0}, ["moe_expert_capacity_factor = 0.0", "Nearest: 1.0"]),
@@ -73,6 +137,10 @@ def test_all_at_once() -> None:
             {"tensor_model_parallel_size": 2, "moe_ffn_hidden_size": 24},
             ["tensor_model_parallel_size = 2", "an expert's MLP, 24", "Nearest: 1"],
         ),
+        (
+            {"tensor_model_parallel_size": 2, "moe_shared_expert_intermediate_size": 7},
+            ["tensor_model_parallel_size = 2", "intermediate_size = 7", "Nearest: 1"],
+        ),
     ],
     ids=str,
 )
@@ -88,5 +156,12 @@ def test_derived_and_resolved_again() -> None:
     assert dense.moe_ffn_hidden_size is None and dense.moe_layers == 0
     for config in (moe, dense):
         assert make(ModelConfig, **vars(config)) == config
+    assert moe.moe_aux_loss_coeff == 0.01 and dense.moe_aux_loss_coeff is None
+    quiet = make(ModelConfig, **MODEL, moe_router_load_balancing_type="none")
+    assert quiet.moe_aux_loss_coeff == 0.0
+    for text in ("[0]+[1]*3", "([0] + [1]*3)", "([0])+3*[1]", "[0,1, 1,1]"):
+        first = make(ModelConfig, **MODEL, moe_layer_freq=text)
+        assert [first.has_experts(layer) for layer in range(4)] == [False, True, True, True]
+        assert first.moe_layers == 3
     every_third = make(ModelConfig, **MODEL, moe_layer_freq=3)
     assert [every_third.has_experts(layer) for layer in range(4)] == [True, False, False, True]

@@ -256,7 +256,7 @@ def _all_narrow(tensors: Tensors) -> None:
         (_of_another_type, [GATE_0.format(1), "bfloat16"]),
         (_all_narrow, ["layers.0.mlp.experts.gate", "[4, 24, 32]"]),
     ],
-    ids=str,
+    ids=["missing", "one more", "narrow", "of another type", "all narrow"],
 )
 def test_files_that_do_not_hold_all_experts(
     change: Callable[[Tensors], None],

@@ -220,6 +220,16 @@ def test_ids_outside_the_vocabulary(wrong: int) -> None:
         data[0]
 
 
+def test_three_sentences_are_divided_in_both_ways() -> None:
+    source = SentenceSource([[sentence(3), sentence(4), sentence(5)]])
+    rules = SentenceRules(16, short_seq_prob=0.0)
+    data = dataset(rules, 40, source=source, documents=range(1))
+    first = [int((data[k]["types"] == 0)[: 12 + 3].sum()) - 2 for k in range(40)]
+    counts = {size: first.count(size) for size in (3, 9, 7, 5)}  # A, or B where swapped
+    assert sum(counts.values()) == 40
+    assert min(counts.values()) >= 4
+
+
 def test_empty_sentences_are_harmless() -> None:
     source = SentenceSource([[sentence(0), sentence(0)], [sentence(0), sentence(3)]])
     data = dataset(SentenceRules(16), 8, source=source, documents=range(2))

@@ -143,7 +143,7 @@ def test_mock_sentences_count_on() -> None:
         mock_vocabulary(15)
 
 
-LINES = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), *("play", "##ing", "##ed", "walk")]
+LINES = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), *("#", "##ing", "##ed", "walk")]
 WORDPIECE = {"vocab.txt": "".join(f"{line}\n" for line in LINES).encode()}
 
 

@@ -92,7 +92,7 @@ def test_equals_the_plain_version(order: Order) -> None:
     while compared < 60:
         source = random_source(rng, int(rng.integers(1, 40)), long=0.01)
         rules = MappingRules(
-            int(rng.integers(2, 200)), float(rng.choice([0.0, 0.1, 0.3, 1.0])), compared % 2 + 1
+            int(rng.integers(2, 200)), float(rng.choice([0.0, 0.1, 0.6, 1.0])), compared % 2 + 1
         )
         starts = source.document_indices
         if not len(usable_documents(source.sizes, starts, rules.least).begins):
@@ -127,6 +127,12 @@ def test_every_sentence_of_an_epoch_comes_once() -> None:
     assert len(sentences) == int((corpus.ends - corpus.begins).sum())
     assert corpus.few > 0 and corpus.long > 0
     assert corpus.few + corpus.long + len(corpus.begins) == 300
+
+
+def test_a_long_sentence_is_only_taken_alone() -> None:
+    sizes = np.array([513, 513, 9, 512, 512], dtype=np.int32)
+    found = mapping(MappingRules(32, 0.0, 1), sizes=sizes, starts=np.array([0, 1, 3, 5]))
+    assert sorted(found[:, :2].tolist()) == [[0, 1], [3, 5]]
 
 
 def test_a_part_of_the_documents_counts_from_its_first_sentence() -> None:

@@ -85,20 +85,6 @@ def test_slurm_script_previews_as_its_comment_says(tmp_path: Path) -> None:
     assert "TP 8 x PP 16 x CP 1 x DP 8" in done.stdout and "fits in 80 GB" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
-def test_comments_about_untrained_families_are_true(family: str) -> None:
-    from mtk.config import make
-    from mtk.config.model import ModelConfig
-    from mtk.errors import ConfigError
-    from mtk.models.build import build_model
-
-    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4}
-    with pytest.raises(ConfigError, match="planned only"):
-        build_model(make(ModelConfig, family=family, vocab_size=16, **sizes))
-    script = (ROOT / "examples" / f"pretrain_{family}.sh").read_text()
-    assert "does not train it" in script
-
-
 def test_slurm_script_books_the_ranks_of_its_layout(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

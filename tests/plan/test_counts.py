@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from mtk.config import make
 from mtk.config.model import ModelConfig
 from mtk.config.recipes import RECIPES
+from mtk.convert.families import family_for
+from mtk.convert.mixtral import reasons, to_config
+from mtk.models.build import build_on_meta
 from mtk.models.count_families import active_parameters, flops_per_token, parameters
 
 LLAMA = {
@@ -191,3 +195,114 @@ def test_bert_has_no_masked_half_and_t5_counts_both_stacks() -> None:
     matrices = 6 * (2 * (layer + layer / 4 + query_output / 4 + key_value) + 100 * 64 / 4)
     assert t5.full == matrices + width * (32 + 8 + 2)
     assert t5.causal == matrices + width * (32 + 8 + 1)
+
+
+BUILT: list[dict[str, Any]] = [
+    {},
+    {"moe_layer_freq": "[0]*2+[1]*2", "ffn_hidden_size": 40},
+    {"moe_shared_expert_intermediate_size": 24},
+    {
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_shared_expert_gate": True,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_layer_freq": 3,
+        "activation": "gelu",
+        "moe_router_topk": 3,
+    },
+    {
+        "moe_shared_expert_intermediate_size": 24,
+        "hybrid_layer_pattern": "M*-E",
+        "mamba_num_groups": 2,
+    },
+]
+
+
+@pytest.mark.parametrize("changes", BUILT, ids=str)
+def test_models_with_experts_as_built(changes: dict[str, Any]) -> None:
+    """Counted on the module; of a token's work on the matrices that it passes."""
+    config = model(
+        **{
+            **LLAMA,
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "moe_ffn_hidden_size": 16,
+            "num_experts": 8,
+            "seq_length": 16,
+            "vocab_size": 50,
+            "mamba_head_dim": 16 if "hybrid_layer_pattern" in changes else 64,
+            **changes,
+        }
+    )
+    built = {name: p.numel() for name, p in build_on_meta(config).named_parameters()}
+    assert parameters(config) == sum(built.values())
+    k = config.moe_router_topk
+    idle = sum(n // 8 * (8 - k) for name, n in built.items() if ".experts." in name)
+    assert active_parameters(config) == sum(built.values()) - idle
+    shared = [n for name, n in built.items() if ".shared." in name]
+    without = replace(
+        config, moe_shared_expert_intermediate_size=None, moe_shared_expert_gate=False
+    )
+    extra = flops_per_token(config).full - flops_per_token(without).full
+    assert extra == 6 * sum(shared)
+    assert bool(shared) == (config.moe_shared_expert_intermediate_size is not None)
+
+
+def recipe_model(name: str, vocab_size: int) -> ModelConfig:
+    known = ModelConfig.__dataclass_fields__
+    return model(**{k: v for k, v in RECIPES[name].items() if k in known}, vocab_size=vocab_size)
+
+
+def test_published_qwen_moe() -> None:
+    """Hugging Face's counts of the released weights; what a token uses as their names say."""
+    qwen3 = recipe_model("qwen3-30b-a3b", 151936)
+    assert parameters(qwen3) == 30_532_122_624
+    assert round(active_parameters(qwen3) / 1e9, 1) == 3.4  # 3.0 without the embedding
+    qwen2 = model(
+        **LLAMA,
+        num_layers=24,
+        hidden_size=2048,
+        num_attention_heads=16,
+        moe_ffn_hidden_size=1408,
+        num_experts=60,
+        moe_router_topk=4,
+        moe_router_pre_softmax=True,
+        add_qkv_bias=True,
+        moe_shared_expert_intermediate_size=5632,
+        moe_shared_expert_gate=True,
+        seq_length=4096,
+        vocab_size=151936,
+    )
+    assert parameters(qwen2) == 14_315_784_192
+    assert round(active_parameters(qwen2) / 1e9, 1) == 2.7
+    assert [f.model_type for f in (family_for(qwen2), family_for(qwen3))] == [
+        "qwen2_moe",
+        "qwen3_moe",
+    ]
+
+
+def test_the_published_mixtral_is_the_recipe() -> None:
+    recipe = {
+        k: v for k, v in RECIPES["mixtral-8x7b"].items() if k in ModelConfig.__dataclass_fields__
+    }
+    config = model(**recipe, vocab_size=32000)
+    assert parameters(config) == 46_702_792_704
+    found = to_config(config)
+    published = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    assert {key: found[key] for key in published} == published
+    assert reasons(config) == []

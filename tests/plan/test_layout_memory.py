@@ -9,6 +9,7 @@ import pytest
 
 from mtk.config import make
 from mtk.config.plan import PlanConfig
+from mtk.models.build import build_on_meta
 from mtk.models.count import parameter_count
 from mtk.parallel import planning
 
@@ -113,6 +114,31 @@ def test_recomputation_counts_every_micro_batch_in_flight() -> None:
     whole = planning.whole_layer_activations(config)
     expected = [2 * 2 * 32 * 64 + 5 * whole, 2 * 32 * 64 + 5 * whole]
     assert [planning.stage_activations(config, stage) for stage in range(2)] == expected
+
+
+def test_stages_hold_the_experts_of_their_own_layers() -> None:
+    """The first layers are dense; router and shared expert belong to the others."""
+    experts = {
+        "num_experts": 8,
+        "moe_ffn_hidden_size": 96,
+        "add_bias_linear": False,
+        "moe_layer_freq": "[0]*3+[1]*7",
+        "moe_shared_expert_intermediate_size": 48,
+    }
+    config = plan(pipeline_model_parallel_size=2, pipeline_split=(5, 5), **experts)
+    held = [planning.stage_parameters(config, stage) for stage in range(2)]
+    assert [expert for _, expert in held] == [layers * 8 * 2 * 64 * 96 for layers in (2, 5)]
+    assert sum(map(sum, held)) == pytest.approx(parameter_count(config.model))
+    built = build_on_meta(config.model)
+    own = sum(p.numel() for n, p in built.named_parameters() if _at(n, range(5)))
+    table = config.model.padded_vocab_size * 64
+    # The formula shares learned positions and the final norm out evenly.
+    even = (config.model.positions * 64 + 2 * 64) / 2
+    assert sum(held[0]) == pytest.approx(own + table + even)
+
+
+def _at(name: str, layers: range) -> bool:
+    return name.startswith("layers.") and int(name.split(".")[1]) in layers
 
 
 def test_experts_are_shared_over_their_ranks() -> None:

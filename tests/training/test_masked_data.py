@@ -73,6 +73,7 @@ def config(folder: Path, **changes: Any) -> PretrainConfig:
         "seq_length": 48,
         "vocab_size": None,
         "data_path": [str(dataset())],
+        "decoder_seq_length": 24 if changes.get("family") == "t5" else None,
         **changes,
         "save": str(folder),
     }
@@ -183,8 +184,11 @@ def newest(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(step.glob("*.safetensors"))}
 
 
-def test_bert_learns_and_continues_bit_for_bit(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train_iters": 40, "lr_decay_iters": 40, "save_interval": 25}
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_learns_and_continues_bit_for_bit(tmp_path: Path, family: str) -> None:
+    changes: dict[str, Any] = {
+        **{"family": family, "train_iters": 40, "lr_decay_iters": 40, "save_interval": 25},
+    }
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(config(straight, **changes), QUIET)
     run(config(stopped, **{**changes, "train_iters": 25}), QUIET)

@@ -12,7 +12,6 @@ import re
 
 # Name, values under which the model is one that mtk has, what it would be otherwise.
 NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("apply_layernorm_1p", (False,), "norms with weights around 0 are not supported"),
     ("apply_residual_connection_post_layernorm", (False,), "mtk's blocks have the norm first"),
     ("attention_output_gate", (False,), "gated attention is not supported"),
     ("attention_sink_k", (0,), "attention sinks are not supported"),
@@ -20,20 +19,21 @@ NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("linear_attention_type", (None,), "only softmax attention is supported"),
     ("linear_attention_freq", (None,), "only softmax attention is supported"),
     ("multi_latent_attention", (False,), "latent attention is not supported"),
-    ("qk_layernorm", (False,), "norms of queries and keys are not supported"),
     ("qk_l2_norm", (False,), "norms of queries and keys are not supported"),
     ("softmax_scale", (None,), "scores are divided by the root of the head's size"),
     ("softmax_type", ("vanilla",), "only the plain softmax is supported"),
     ("use_softmax_one", (False,), "only the plain softmax is supported"),
-    ("window_size", (None,), "sliding windows are not supported"),
+    ("window_attn_skip_freq", (None,), "a window in some layers only is not supported"),
     ("attention_head_type", ("multihead",), "groups are given by num_query_groups"),
     ("parallel_attn", (False,), "attention and MLP side by side are not supported"),
     ("mrope_section", (None,), "mtk rotates by one position"),
     ("no_rope_freq", (None,), "layers without rotation are not supported"),
-    ("rotary_interleaved", (False,), "mtk rotates halves, not neighbours"),
-    ("rotary_seq_len_interpolation_factor", (None, 1), "scaled rope is not supported"),
-    ("use_rope_scaling", (False,), "scaled rope is not supported"),
-    ("rope_type", ("rope",), "scaled rope is not supported"),
+    (
+        "rotary_seq_len_interpolation_factor",
+        (None, 1),
+        "some versions of Megatron's GPT pass over it; what the model computes is not known",
+    ),
+    ("rope_type", ("rope",), "this kind of scaled rope is not supported"),
     ("activation_func_clamp_value", (None,), "clamped activations are not supported"),
     ("geglu", (False,), "of the gated activations only swiglu is supported"),
     ("glu_activation", (None,), "of the gated activations only swiglu is supported"),
@@ -58,15 +58,8 @@ NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("moe_expert_capacity_factor", (None,), "Megatron drops tokens outside training too"),
     ("moe_input_jitter_eps", (None, 0), "noise on the router is not supported"),
     ("moe_latent_size", (None,), "experts of another width are not supported"),
-    ("moe_router_enable_expert_bias", (False,), "biases on experts are not supported"),
     ("moe_router_force_load_balancing", (False,), "the router must choose"),
-    ("moe_router_group_topk", (None,), "groups of experts are not supported"),
-    ("moe_router_num_groups", (None,), "groups of experts are not supported"),
-    ("moe_router_score_function", ("softmax",), "only the softmax is supported"),
     ("moe_router_topk_limited_devices", (None,), "groups of experts are not supported"),
-    ("moe_router_topk_scaling_factor", (None, 1), "scaled routing is not supported"),
-    ("moe_shared_expert_gate", (False,), "shared experts are not supported"),
-    ("moe_shared_expert_intermediate_size", (None, 0), "shared experts are not supported"),
 )
 # With these, and only these, routing is the plain choice of the largest logits.
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
@@ -97,22 +90,21 @@ HARMLESS = words(
     memory_efficient_layer_norm min_loss_scale mla_down_proj_fusion moe_aux_loss_coeff
     moe_deepep_num_sms moe_enable_deepep moe_extended_tp moe_flex_dispatcher_backend
     moe_grouped_gemm moe_hybridep_num_sms moe_hybridep_routing_map_mode moe_layer_recompute
-    moe_pad_expert_input_to_capacity moe_per_layer_logging moe_permute_fusion
-    moe_router_bias_update_rate moe_router_dtype moe_router_fusion moe_router_padding_for_fp8
-    moe_router_padding_for_quantization moe_shared_expert_overlap moe_single_grouped_bias
-    moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy moe_token_dropping
-    moe_upcycling_granularity moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff
-    mtp_loss_scaling_factor no_load_rng no_persist_layer_norm no_rope_fusion no_save_rng
-    norm_epsilon num_layers_at_end_in_bf16 num_layers_at_start_in_bf16
-    num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-    num_layers_per_virtual_pipeline_stage optimizer_offload_fraction
-    original_max_position_embeddings original_rotary_base output_bert_embeddings
-    persist_layer_norm qk_clip qk_clip_alpha qk_clip_threshold qk_head_dim qk_pos_emb_head_dim
-    recompute_num_layers reset_attention_mask reset_position_ids retriever_score_scaling
-    retro_attention_gate retro_encoder_attention_dropout retro_encoder_layers
-    rope_scaling_factor rotary_scaling_factor scaled_masked_softmax_fusion
+    moe_pad_expert_input_to_capacity moe_per_layer_logging moe_permute_fusion moe_router_dtype
+    moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization
+    moe_shared_expert_overlap moe_single_grouped_bias moe_single_grouped_weight
+    moe_token_dispatcher_type moe_token_drop_policy moe_token_dropping moe_upcycling_granularity
+    moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mtp_loss_scaling_factor
+    no_load_rng no_persist_layer_norm no_rope_fusion no_save_rng norm_epsilon
+    num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_in_first_pipeline_stage
+    num_layers_in_last_pipeline_stage num_layers_per_virtual_pipeline_stage
+    optimizer_offload_fraction original_max_position_embeddings original_rotary_base
+    output_bert_embeddings persist_layer_norm qk_clip qk_clip_alpha qk_clip_threshold
+    qk_head_dim qk_pos_emb_head_dim recompute_num_layers reset_attention_mask reset_position_ids
+    retriever_score_scaling retro_attention_gate retro_encoder_attention_dropout
+    retro_encoder_layers rotary_scaling_factor scaled_masked_softmax_fusion
     scatter_gather_tensors_in_pipeline use_flash_attn use_flash_attn_triton use_flash_attn_v1
-    use_flash_attn_v2 use_rotary_position_embeddings v_head_dim window_attn_skip_freq
+    use_flash_attn_v2 use_rotary_position_embeddings v_head_dim
     """
 )
 SOUNDS_LIKE_THE_MODEL = re.compile(

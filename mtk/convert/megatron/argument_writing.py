@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from mtk.config.layer_pattern import layer_pattern
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_divisor
+from mtk.config.positions import LLAMA3_ORIGINAL
 from mtk.convert.megatron.argument_tables import NEUTRAL, words
-from mtk.convert.megatron.arguments import POSITIONS
+from mtk.convert.megatron.arguments import MEGATRON_FACTOR, POSITIONS
 from mtk.errors import Problem
 
 # Fields of a configuration that are written below, or only concern training. Any other that
@@ -24,7 +26,12 @@ WRITTEN = words(
     rotary_percent normalization norm_epsilon activation add_bias_linear add_qkv_bias
     untie_embeddings_and_output_weights hidden_dropout attention_dropout num_experts
     moe_router_topk moe_ffn_hidden_size moe_layer_freq moe_aux_loss_coeff moe_z_loss_coeff
-    init_method_std vocab_size make_vocab_size_divisible_by
+    init_method_std vocab_size make_vocab_size_divisible_by apply_layernorm_1p qk_layernorm
+    window_size rotary_interleaved rope_scaling_type rope_scaling_factor
+    rope_original_max_positions moe_router_score_function moe_router_pre_softmax
+    moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
+    moe_router_load_balancing_type moe_router_enable_expert_bias moe_router_bias_update_rate
+    moe_shared_expert_intermediate_size moe_shared_expert_gate
     """
 )
 
@@ -51,6 +58,12 @@ def write_arguments(config: ModelConfig, rows: int, tensor: int, pipeline: int) 
         "use_rotary_position_embeddings": rope,
         "rotary_base": int(config.rotary_base),
         "rotary_percent": config.rotary_percent,
+        "rotary_interleaved": config.rotary_interleaved,
+        "use_rope_scaling": config.rope_scaling_type == "llama3",
+        "rope_scaling_factor": config.rope_scaling_factor,
+        "window_size": None if config.window_size is None else (config.window_size - 1, 0),
+        "apply_layernorm_1p": config.apply_layernorm_1p,
+        "qk_layernorm": config.qk_layernorm,
         "normalization": config.normalization,
         "norm_epsilon": config.norm_epsilon,
         "add_bias_linear": config.add_bias_linear,
@@ -87,15 +100,34 @@ def write_arguments(config: ModelConfig, rows: int, tensor: int, pipeline: int) 
     if config.num_experts is not None:
         args |= {
             "moe_router_topk": config.moe_router_topk,
-            "moe_router_pre_softmax": config.moe_router_topk == 1,
-            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_router_score_function": config.moe_router_score_function,
+            "moe_router_pre_softmax": _over_all(config),
+            "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
+            "moe_router_num_groups": config.moe_router_num_groups,
+            "moe_router_group_topk": config.moe_router_group_topk,
+            "moe_router_load_balancing_type": config.moe_router_load_balancing_type,
+            "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
+            "moe_router_bias_update_rate": config.moe_router_bias_update_rate,
+            "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+            "moe_shared_expert_gate": config.moe_shared_expert_gate,
             "moe_ffn_hidden_size": config.moe_ffn_size,
-            "moe_layer_freq": config.moe_layer_freq,
-            "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
+            "moe_layer_freq": _layer_frequency(config),
+            "moe_aux_loss_coeff": config.aux_loss_coeff,
             "moe_z_loss_coeff": config.moe_z_loss_coeff or None,
             "moe_grouped_gemm": False,
         }
     return args
+
+
+def _over_all(config: ModelConfig) -> bool:
+    if config.moe_router_score_function != "softmax":
+        return False
+    return config.moe_router_pre_softmax or config.moe_router_topk == 1
+
+
+def _layer_frequency(config: ModelConfig) -> int | list[int]:
+    pattern = layer_pattern(config.moe_layer_freq)
+    return pattern if isinstance(pattern, int) else [int(one) for one in pattern]
 
 
 def dtype_arguments(dtype: torch.dtype) -> dict[str, Any]:
@@ -125,6 +157,26 @@ def unwritable(config: ModelConfig) -> Iterator[str]:
         )
     if config.position_embedding_type not in POSITIONS.values():
         yield f"position_embedding_type = {config.position_embedding_type}: Megatron has none such"
+    yield from _unwritable_rope(config)
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        yield (
+            "moe_router_load_balancing_type = sinkhorn: Megatron weighs experts in another way then"
+        )
+
+
+def _unwritable_rope(config: ModelConfig) -> Iterator[str]:
+    if config.rope_scaling_type not in (None, "llama3"):
+        yield f"rope_scaling_type = {config.rope_scaling_type}: Megatron's GPT has llama3 only"
+    elif config.rope_scaling_type and config.rope_scaling_factor != MEGATRON_FACTOR:
+        yield (
+            f"rope_scaling_factor = {config.rope_scaling_factor}: until August 2026 Megatron "
+            f"computed with {MEGATRON_FACTOR} whatever it was told"
+        )
+    if config.rope_original_positions != LLAMA3_ORIGINAL:
+        yield (
+            f"rope_original_max_positions = {config.rope_original_positions}: Megatron scales "
+            f"from {LLAMA3_ORIGINAL} only"
+        )
     if config.rotary_base != int(config.rotary_base):
         yield f"rotary_base = {config.rotary_base}: Megatron's is a whole number"
 
@@ -136,6 +188,9 @@ def layout_problems(config: ModelConfig, tensor: int, pipeline: int) -> Iterator
         widths["ffn_hidden_size"] = config.ffn_size
     if config.moe_layers:
         widths["moe_ffn_hidden_size"] = config.moe_ffn_size
+    if config.moe_shared_expert_intermediate_size:
+        name = "moe_shared_expert_intermediate_size"
+        widths[name] = config.moe_shared_expert_intermediate_size
     if any(width % tensor for width in widths.values()):
         listed = ", ".join(f"{name} = {width}" for name, width in widths.items())
         fix = f"Nearest: {nearest_divisor(tensor, gcd(*widths.values()))}."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtk.config.layer_pattern import as_text
 from mtk.config.model import ModelConfig
 from mtk.convert.family import ForeignConfig
 from mtk.convert.megatron.argument_tables import (
@@ -31,13 +32,19 @@ READ = words(
     attention_dropout init_method_std num_experts moe_router_topk moe_ffn_hidden_size
     moe_layer_freq moe_aux_loss_coeff moe_z_loss_coeff moe_router_pre_softmax
     moe_router_load_balancing_type vocab_size padded_vocab_size make_vocab_size_divisible_by
-    tokenizer_type true_vocab_size tensor_model_parallel_size model_parallel_size
-    pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    virtual_pipeline_model_parallel_size
+    apply_layernorm_1p qk_layernorm window_size rotary_interleaved use_rope_scaling
+    rope_scaling_factor moe_router_score_function moe_router_enable_expert_bias
+    moe_router_bias_update_rate moe_router_num_groups moe_router_group_topk
+    moe_router_topk_scaling_factor moe_shared_expert_intermediate_size moe_shared_expert_gate
+    tokenizer_type true_vocab_size true_rope_scaling_factor tensor_model_parallel_size
+    model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+    expert_tensor_parallel_size virtual_pipeline_model_parallel_size
     """
 )
 COMPARED = READ | {name for name, _, _ in NEUTRAL}
 POSITIONS = {"learned_absolute": "learned", "absolute": "learned", "rope": "rope", "none": "none"}
+# What Megatron scales rotary frequencies by.
+MEGATRON_FACTOR = 8.0
 # Megatron's own values where a file of an old version does not state them.
 DROPOUT, EPSILON, INIT_STD = 0.1, 1e-5, 0.02
 
@@ -71,6 +78,9 @@ def model_config(args: Mapping[str, Any], where: str, *, rows: int) -> ModelConf
         ),
         "add_bias_linear": _bias(found),
         "add_qkv_bias": found.get("add_qkv_bias", bool, False),
+        "apply_layernorm_1p": found.get("apply_layernorm_1p", bool, False),
+        "qk_layernorm": found.get("qk_layernorm", bool, False),
+        "window_size": _window(found),
         "untie_embeddings_and_output_weights": found.get(
             "untie_embeddings_and_output_weights", bool, False
         ),
@@ -136,7 +146,38 @@ def _positions(found: ForeignConfig) -> dict[str, Any]:
     if kind == "rope":
         values["rotary_base"] = found.get("rotary_base", float, 10000.0)
         values["rotary_percent"] = found.get("rotary_percent", float, 1.0)
+        values["rotary_interleaved"] = found.get("rotary_interleaved", bool, False)
+        values |= _scaling(found)
     return values
+
+
+def _scaling(found: ForeignConfig) -> dict[str, Any]:
+    """Llama 3's scaled frequencies, the only kind Megatron's GPT has."""
+    if not found.get("use_rope_scaling", bool, False):
+        return {}
+    stated = found.get("rope_scaling_factor", float, MEGATRON_FACTOR)
+    factor = found.get("true_rope_scaling_factor", float, stated)
+    if factor != MEGATRON_FACTOR and "true_rope_scaling_factor" not in found.data:
+        found.complaints.append(
+            f"rope_scaling_factor = {stated:g}: until August 2026 Megatron computed with "
+            f"{MEGATRON_FACTOR:g} whatever it was told; say what this model was trained with by "
+            f"true_rope_scaling_factor in a file with --megatron-args"
+        )
+    return {"rope_scaling_type": "llama3", "rope_scaling_factor": factor}
+
+
+def _window(found: ForeignConfig) -> int | None:
+    """Megatron counts the tokens before a token, mtk the token itself too."""
+    value = found.data.get("window_size")
+    if value is None:
+        return None
+    sizes = list(value) if isinstance(value, list | tuple) else []
+    if len(sizes) == 2 and type(sizes[0]) is int and sizes[0] >= 0 and sizes[1] == 0:
+        return sizes[0] + 1
+    found.complaints.append(
+        f"window_size = {value!r:.40}: supported is (N, 0), the N tokens before and none after"
+    )
+    return None
 
 
 def _activation(found: ForeignConfig, *, bias: bool) -> str:
@@ -156,11 +197,12 @@ def _experts(found: ForeignConfig) -> dict[str, Any]:
     if not count:
         return {}
     topk = found.get("moe_router_topk", int, 2)
-    first = found.get("moe_router_pre_softmax", bool, False)
-    if first != (topk == 1):
+    score = found.get("moe_router_score_function", str, "softmax")
+    first = found.get("moe_router_pre_softmax", bool, False) and score == "softmax"
+    if topk == 1 and score == "softmax" and not first:
         found.complaints.append(
-            f"moe_router_pre_softmax = {first} with moe_router_topk = {topk}: mtk weighs the "
-            f"chosen experts among themselves, and by their probability among all if it is one"
+            "moe_router_topk = 1 without moe_router_pre_softmax: weights that do not depend on "
+            "the router are not supported"
         )
     balancing = found.data.get("moe_router_load_balancing_type") or "aux_loss"
     kinds = balancing if isinstance(balancing, list) else [balancing]
@@ -168,29 +210,45 @@ def _experts(found: ForeignConfig) -> dict[str, Any]:
         found.complaints.append(
             f"moe_router_load_balancing_type = {balancing!r}: supported are {', '.join(BALANCING)}"
         )
+    biased = found.get("moe_router_enable_expert_bias", bool, False)
+    none = kinds == ["none"]
     return {
+        "moe_router_load_balancing_type": "none" if none else "seq_aux_loss",
+        "moe_aux_loss_coeff": None if none else _coefficient(found, "moe_aux_loss_coeff"),
+        "moe_router_score_function": score,
+        # Of one expert mtk always takes the probability among all.
+        "moe_router_pre_softmax": first and topk > 1,
+        "moe_router_topk_scaling_factor": found.data.get("moe_router_topk_scaling_factor") or None,
+        "moe_router_num_groups": found.data.get("moe_router_num_groups"),
+        "moe_router_group_topk": found.data.get("moe_router_group_topk"),
+        "moe_router_enable_expert_bias": biased,
+        **(_bias_rate(found) if biased else {}),
+        "moe_shared_expert_intermediate_size": (
+            found.data.get("moe_shared_expert_intermediate_size") or None
+        ),
+        "moe_shared_expert_gate": found.get("moe_shared_expert_gate", bool, False),
         "num_experts": count,
         "moe_router_topk": topk,
         "moe_ffn_hidden_size": found.get(
             "moe_ffn_hidden_size", int, found.get("ffn_hidden_size", int)
         ),
         "moe_layer_freq": _layer_frequency(found),
-        "moe_aux_loss_coeff": _coefficient(found, "moe_aux_loss_coeff"),
         "moe_z_loss_coeff": _coefficient(found, "moe_z_loss_coeff"),
     }
 
 
-def _layer_frequency(found: ForeignConfig) -> int:
+def _layer_frequency(found: ForeignConfig) -> str:
     value = found.data.get("moe_layer_freq", 1)
-    if isinstance(value, int) and value >= 1:
-        return value
-    layers = found.get("num_layers", int)
-    if isinstance(value, list) and len(value) == layers:
-        for step in range(1, layers + 1):
-            if value == [int(layer % step == 0) for layer in range(layers)]:
-                return step
-    found.complaints.append(f"moe_layer_freq = {value!r}: mtk has experts in every Nth layer")
-    return 1
+    if isinstance(value, list) and value and all(one in (0, 1) for one in value):
+        return as_text(tuple(one == 1 for one in value))
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        found.complaints.append(f"moe_layer_freq = {value!r:.40}: must be a number or a list")
+        return "1"
+    return str(value)
+
+
+def _bias_rate(found: ForeignConfig) -> dict[str, float]:
+    return {"moe_router_bias_update_rate": found.get("moe_router_bias_update_rate", float, 1e-3)}
 
 
 def _coefficient(found: ForeignConfig, name: str) -> float:

@@ -117,6 +117,8 @@ class ReferenceForward:
 
     def _norm(self, x: Tensor, shard: Shard, *names: str) -> Tensor:
         weight = _get(shard, *(f"{name}weight" for name in names))
+        if self.args.get("apply_layernorm_1p"):
+            weight = weight + 1
         if self.args.get("normalization", "LayerNorm") == "RMSNorm":
             return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * weight
         bias = _get(shard, *(f"{name}bias" for name in names))
@@ -140,7 +142,7 @@ class ReferenceForward:
         if self.groups < len(shards):
             # Fewer groups than ranks: the ranks gather all, and each attends with its heads.
             mixed = [torch.cat(mixed, dim=-1)]
-        heads = [head for part in mixed for head in self._heads(part, len(mixed))]
+        heads = [head for part in mixed for head in self._heads(part, shards[0], len(mixed))]
         width = len(heads) // len(shards)
         y_BSE = torch.zeros_like(y_BSE)
         proj = ("self_attention.linear_proj", "self_attention.proj", "self_attention.dense")
@@ -150,7 +152,7 @@ class ReferenceForward:
         bias = _find(shards[0], *_biases(*proj, "attention.dense"))
         return y_BSE if bias is None else y_BSE + bias
 
-    def _heads(self, mixed: Tensor, ranks: int) -> list[Tensor]:
+    def _heads(self, mixed: Tensor, shard: Shard, ranks: int) -> list[Tensor]:
         """What each head of a rank attends to, [B, S, D] each."""
         heads, groups, depth = self.heads // ranks, self.groups // ranks, self.depth
         shape = mixed.shape[:-1]
@@ -164,22 +166,53 @@ class ReferenceForward:
                 each = heads // groups
                 group = mixed.view(*shape, groups, each + 2, depth)[..., head // each, :, :]
                 q, k, v = group[..., head % each, :], group[..., each, :], group[..., each + 1, :]
+            if self.args.get("qk_layernorm"):
+                q = self._norm(q, shard, "self_attention.q_layernorm.")
+                k = self._norm(k, shard, "self_attention.k_layernorm.")
             scores = self._turn(q) @ self._turn(k).transpose(-1, -2) / math.sqrt(depth)
-            found.append(_causal_softmax(scores) @ v)
+            found.append(self._softmax(scores) @ v)
         return found
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        places = torch.arange(scores.shape[-1])
+        before = places[:, None] - places[None, :]
+        hidden = before < 0
+        if self.args.get("window_size"):
+            hidden = hidden | (before > self.args["window_size"][0])
+        return torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
 
     def _turn(self, x_BSD: Tensor) -> Tensor:
         if not self.rope:
             return x_BSD
         turned = int(self.depth * float(self.args.get("rotary_percent") or 1.0))
         base = float(self.args.get("rotary_base") or 10000)
-        half = turned // 2
         frequencies = 1.0 / base ** (torch.arange(0, turned, 2).float() / turned)
+        if self.args.get("use_rope_scaling"):
+            frequencies = self._slowed(frequencies)
         # In fp32, as models are trained: exact angles would differ from any of them.
         angles = (torch.arange(x_BSD.shape[1]).float()[:, None] * frequencies).to(x_BSD.dtype)
-        point = torch.complex(x_BSD[..., :half].contiguous(), x_BSD[..., half:turned].contiguous())
+        rest = x_BSD[..., turned:]
+        if self.args.get("rotary_interleaved"):
+            x, y = x_BSD[..., 0:turned:2], x_BSD[..., 1:turned:2]
+        else:
+            x, y = x_BSD[..., : turned // 2], x_BSD[..., turned // 2 : turned]
+        point = torch.complex(x.contiguous(), y.contiguous())
         point = point * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat((point.real, point.imag, x_BSD[..., turned:]), dim=-1)
+        if self.args.get("rotary_interleaved"):
+            return torch.cat((torch.view_as_real(point).flatten(-2), rest), dim=-1)
+        return torch.cat((point.real, point.imag, rest), dim=-1)
+
+    def _slowed(self, frequencies: Tensor) -> Tensor:
+        """Llama 3: by a factor where a turn takes more than 8192 tokens, not at all where it
+        takes less than 2048, between the two by a mean that goes from one to the other."""
+        stated = self.args.get("true_rope_scaling_factor", self.args.get("rope_scaling_factor", 8))
+        factor, slowed = float(stated), []
+        for frequency in frequencies:
+            turn = 2 * math.pi / frequency
+            share = (8192 / turn - 1) / (4 - 1)
+            mean = (1 - share) * frequency / factor + share * frequency
+            slowed.append(frequency / factor if turn > 8192 else frequency if turn < 2048 else mean)
+        return torch.stack(slowed)
 
     def _mlp(self, y_BSE: Tensor, shards: Sequence[Shard]) -> Tensor:
         up = ("mlp.linear_fc1", "mlp.dense_h_to_4h", "layernorm_mlp.fc1")
@@ -193,22 +226,57 @@ class ReferenceForward:
 
     def _experts(self, y_BSE: Tensor, ranks: Sequence[Sequence[Shard]]) -> Tensor:
         y_NE = y_BSE.flatten(0, 1)
-        logits = y_NE @ _get(ranks[0][0], "mlp.router.weight").T
-        k, total = int(self.args.get("moe_router_topk") or 2), logits.shape[1]
-        if self.args.get("moe_router_pre_softmax"):
-            shares, chosen = torch.softmax(logits, dim=-1).topk(k, dim=-1)
-        else:
-            best, chosen = logits.topk(k, dim=-1)
-            shares = torch.softmax(best, dim=-1)
-        out_NE = torch.zeros_like(y_NE)
+        shares = self._shares(y_NE, ranks[0][0])
+        out_NE, total = torch.zeros_like(y_NE), shares.shape[1]
         for expert in range(total):
-            share_N = (shares * (chosen == expert)).sum(dim=-1, keepdim=True)
             for shards in ranks:
                 local = total // len(shards)
                 matrices = self._matrices(shards[expert // local], expert % local, local)
                 inner = self._activate(y_NE @ matrices[0].T)
-                out_NE = out_NE + share_N * (inner @ matrices[1].T)
-        return out_NE.view_as(y_BSE)
+                out_NE = out_NE + shares[:, expert, None] * (inner @ matrices[1].T)
+        return (out_NE + self._shared(y_NE, ranks)).view_as(y_BSE)
+
+    def _shares(self, y_NE: Tensor, shard: Shard) -> Tensor:
+        """The weight of each expert for each token, 0 for those it does not go to."""
+        logits = y_NE @ _get(shard, "mlp.router.weight").T
+        sigmoid = self.args.get("moe_router_score_function") == "sigmoid"
+        over_all = sigmoid or self.args.get("moe_router_pre_softmax")
+        scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
+        compared = scores if over_all else logits
+        bias = _find(shard, "mlp.router.expert_bias")
+        compared = compared if bias is None else compared + bias
+        k = int(self.args.get("moe_router_topk") or 2)
+        shares = torch.zeros_like(scores)
+        for token in range(len(scores)):
+            chosen = self._chosen(compared[token], k)
+            if not over_all:
+                shares[token, chosen] = torch.softmax(logits[token, chosen], dim=-1)
+            else:
+                own = scores[token, chosen]
+                shares[token, chosen] = own / own.sum() if sigmoid and k > 1 else own
+        return shares * float(self.args.get("moe_router_topk_scaling_factor") or 1.0)
+
+    def _chosen(self, compared: Tensor, k: int) -> Tensor:
+        """The experts of a token: the best k, of the best groups if there are groups."""
+        groups = self.args.get("moe_router_num_groups")
+        if groups:
+            wanted = int(self.args["moe_router_group_topk"])
+            parts = compared.view(int(groups), -1)
+            rating = parts.sort(dim=-1, descending=True).values[:, : k // wanted].sum(-1)
+            others = rating.argsort(descending=True)[wanted:]
+            compared = parts.index_fill(0, others, -math.inf).flatten()
+        return compared.argsort(descending=True)[:k]
+
+    def _shared(self, y_NE: Tensor, ranks: Sequence[Sequence[Shard]]) -> Tensor:
+        """What the expert that all tokens go through adds."""
+        name, out_NE = "mlp.shared_experts", torch.zeros_like(y_NE)
+        if _find(ranks[0][0], f"{name}.linear_fc1.weight") is None:
+            return out_NE
+        for experts in ranks:
+            inner = self._activate(_linear(y_NE, experts[0], f"{name}.linear_fc1"))
+            out_NE = out_NE + inner @ _get(experts[0], f"{name}.linear_fc2.weight").T
+        gate = _find(ranks[0][0], f"{name}.gate_weight")
+        return out_NE if gate is None else out_NE * torch.sigmoid(y_NE @ gate.T)
 
     def _matrices(self, shard: Shard, index: int, count: int) -> tuple[Tensor, Tensor]:
         """[out, in] both, of one of a rank's experts."""
@@ -242,12 +310,6 @@ class ReferenceForward:
             root = math.sqrt(2 / math.pi)
             return lambda x: 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * x**3)))
         return lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def _causal_softmax(scores: Tensor) -> Tensor:
-    size = scores.shape[-1]
-    future = torch.ones(size, size, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
 
 
 def _numbers(shard: Shard) -> list[int]:

@@ -82,10 +82,14 @@ def megatron_table(config: ModelConfig, rows: int, *, output_copy: bool = False)
         *linear(
             f"{n}.attention.output",
             f"{m}.self_attention.linear_proj",
-            bias=config.add_bias_linear,
+            bias=config.attention_output_bias,
         ),
         *linear(f"{n}.mlp_norm", f"{m}.pre_mlp_layernorm", bias=offset),
     ]
+    if config.qk_layernorm:
+        for native, foreign in (("query_norm", "q_layernorm"), ("key_norm", "k_layernorm")):
+            own = f"{m}.self_attention.{foreign}"
+            attention += linear(f"{n}.attention.{native}", own, bias=offset)
     rules += for_layers(config.num_layers, attention)
     rules += for_layers(config.num_layers, _qkv(config))
     for layer in range(config.num_layers):
@@ -126,12 +130,31 @@ def _mlp(config: ModelConfig, layer: int) -> list[Rule]:
 
 def _experts(config: ModelConfig, layer: int) -> list[Rule]:
     n, m = f"layers.{layer}.mlp", f"decoder.layers.{layer}.mlp"
-    first = f"{m}.experts.linear_fc1.weight"
+    first, gated = f"{m}.experts.linear_fc1.weight", config.activation == "swiglu"
     rules: list[Rule] = [
         Rename(f"{n}.router.weight", f"{m}.router.weight"),
         Rename(f"{n}.experts.down", f"{m}.experts.linear_fc2.weight"),
     ]
-    if config.activation != "swiglu":
-        return [*rules, Rename(f"{n}.experts.up", first)]
-    halves = (f"{n}.experts.gate", f"{n}.experts.up")
-    return [*rules, StackedGateUp(halves, first, (config.moe_ffn_size,) * 2)]
+    if gated:
+        halves = (f"{n}.experts.gate", f"{n}.experts.up")
+        rules.append(StackedGateUp(halves, first, (config.moe_ffn_size,) * 2))
+    else:
+        rules.append(Rename(f"{n}.experts.up", first))
+    if config.moe_router_enable_expert_bias:
+        rules.append(Rename(f"{n}.router.expert_bias", f"{m}.router.expert_bias"))
+    return rules + _shared_expert(config, f"{n}.shared", f"{m}.shared_experts")
+
+
+def _shared_expert(config: ModelConfig, native: str, foreign: str) -> list[Rule]:
+    width = config.moe_shared_expert_intermediate_size
+    if width is None:
+        return []
+    rules: list[Rule] = [Rename(f"{native}.down.weight", f"{foreign}.linear_fc2.weight")]
+    if config.activation == "swiglu":
+        halves = (f"{native}.gate.weight", f"{native}.up.weight")
+        rules.append(Fuse(halves, f"{foreign}.linear_fc1.weight", (width,) * 2))
+    else:
+        rules.append(Rename(f"{native}.up.weight", f"{foreign}.linear_fc1.weight"))
+    if config.moe_shared_expert_gate:
+        rules.append(Rename(f"{native}.token_gate.weight", f"{foreign}.gate_weight"))
+    return rules

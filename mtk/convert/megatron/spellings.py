@@ -56,11 +56,12 @@ EXPERTS = (
 GROUPED = re.compile(r"mlp\.experts\.weight([12])")
 # Parts only other models have.
 FOREIGN = (
-    ("tokentype_embeddings", "BERT"),
-    ("lm_head.dense", "BERT"),
-    ("binary_head", "BERT"),
-    ("language_model.decoder.", "T5"),
-    ("inter_attention", "T5"),
+    ("tokentype_embeddings", "a BERT"),
+    ("lm_head.dense", "a BERT"),
+    ("binary_head", "a BERT"),
+    ("language_model.decoder.", "a T5"),
+    ("inter_attention", "a T5"),
+    ("cross_attention", "a T5"),
     ("mixer.", "a Mamba"),
 )
 
@@ -122,8 +123,8 @@ def refuse_other_models(names: Mapping[str, object], where: str) -> None:
         hits = [name for name in names if part in name]
         if hits:
             raise ConversionError(
-                f"{where} holds {model} ({hits[0]}); this mtk has no native model for it, only "
-                f"for GPT."
+                f"{where} holds {model} model ({hits[0]}); of Megatron's models mtk converts GPT "
+                f"only."
             )
 
 

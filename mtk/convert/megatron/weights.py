@@ -105,8 +105,11 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Weight]:
     if config.qkv_bias:
         yield Weight("self_attention.linear_qkv.bias", (mixed,), ROWS, layer)
     yield Weight("self_attention.linear_proj.weight", (width, queries), COLUMNS, layer)
-    if config.add_bias_linear:
+    if config.attention_output_bias:
         yield Weight("self_attention.linear_proj.bias", (width,), None, layer)
+    if config.qk_layernorm:
+        for part in ("q", "k"):
+            yield from _norm(config, f"self_attention.{part}_layernorm", layer, head)
     yield from _norm(config, "pre_mlp_layernorm", layer)
     yield from _experts(config, layer) if config.has_experts(layer) else _mlp(config, layer)
 
@@ -132,11 +135,22 @@ def _experts(config: ModelConfig, layer: int) -> Iterator[Weight]:
     yield Weight("mlp.router.weight", (count, width), None, layer)
     yield Weight("mlp.experts.linear_fc1.weight", first, cut, layer)
     yield Weight("mlp.experts.linear_fc2.weight", (count, width, ffn), EXPERT_COLUMNS, layer)
+    if config.moe_router_enable_expert_bias:
+        yield Weight("mlp.router.expert_bias", (count,), None, layer)
+    shared = config.moe_shared_expert_intermediate_size
+    if shared is not None:
+        both = (2 * shared if gated else shared, width)
+        one = GATE_UP if gated else ROWS
+        yield Weight("mlp.shared_experts.linear_fc1.weight", both, one, layer)
+        yield Weight("mlp.shared_experts.linear_fc2.weight", (width, shared), COLUMNS, layer)
+    if config.moe_shared_expert_gate:
+        yield Weight("mlp.shared_experts.gate_weight", (1, width), None, layer)
 
 
 def _norm(
-    config: ModelConfig, name: str, place: int | Literal["first", "last"]
+    config: ModelConfig, name: str, place: int | Literal["first", "last"], size: int | None = None
 ) -> Iterator[Weight]:
-    yield Weight(f"{name}.weight", (config.hidden_size,), None, place)
+    shape = (config.hidden_size if size is None else size,)
+    yield Weight(f"{name}.weight", shape, None, place)
     if config.normalization == "LayerNorm":
-        yield Weight(f"{name}.bias", (config.hidden_size,), None, place)
+        yield Weight(f"{name}.bias", shape, None, place)

@@ -38,6 +38,13 @@ def build(sizes: dict[str, Any]) -> Any:
             "moe_router_pre_softmax": sizes["moe_router_pre_softmax"],
             "moe_ffn_hidden_size": sizes["moe_ffn_hidden_size"],
             "moe_layer_freq": sizes["moe_layer_freq"],
+            "moe_router_score_function": sizes["moe_router_score_function"],
+            "moe_router_enable_expert_bias": sizes["moe_router_enable_expert_bias"],
+            "moe_router_num_groups": sizes["moe_router_num_groups"],
+            "moe_router_group_topk": sizes["moe_router_group_topk"],
+            "moe_router_topk_scaling_factor": sizes["moe_router_topk_scaling_factor"],
+            "moe_shared_expert_intermediate_size": sizes["moe_shared_expert_intermediate_size"],
+            "moe_shared_expert_gate": sizes["moe_shared_expert_gate"],
         }
     config = TransformerConfig(
         num_layers=sizes["num_layers"],
@@ -50,6 +57,9 @@ def build(sizes: dict[str, Any]) -> Any:
         layernorm_epsilon=sizes["norm_epsilon"],
         add_bias_linear=sizes["add_bias_linear"],
         add_qkv_bias=sizes["add_qkv_bias"],
+        qk_layernorm=sizes["qk_layernorm"],
+        window_size=sizes["window_size"],
+        rotary_interleaved=sizes["rotary_interleaved"],
         gated_linear_unit=sizes["swiglu"],
         activation_func=activation,
         bias_activation_fusion=sizes["bias_gelu_fusion"],
@@ -70,6 +80,7 @@ def build(sizes: dict[str, Any]) -> Any:
         position_embedding_type=sizes["position_embedding_type"],
         rotary_percent=sizes["rotary_percent"],
         rotary_base=sizes["rotary_base"],
+        rope_scaling=sizes["use_rope_scaling"],
         share_embeddings_and_output_weights=not sizes["untie_embeddings_and_output_weights"],
     )
     return model.eval()
@@ -85,6 +96,9 @@ def loud(model: Any) -> None:
 
 def main(folder: Path) -> None:
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    ones = torch.ones
+    # Masks of windows are made on "cuda".
+    torch.ones = lambda *args, device=None, **kwargs: ones(*args, **kwargs)  # type: ignore[assignment]
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.transformer.moe import moe_utils
 

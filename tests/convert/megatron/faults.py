@@ -258,6 +258,9 @@ BOTH_WAYS: dict[str, tuple[str, Fault]] = {
     "router rows off by one": ("mixtral", permuted("router.weight", shifted)),
     "gates and ups of experts swapped": ("mixtral", natives(StackedGateUp, (1, 0))),
     "gates of experts not interleaved": ("mixtral", cuts("experts.linear_fc1", Cut(1))),
+    "norms of queries and keys swapped": ("qwen3", renamed("query_norm", "key_norm")),
+    "biases of experts lost": ("deepseek", lost("router.expert_bias", 0.0)),
+    "shared expert lost": ("deepseek", lost("shared.down.weight", 0.0)),
 }
 # Seen before anything is computed: shapes of pieces say along which dimension they were cut.
 SQUARE_CUT_WRONG = cuts("linear_proj.weight", Cut(0))
@@ -269,6 +272,13 @@ READING: dict[str, tuple[str, Fault]] = {
     "rotary base wrong": ("llama", config(rotary_base=500.0)),
     "rotary share wrong": ("mixtral", config(rotary_percent=1.0)),
     "top experts wrong": ("mixtral", config(moe_router_topk=1)),
+    "window off by one": ("qwen3", config(window_size=6)),
+    "rope not scaled": ("llama3", config(rope_scaling_type=None)),
+    "experts not in groups": (
+        "deepseek",
+        config(moe_router_num_groups=None, moe_router_group_topk=None),
+    ),
+    "weights of experts not scaled": ("deepseek", config(moe_router_topk_scaling_factor=None)),
 }
 WRITING: dict[str, tuple[str, Fault]] = {
     "activation wrong": ("gpt2", arguments(bias_gelu_fusion=False)),

@@ -13,6 +13,7 @@ from mtk.checkpoint.save import CheckpointContent
 from mtk.config.model import ModelConfig
 from mtk.convert.open_model import read_native
 from mtk.convert.source import find_source
+from mtk.models.buffers import kept_buffers, kept_tensors
 from stages.convert import run
 from tests.checkpoint.publish import save_checkpoint
 from tests.convert.models import convert_config, gpt2_config, llama, loud_model, quiet
@@ -26,7 +27,7 @@ def mixtral(**changes: Any) -> ModelConfig:
         "num_experts": 4,
         "moe_router_topk": 2,
         "moe_ffn_hidden_size": 16,
-        "moe_layer_freq": 2,
+        "moe_layer_freq": "2",
         "num_layers": 4,
         "rotary_percent": 0.5,
     }
@@ -46,7 +47,29 @@ MODELS: dict[str, ModelConfig] = {
         num_layers=4, activation="squared-relu", add_bias_linear=False, ffn_hidden_size=72
     ),
     "mixtral": mixtral(num_query_groups=4),
-    "switch": mixtral(num_query_groups=4, moe_router_topk=1, moe_layer_freq=1, add_qkv_bias=True),
+    "switch": mixtral(num_query_groups=4, moe_router_topk=1, moe_layer_freq="1", add_qkv_bias=True),
+    "llama3": llama(num_layers=4, rope_scaling_type="llama3", rotary_base=500000.0),
+    "interleaved": llama(num_layers=4, rotary_interleaved=True, rotary_percent=0.5),
+    "qwen3": llama(num_layers=4, qk_layernorm=True, kv_channels=16, window_size=7),
+    "norms of keys": gpt2_config(num_layers=4, qk_layernorm=True),
+    "deepseek": mixtral(
+        num_experts=8,
+        moe_router_topk=4,
+        moe_layer_freq="[0]+[1]*3",
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_topk_scaling_factor=2.5,
+        moe_shared_expert_intermediate_size=24,
+        moe_router_load_balancing_type="none",
+    ),
+    "qwen2-moe": mixtral(
+        moe_router_pre_softmax=True,
+        moe_shared_expert_intermediate_size=8,
+        moe_shared_expert_gate=True,
+    ),
+    "zero-centred": llama(num_layers=4, apply_layernorm_1p=True, qk_layernorm=True),
 }
 
 
@@ -56,8 +79,11 @@ def save(folder: Path, config: ModelConfig) -> Path:
     model = loud_model(config)
     with torch.no_grad():
         for parameter in model.final_norm.parameters():
-            parameter.mul_(0.25)
-    content = CheckpointContent(config, dict(model.named_parameters()))
+            parameter.sub_(0.75 * (1 + parameter if config.apply_layernorm_1p else parameter))
+        for name, buffer in kept_buffers(model).items():
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.arange(len(buffer)) % 3 / 10)
+    content = CheckpointContent(config, kept_tensors(model))
     save_checkpoint(folder, content, stage="pretrain", config=config, inputs=[], metrics={})
     return folder
 

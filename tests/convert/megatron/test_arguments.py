@@ -189,10 +189,33 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"num_experts": 8, "moe_aux_loss_coeff": [0.5]},
         {"num_experts": 8, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.5},
     ),
-    ({"num_experts": 8, "moe_layer_freq": [1, 0] * 28}, {"moe_layer_freq": 2}),
+    ({"num_experts": 8, "moe_layer_freq": [0] * 3 + [1] * 53}, {"moe_layer_freq": "[0]*3+[1]*53"}),
+    ({"num_experts": 8, "moe_layer_freq": 2}, {"moe_layer_freq": "2"}),
     (
         {"num_experts": 8, "moe_router_topk": 1, "moe_router_pre_softmax": True},
         {"moe_router_topk": 1},
+    ),
+    ({"num_experts": 8, "moe_router_pre_softmax": True}, {"moe_router_pre_softmax": True}),
+    (
+        {"num_experts": 8, "moe_router_load_balancing_type": ["none"]},
+        {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0},
+    ),
+    (
+        {
+            "num_experts": 8,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.01,
+        },
+        {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},
+    ),
+    ({"window_size": (4095, 0)}, {"window_size": 4096}),
+    ({"qk_layernorm": True, "apply_layernorm_1p": True}, {"qk_layernorm": True}),
+    ({"rotary_interleaved": True}, {"rotary_interleaved": True}),
+    ({"use_rope_scaling": True}, {"rope_scaling_type": "llama3", "rope_scaling_factor": 8.0}),
+    (
+        {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "true_rope_scaling_factor": 32},
+        {"rope_scaling_factor": 32.0},
     ),
 ]
 
@@ -206,10 +229,13 @@ def test_meanings(given: dict[str, Any], meant: dict[str, Any]) -> None:
 COMPLAINTS: list[tuple[dict[str, Any], str]] = [
     ({"position_embedding_type": "yarn", "use_rotary_position_embeddings": False}, "'yarn'"),
     ({"swiglu": True, "squared_relu": True}, "swiglu and squared-relu at once"),
-    ({"num_experts": 8, "moe_router_pre_softmax": True}, "moe_router_pre_softmax = True"),
-    ({"num_experts": 8, "moe_router_topk": 1}, "moe_router_pre_softmax = False"),
+    ({"num_experts": 8, "moe_router_topk": 1}, "without moe_router_pre_softmax"),
+    ({"window_size": (4096, -1)}, "the N tokens before and none after"),
+    ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "true_rope_scaling_factor"),
+    ({"num_experts": 8, "moe_router_num_groups": 2}, "moe_router_group_topk"),
+    ({"num_experts": 8, "moe_layer_freq": 1.5}, "a number or a list"),
     ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn'"),
-    ({"num_experts": 8, "moe_layer_freq": [0, 1] * 28}, "every Nth layer"),
+    ({"num_experts": 8, "moe_layer_freq": [0, 1] * 20}, "lists 40 layers"),
     ({"num_experts": 8, "add_bias_linear": True}, "experts have no biases"),
     ({"vocab_size": 60000}, "60000 in an embedding of 50688 rows"),
     ({"padded_vocab_size": 50304}, "padded_vocab_size = 50304, but the embedding has 50688"),
@@ -235,8 +261,8 @@ def test_an_unknown_argument_that_is_off_says_nothing() -> None:
 
 def test_all_complaints_come_at_once() -> None:
     with pytest.raises(ConversionError) as caught:
-        read(qk_layernorm=True, window_size=(4096, 0), use_rope_scaling=True, mtp_num_layers=1)
-    listed = ("qk_layernorm", "window_size", "use_rope_scaling", "mtp_num_layers")
+        read(qk_l2_norm=True, window_size=4096, rope_scaling_factor=2.0, mtp_num_layers=1)
+    listed = ("qk_l2_norm", "window_size", "mtp_num_layers")
     assert all(name in str(caught.value) for name in listed)
 
 

@@ -17,13 +17,16 @@ from tests.convert.megatron.faults import (
     Fault,
     version_ignored,
 )
-from tests.convert.megatron.natives import mixtral, save, to_megatron, to_native
+from tests.convert.megatron.natives import MODELS, mixtral, save, to_megatron, to_native
 from tests.convert.models import gpt2_config, llama
 
 CONFIGS = {
     "gpt2": gpt2_config(num_layers=4, vocab_size=301),
     "llama": llama(num_layers=4, num_query_groups=2, untie_embeddings_and_output_weights=True),
     "mixtral": mixtral(num_query_groups=2),
+    "qwen3": MODELS["qwen3"],
+    "llama3": MODELS["llama3"],
+    "deepseek": MODELS["deepseek"],
 }
 TO_WRITE = BOTH_WAYS | {f"{name} (arguments)": entry for name, entry in WRITING.items()}
 TO_READ = BOTH_WAYS | {f"{name} (reading)": entry for name, entry in READING.items()}

@@ -31,6 +31,7 @@ from tests.convert.megatron.natives import (
 from tests.convert.models import convert_config, gpt2_config, llama, quiet, save_native
 
 IN_HUGGING_FACE = ("gpt2", "llama-gqa", "llama-bias")
+# The others are slow together.
 WIDE = ("gpt2", "llama-gqa", "mixtral")
 
 
@@ -40,7 +41,10 @@ def raw(path: Path) -> dict[str, Any]:
         return dict(torch.load(path, weights_only=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in WIDE else [pytest.mark.slow]) for n in MODELS],
+)
 def test_to_another_layout_and_back(name: str, tmp_path: Path) -> None:
     config = MODELS[name]
     native = save(tmp_path / "native", config)
