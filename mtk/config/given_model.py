@@ -61,7 +61,7 @@ def complete(given: GivenModel, saved: ModelConfig, checkpoint: str) -> ModelCon
         raise ConfigError(problems)
     values = {name: value for name, value in _given(given).items() if name in FREE}
     try:
-        return make(ModelConfig, **{**_plain(saved), **values})
+        return make(ModelConfig, **{**vars(saved), **values})
     except ConfigError as error:
         keyed = [dataclasses.replace(p, key=f"model.{p.key}") for p in error.problems]
         raise ConfigError(keyed) from None
@@ -77,11 +77,3 @@ def _disagreements(given: GivenModel, saved: ModelConfig, checkpoint: str) -> It
 
 def _given(given: GivenModel) -> dict[str, Any]:
     return {name: value for name, value in vars(given).items() if value is not None}
-
-
-def _plain(saved: ModelConfig) -> dict[str, Any]:
-    """Values by name, groups as mappings."""
-    return {
-        name: vars(value) if dataclasses.is_dataclass(value) else value
-        for name, value in vars(saved).items()
-    }

@@ -102,6 +102,8 @@ def _flatten(
 ) -> Iterable[tuple[str, Any]]:
     for raw, value in values.items():
         path = (*prefix, *str(raw).replace("-", "_").split("."))
+        if path in groups and dataclasses.is_dataclass(value):
+            value = vars(value)
         if isinstance(value, Mapping) and path in groups:
             yield from _flatten(value, groups, path)
         else:

@@ -36,8 +36,7 @@ LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": "all"}
 
 
 def adapted(base: ModelConfig, **changes: Any) -> ModelConfig:
-    values = {k: v for k, v in vars(base).items() if k != "lora"}
-    return make(ModelConfig, **values, lora={**LORA, **changes})
+    return make(ModelConfig, **{**vars(base), "lora": {**LORA, **changes}})
 
 
 @pytest.mark.parametrize("base", [small_config(), llama_config()], ids=["gpt2", "llama"])
