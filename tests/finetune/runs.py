@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from mtk.artifacts.hashing import sha256_file
@@ -49,6 +50,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2-optimizer": {"data_parallel_sharding": "optimizer"},
     "dp2-full": {"data_parallel_sharding": "full"},
 }
+
+
+def layouts(*quick: str, without: str = "-") -> list[Any]:
+    """Names of layouts; all but the ``quick`` ones are slow tests."""
+    names = [name for name in LAYOUTS if not name.startswith(without)]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def options(task: str, base: Path, save: Path, **changes: Any) -> FinetuneConfig:

@@ -26,6 +26,7 @@ from tests.finetune.runs import (
     QUIET,
     assert_close,
     figures,
+    layouts,
     options,
     train,
     weight_files,
@@ -152,8 +153,8 @@ def test_mtk_evaluate_refuses_other_models(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", ["RACE", "MNLI"])
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.startswith("cp")])
+@pytest.mark.parametrize("task", ["RACE", pytest.param("MNLI", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", layouts("tp2-sp", "pp2", "dp2-full", without="cp"))
 def test_every_figure_is_that_of_one_process(
     home: Path, tmp_path: Path, task: str, name: str
 ) -> None:
@@ -203,6 +204,15 @@ def test_goes_on_with_the_same_head(home: Path, tuned: dict[str, Path], tmp_path
     changes = {"train_iters": 1, "lr": 1e-30}
     run(config(home, "MNLI", tmp_path, base="tuned-MNLI", **changes), QUIET)
     assert figures(tmp_path)[-1]["accuracy"] == figures(tuned["MNLI"])[-1]["accuracy"]
+
+
+def test_begins_from_a_hugging_face_directory(home: Path, tmp_path: Path) -> None:
+    wanted = make(ConvertConfig, load=str(home / "bert"), save=str(tmp_path / "hf"), to="hf")
+    convert.run(wanted, QUIET)
+    own = {"train_iters": 3, **LAYOUTS["dp2"]}
+    native = train(config(home, "MNLI", tmp_path / "native", **own))
+    foreign = train(config(home, "MNLI", tmp_path / "foreign", base=tmp_path / "hf", **own))
+    assert_close(foreign, native, 1e-5)
 
 
 def test_a_missing_pooler_begins_anew(home: Path, tmp_path: Path) -> None:

@@ -73,22 +73,31 @@ def test_only_adapters_are_trained_and_merge_exactly() -> None:
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=SLOW), "llama"])
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        (2, {TP: 2}),
+        pytest.param(2, {TP: 2}, marks=SLOW),
         (2, {TP: 2, "sequence_parallel": True}),
         (4, {TP: 4, "sequence_parallel": True}),  # ranks share key/value heads
-        (2, {PP: 2}),
-        (2, {PP: 2, "pipeline_schedule": "zbv"}),
+        pytest.param(2, {PP: 2}, marks=SLOW),
+        pytest.param(2, {PP: 2, "pipeline_schedule": "zbv"}, marks=SLOW),
         (2, {"context_parallel_size": 2}),
         (2, {"data_parallel_sharding": "replicate"}),
-        (2, {"data_parallel_sharding": "optimizer"}),
+        pytest.param(2, {"data_parallel_sharding": "optimizer"}, marks=SLOW),
         (2, {"data_parallel_sharding": "full"}),
         (4, {TP: 2, PP: 2, "pipeline_schedule": "zero-bubble"}),
-        (4, {TP: 2, "sequence_parallel": True, "data_parallel_sharding": "full"}),
-        (2, {PP: 2, "recompute_granularity": "full", "recompute_method": "uniform"}),
+        pytest.param(
+            4, {TP: 2, "sequence_parallel": True, "data_parallel_sharding": "full"}, marks=SLOW
+        ),
+        pytest.param(
+            2,
+            {PP: 2, "recompute_granularity": "full", "recompute_method": "uniform"},
+            marks=SLOW,
+        ),
     ],
     ids=str,
 )

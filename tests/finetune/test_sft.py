@@ -29,6 +29,7 @@ from tests.finetune.runs import (
     LAYOUTS,
     QUIET,
     assert_close,
+    layouts,
     options,
     train,
     weight_files,
@@ -163,7 +164,7 @@ def one(home: Path) -> list[dict[str, Any]]:
     return train(config(home, home / "one"))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", layouts("tp2-sp", "pp2", "cp2", "dp2-full"))
 def test_every_figure_is_that_of_one_process(
     home: Path, one: list[dict[str, Any]], name: str
 ) -> None:
