@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from mtk.config import make
+from mtk.config.heads import TASKS
 from mtk.config.tokenizer import TokenizerConfig
 from mtk.errors import ConfigError, DataError
 from mtk.evaluation.classification import (
-    TASKS,
     ClassificationData,
     LabelledText,
     clean_text,
