@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtk.checkpoint import complete_steps
+from mtk.checkpoint import checkpoint_folder
 from mtk.checkpoint.tensors import read_index, read_tensors
 from mtk.config import make
 from mtk.config.preprocess import PreprocessConfig
@@ -126,8 +126,8 @@ def test_it_continues_bit_for_bit(kind: str, sentences: Path, tmp_path: Path) ->
     straight = train(whole, sentences, **common, train_iters=8)
     train(parts, sentences, **common, train_iters=5)
     assert train(parts, sentences, **common, train_iters=8)[-3:] == straight[-3:]
-    found = [complete_steps(folder)[-1] for folder in (whole, parts)]
+    found = [checkpoint_folder(folder) for folder in (whole, parts)]
     for part in ("model", "optimizer"):
-        names = list(read_index(found[0].path, part))
-        first, second = (read_tensors(step.path, part, names) for step in found)
+        names = list(read_index(found[0], part))
+        first, second = (read_tensors(step, part, names) for step in found)
         assert all(torch.equal(first[name], second[name]) for name in names)
