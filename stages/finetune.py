@@ -6,16 +6,12 @@ from mtk.artifacts import Artifact
 from mtk.config.finetune import FinetuneConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.stop import terminate_cleanly
-from mtk.errors import LayoutError, Problem
-from mtk.launch.local import launch
-from mtk.launch.process import Place, find_place
-from mtk.parallel.apply import training_device
-from mtk.parallel.compat import fitting_warnings
+from mtk.launch.process import Place
 from mtk.session import Session
 from mtk.training.finetune import finetune_job, finetuned_model
-from mtk.training.join import training_ranks
 from mtk.training.pretrained import open_pretrained
 from mtk.training.run import run_job
+from stages.on_ranks import joined, train_on_ranks
 
 
 @terminate_cleanly()
@@ -29,29 +25,15 @@ def run(config: FinetuneConfig, session: Session | None = None) -> Artifact:
     session = session or Session()
     # Wrong options are told before any process starts.
     core = config.core(finetuned_model(config, open_pretrained(config.pretrained_checkpoint)))
-    device = training_device(config.runtime).type
-    place = find_place(device)
-    if place.started_by != "alone" or config.parallel.nproc == 1:
-        return train_here(place, config, core, session)
-    artifact: Artifact = launch(
-        train_here,
-        (config, core, session.of_rank(0)),
-        config.parallel.nproc,
-        device=device,
-        timeout=config.parallel.timeout_seconds,
-    )
-    return artifact
+    return train_on_ranks(train_here, core, session, config)
 
 
 @terminate_cleanly()
 def train_here(
-    place: Place, config: FinetuneConfig, core: PretrainConfig, session: Session
+    place: Place, core: PretrainConfig, session: Session, config: FinetuneConfig
 ) -> Artifact:
     """The part of the rank that this process is."""
-    if place.world != core.world:
-        rule = f"the layout is for {core.world} ranks, and {place.world} were started"
-        raise LayoutError([Problem("parallel.nproc", config.parallel.nproc, rule)])
-    with fitting_warnings(first=place.rank == 0), training_ranks(place, core) as ranks:
+    with joined(place, core) as ranks:
         reporter = (session if ranks.world.first else session.of_rank(ranks.rank)).reporter
         base = open_pretrained(config.pretrained_checkpoint)
         return run_job(finetune_job(config, base, reporter), session, ranks)

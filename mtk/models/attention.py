@@ -33,6 +33,7 @@ class Form:
 
 
 CAUSAL = Form()
+EVERYWHERE = Form(causal=False)
 
 
 class AttentionKernel(Protocol):
@@ -181,7 +182,7 @@ def score_mask(
 def form_of(config: ModelConfig) -> Form:
     """Where a decoder's tokens look; a bias on the scores holds all masks already."""
     if config.biases_scores:
-        return Form(causal=False)
+        return EVERYWHERE
     return Form(window=config.window_size)
 
 

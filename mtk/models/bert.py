@@ -8,19 +8,17 @@ Shape suffixes: B batch, S sequence, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
-from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
+from mtk.models.attention import EVERYWHERE, AttentionKernel, LayerCache, sdpa_kernel
 from mtk.models.block import Block, make_norm
 from mtk.models.gpt import GPT, Embedding
 from mtk.models.mlp import ACTIVATIONS
-
-EVERYWHERE = Form(causal=False)
 
 
 class SegmentEmbedding(Embedding):
@@ -112,13 +110,7 @@ class Bert(GPT):
         super().__init__(config, kernel)
         self.embedding = SegmentEmbedding(config)
         if config.norm_placement == "post":
-            self.layers = nn.ModuleDict(
-                {str(i): PostNormBlock(config, kernel) for i in range(config.num_layers)}
-            )
             self.final_norm = None
-        for block in self.layers.values():
-            assert isinstance(block, Block)
-            block.attention.form = EVERYWHERE
         pretraining, binary = config.task_head is None, config.bert_binary_head
         self.transform: Transform | None = Transform(config) if pretraining else None
         bias = nn.Parameter(torch.zeros(config.padded_vocab_size)) if pretraining else None
@@ -128,10 +120,15 @@ class Bert(GPT):
         self.order: nn.Linear | None = nn.Linear(config.hidden_size, 2) if binary else None
         self.classifier = None if pretraining else Classifier(config)
 
+    def make_layers(self, kernel: AttentionKernel) -> Iterable[nn.Module]:
+        kind = PostNormBlock if self.config.norm_placement == "post" else Block
+        count = self.config.num_layers
+        return (kind(self.config, kernel, form=EVERYWHERE) for _ in range(count))
+
     def keep(self, layers: range, *, first: bool, last: bool) -> None:
         super().keep(layers, first=first, last=last)
         if not first and isinstance(self.embedding, SegmentEmbedding):
-            self.embedding.types = self.embedding.norm = None
+            self.embedding.types = None
         if not last:
             self.transform = self.output_bias = self.pooler = self.order = None
             self.classifier = None

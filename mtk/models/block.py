@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
-from mtk.models.attention import Attention, AttentionKernel, LayerCache
+from mtk.models.attention import Attention, AttentionKernel, Form, LayerCache
 from mtk.models.balance import BalanceLosses
 from mtk.models.mlp import MLP
 from mtk.models.moe import MoE
@@ -18,15 +18,20 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches. With parallel
     residuals (Wang & Komatsuzaki 2021) both branches read the same x.
 
-    balance: the model's record; with it the MLP is a mixture of experts.
+    balance: the model's record; with it the MLP is a mixture of experts. form: where tokens look
+    (default: as a decoder's).
     """
 
     def __init__(
-        self, config: ModelConfig, kernel: AttentionKernel, balance: BalanceLosses | None = None
+        self,
+        config: ModelConfig,
+        kernel: AttentionKernel,
+        balance: BalanceLosses | None = None,
+        form: Form | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, kernel)
+        self.attention = Attention(config, kernel, form)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config) if balance is None else MoE(config, balance)
         self.dropout = nn.Dropout(config.hidden_dropout)

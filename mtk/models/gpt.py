@@ -6,7 +6,7 @@ Shape suffixes: B batch, S new tokens, T all tokens, E hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -85,7 +85,7 @@ class Embedding(nn.Module):
         x_BSE = self.tokens(tokens_BS)
         if self.scale is not None:
             # Gemma was trained with the factor rounded to the type of the embedding.
-            x_BSE = x_BSE * torch.tensor(self.scale, dtype=x_BSE.dtype, device=x_BSE.device)
+            x_BSE = x_BSE * torch.tensor(self.scale, dtype=x_BSE.dtype)
         if self.positions is not None:
             x_BSE = x_BSE + self.positions(positions)
         if self.norm is not None:
@@ -126,17 +126,12 @@ class GPT(nn.Module):
         self.embedding: Embedding | None = Embedding(config)
         self.balance = None if config.num_experts is None else BalanceLosses(config)
         self.layers = nn.ModuleDict(
-            {str(i): make_layer(config, i, kernel, self.balance) for i in range(config.num_layers)}
+            {str(i): layer for i, layer in enumerate(self.make_layers(kernel))}
         )
         self.run_layers: LayerRunner = run_in_order
         self.relative_bias: RelativeBias | None = None
         if config.position_embedding_type == "relative":
-            self.relative_bias = RelativeBias(
-                config.num_attention_heads,
-                config.relative_attention_num_buckets,
-                config.relative_attention_max_distance,
-                bidirectional=False,
-            )
+            self.relative_bias = RelativeBias.of(config, bidirectional=False)
         self.own_heads = slice(None)
         self.final_norm: nn.Module | None = make_norm(config)
         self.head = OutputHead(config.vocab_size)
@@ -145,6 +140,11 @@ class GPT(nn.Module):
             nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False) if untied else None
         )
         self.fill_tables()
+
+    def make_layers(self, kernel: AttentionKernel) -> Iterable[nn.Module]:
+        """The layers in order; other families have others."""
+        count = self.config.num_layers
+        return (make_layer(self.config, i, kernel, self.balance) for i in range(count))
 
     def fill_tables(self, device: torch.device | None = None) -> None:
         """Put rotary tables or ALiBi's slopes on ``device`` (default: where modules are made).

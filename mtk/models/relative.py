@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mtk.config.model import ModelConfig
+
 
 class RelativeBias(nn.Module):
     """distances [..., S, T] -> biases [..., H, S, T], the head taking the place of dimension -3.
@@ -26,6 +28,16 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(buckets, heads))
         self.buckets, self.max_distance = buckets, max_distance
         self.bidirectional = bidirectional
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, bidirectional: bool) -> RelativeBias:
+        """The table that a model's options describe."""
+        return cls(
+            config.num_attention_heads,
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+            bidirectional=bidirectional,
+        )
 
     def forward(self, gaps: Tensor) -> Tensor:
         """gaps: int64 [..., 1, S, T], query position minus key position."""

@@ -12,27 +12,35 @@ Shape suffixes: B batch, S encoder tokens, T decoder tokens, E hidden size, V vo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from mtk.config.model import ModelConfig
-from mtk.models.attention import CAUSAL, Attention, AttentionKernel, Form, LayerCache, sdpa_kernel
+from mtk.models.attention import (
+    CAUSAL,
+    EVERYWHERE,
+    Attention,
+    AttentionKernel,
+    Form,
+    LayerCache,
+    sdpa_kernel,
+)
 from mtk.models.block import Block
 from mtk.models.gpt import GPT, Memory
 from mtk.models.norm import make_norm
 from mtk.models.relative import RelativeBias
 from mtk.models.score_bias import distances, with_masks
 
-EVERYWHERE = Form(causal=False)
 States = tuple[Tensor, Tensor]
 
 
 class DecoderBlock(Block):
     """A block with attention to the encoder's states between its own attention and the MLP."""
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel, form: Form) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__(config, kernel)
-        self.attention.form = form
         self.cross_norm = make_norm(config)
         self.cross_attention = Attention(config, kernel, EVERYWHERE)
 
@@ -67,20 +75,19 @@ class T5(GPT):
     def __init__(self, config: ModelConfig, kernel: AttentionKernel = sdpa_kernel) -> None:
         super().__init__(config, kernel)
         relative = config.position_embedding_type == "relative"
-        own = EVERYWHERE if relative else CAUSAL
-        encoder = [Block(config, kernel) for _ in range(config.num_layers)]
-        for block in encoder:
-            block.attention.form = EVERYWHERE
-        decoder = [DecoderBlock(config, kernel, own) for _ in range(config.num_layers)]
-        self.layers = nn.ModuleDict({str(i): b for i, b in enumerate([*encoder, *decoder])})
         self.encoder_norm: nn.Module | None = make_norm(config)
         self.relative_bias = None
-        self.encoder_bias = _table(config, bidirectional=True) if relative else None
-        self.decoder_bias = _table(config, bidirectional=False) if relative else None
+        self.encoder_bias = RelativeBias.of(config, bidirectional=True) if relative else None
+        self.decoder_bias = RelativeBias.of(config, bidirectional=False) if relative else None
         self.output_bias: nn.Parameter | None = None
         if config.add_bias_linear:
             self.output_bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
         self.output_scale = config.hidden_size**-0.5 if config.scale_tied_output else None
+
+    def make_layers(self, kernel: AttentionKernel) -> Iterable[nn.Module]:
+        count = self.config.num_layers
+        yield from (Block(self.config, kernel, form=EVERYWHERE) for _ in range(count))
+        yield from (DecoderBlock(self.config, kernel) for _ in range(count))
 
     def keep(self, layers: range, *, first: bool, last: bool) -> None:
         super().keep(layers, first=first, last=last)
@@ -170,12 +177,3 @@ class T5(GPT):
         places = torch.arange(length, device=like.device)
         bias = table(distances(places, places))
         return with_masks(bias, None, documents, form).to(like.dtype)
-
-
-def _table(config: ModelConfig, *, bidirectional: bool) -> RelativeBias:
-    return RelativeBias(
-        config.num_attention_heads,
-        config.relative_attention_num_buckets,
-        config.relative_attention_max_distance,
-        bidirectional=bidirectional,
-    )

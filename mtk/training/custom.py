@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class Custom:
         given = (self.objective, self.forward, self.batches)
         return [part for part in given if part is not None]
 
-    def check_importable(self) -> None:
-        """Raises TypeError for parts that other processes cannot import."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled on the way to other processes. Raises TypeError for parts that these cannot
+        import, before any of them starts."""
         for part in self.parts():
             name = getattr(part, "__qualname__", repr(part))
             if getattr(part, "__module__", "__main__") == "__main__" or "<locals>" in name:
@@ -52,6 +54,7 @@ class Custom:
                     f"{name}: ranks import what they run, so it must stand at the top of a module "
                     f"that can be imported, not of the program or inside a function."
                 )
+        return dict(vars(self))
 
     def __post_init__(self) -> None:
         """Raises ValueError where own batches could not be told from others on resuming."""

@@ -27,7 +27,7 @@ def without_partial_sums(
     return prove_on_rank(place, config, steps, folder)
 
 
-def with_a_flipped_bit(place: Place, config: PretrainConfig, session: Session) -> Any:
+def with_a_flipped_bit(place: Place, config: PretrainConfig, session: Session, *more: Any) -> Any:
     """After its second step, one bit of one moment on rank 1 is another."""
     whole, steps = step.Stepper.step, []
 
@@ -39,7 +39,7 @@ def with_a_flipped_bit(place: Place, config: PretrainConfig, session: Session) -
         return result
 
     step.Stepper.step = flips  # type: ignore[method-assign]
-    return train_here(place, config, session)
+    return train_here(place, config, session, *more)
 
 
 def _flip(x: Tensor) -> None:
