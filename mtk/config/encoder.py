@@ -30,6 +30,11 @@ class EncoderOptions:
         help="BERT: pooler and head that tell whether two segments are in order.",
         shortcuts=(("--bert-no-binary-head", False),),
     )
+    bert_head_activation: Literal["gelu", "gelu-tanh", "relu", "squared-relu"] | None = option(
+        None,
+        help="BERT: non-linearity before the output matrix (default: as activation). Megatron's "
+        "has gelu there even where its MLPs have gelu-tanh.",
+    )
     task_head: Literal["RACE", "MNLI", "QQP"] | None = option(
         None, help="BERT: head of a task, in place of those of pretraining.", hidden=True
     )
@@ -50,6 +55,7 @@ OPTIONS = {
         "norm_placement",
         "num_tokentypes",
         "bert_binary_head",
+        "bert_head_activation",
         "task_head",
         "num_classes",
     ),

@@ -134,6 +134,11 @@ class ModelConfig(
         return self.max_position_embeddings or self.seq_length
 
     @property
+    def head_activation(self) -> str:
+        """Non-linearity before the output matrix of BERT."""
+        return self.bert_head_activation or self.activation
+
+    @property
     def gated(self) -> bool:
         """The MLP has a gate beside its input matrix."""
         return self.activation in GATED
@@ -196,6 +201,7 @@ class ModelConfig(
                 yield Problem(name, getattr(self, name), "must be 0 or more and finite")
 
     def derived(self) -> Self:
+        own_head = None if self.head_activation == self.activation else self.bert_head_activation
         return dataclasses.replace(
             self,
             num_query_groups=self.query_groups,
@@ -206,6 +212,7 @@ class ModelConfig(
             max_position_embeddings=self.positions,
             mamba_num_heads=mamba_sizes(self).heads if self.has_mamba else None,
             num_classes=None if self.task_head is None else TASKS[self.task_head].classes,
+            bert_head_activation=own_head,
         )
 
     @classmethod

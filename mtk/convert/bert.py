@@ -28,6 +28,13 @@ def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
             listed.append(f"norm_placement = {config.norm_placement}: {name} has {placement}")
         if config.activation not in ACTIVATIONS:
             listed.append(f"activation = {config.activation}: {name}'s MLP has no gate")
+        if config.head_activation != config.activation:
+            listed.append(
+                f"bert_head_activation = {config.head_activation} with activation = "
+                f"{config.activation}: {name} has one for both. Of Megatron's BERT, transformers "
+                f"computes exact gelu in the MLPs too: to have that, convert Megatron's files with "
+                f"bias_gelu_fusion: false in --megatron-args"
+            )
         if config.query_groups != config.num_attention_heads:
             groups = config.query_groups
             listed.append(f"num_query_groups = {groups}: {name} has as many as query heads")

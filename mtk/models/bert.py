@@ -59,7 +59,7 @@ class Transform(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.head_activation]
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = make_norm(config)
 

@@ -15,6 +15,7 @@ from mtk.config.nearest import nearest_divisor
 from mtk.config.positions import LLAMA3_ORIGINAL
 from mtk.convert.megatron.argument_tables import NEUTRAL, words
 from mtk.convert.megatron.arguments import MEGATRON_FACTOR, POSITIONS
+from mtk.convert.megatron.bert import unwritable_bert
 from mtk.errors import Problem
 
 # Fields of a configuration that are written below, or only concern training. Any other that
@@ -31,7 +32,7 @@ WRITTEN = words(
     rope_original_max_positions moe_router_score_function moe_router_pre_softmax
     moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
     moe_router_load_balancing_type moe_router_enable_expert_bias moe_router_bias_update_rate
-    moe_shared_expert_intermediate_size moe_shared_expert_gate
+    moe_shared_expert_intermediate_size moe_shared_expert_gate bert_head_activation
     """
 )
 
@@ -145,8 +146,10 @@ def unwritable(config: ModelConfig) -> Iterator[str]:
         value = getattr(config, field.name)
         if field.name not in WRITTEN and value != field.default:
             yield f"{field.name} = {value!r}: is not written to Megatron's format"
-    if config.family != "gpt":
-        yield f"family = {config.family}: only GPT models are written"
+    if config.family == "bert":
+        yield from unwritable_bert(config)
+    elif config.family != "gpt":
+        yield f"family = {config.family}: only GPT and BERT are written"
     if config.activation not in ("gelu", "gelu-tanh", "squared-relu", "swiglu"):
         yield f"activation = {config.activation}: Megatron has gelu, squared-relu and swiglu"
     experts = config.num_experts is not None

@@ -20,6 +20,7 @@ from mtk.convert.megatron.argument_tables import (
     SOUNDS_LIKE_THE_MODEL,
     words,
 )
+from mtk.convert.megatron.bert import bert_values
 
 # Read by name below; ranks of one checkpoint must agree about these and about NEUTRAL.
 READ = words(
@@ -38,7 +39,7 @@ READ = words(
     moe_router_topk_scaling_factor moe_shared_expert_intermediate_size moe_shared_expert_gate
     tokenizer_type true_vocab_size true_rope_scaling_factor tensor_model_parallel_size
     model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
-    expert_tensor_parallel_size virtual_pipeline_model_parallel_size
+    expert_tensor_parallel_size virtual_pipeline_model_parallel_size bert_binary_head
     """
 )
 COMPARED = READ | {name for name, _, _ in NEUTRAL}
@@ -49,8 +50,11 @@ MEGATRON_FACTOR = 8.0
 DROPOUT, EPSILON, INIT_STD = 0.1, 1e-5, 0.02
 
 
-def model_config(args: Mapping[str, Any], where: str, *, rows: int) -> ModelConfig:
+def model_config(
+    args: Mapping[str, Any], where: str, *, rows: int, segments: int | None = None
+) -> ModelConfig:
     """The native configuration. rows: of the embedding in the files, all ranks together.
+    segments: kinds of them in a BERT; None for a GPT.
 
     Raises ConversionError with everything mtk cannot hold.
     """
@@ -93,6 +97,8 @@ def model_config(args: Mapping[str, Any], where: str, *, rows: int) -> ModelConf
     values |= _positions(found)
     values |= _experts(found)
     values["activation"] = _activation(found, bias=values["add_bias_linear"])
+    if segments is not None:
+        values |= bert_values(found, segments)
     return found.model(**values)
 
 

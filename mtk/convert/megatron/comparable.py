@@ -8,6 +8,7 @@ from torch import Tensor
 from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.convert.megatron.open_checkpoint import MegatronModel
 from mtk.convert.megatron.ranks import Rank
+from mtk.convert.megatron.reference_bert import BertReferenceForward
 from mtk.convert.megatron.reference_forward import Files, ReferenceForward
 from mtk.convert.reference_models import rounded
 from mtk.errors import ConversionError
@@ -39,7 +40,8 @@ class MegatronFiles:
             for stage in range(sizes.pipeline)
         ]
         self._folder = ranks.folder
-        self._forward = ReferenceForward(Files(model.args, ranks.version, stages))
+        kind = BertReferenceForward if model.config.family == "bert" else ReferenceForward
+        self._forward = kind(Files(model.args, ranks.version, stages))
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :class:`mtk.convert.reference_models.Comparable`. Raises ConversionError for files

@@ -15,12 +15,14 @@ from mtk.convert.megatron.arguments import model_config
 from mtk.convert.megatron.directory import iteration_folder
 from mtk.convert.megatron.pieces import Pieces, collect
 from mtk.convert.megatron.published import published_arguments
-from mtk.convert.megatron.ranks import Ranks, open_ranks
+from mtk.convert.megatron.ranks import Ranks, Sizes, open_ranks
 from mtk.convert.megatron.rules import megatron_table
 from mtk.convert.megatron.spellings import Found, spelled
 from mtk.errors import ConfigError, ConversionError, Problem
 
 WORDS = "embedding.word_embeddings.weight"
+SEGMENTS = "embedding.tokentype_embeddings.weight"
+BERT_HEADS = ("lm_head.", "binary_head.")
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,38 @@ def open_megatron(path: Path, given: Given | None = None) -> MegatronModel:
     if not words or len(words[0]) != 2:
         raise ConversionError(f"{first.path} has no matrix of word embeddings.")
     rows = words[0][0] * ranks.sizes.tensor
-    shown = {} if ranks.args else _shown(found, rows, words[0][1], ranks.sizes.tensor)
+    # Some files hold arguments, but none of the model.
+    described = "num_layers" in ranks.args
+    shown = {} if described else _shown(found, rows, words[0][1], ranks.sizes)
     where = f"{first.path} (args)"
-    args = given.added_to({**shown, **published_arguments(shown), **ranks.args}, where)
-    config = model_config(args, where, rows=rows)
+    # What is published about a model is not in its files: a user may know better.
+    known = {n: v for n, v in published_arguments(shown).items() if n not in given.args}
+    args = {**known, **given.added_to({**shown, **ranks.args}, where)}
+    config = model_config(args, where, rows=rows, segments=_segments(ranks))
     return MegatronModel(ranks, args, config, rows, collect(ranks, config, rows))
 
 
-def _shown(found: list[Found], rows: int, width: int, tensor: int) -> dict[str, int]:
+def _segments(ranks: Ranks) -> int | None:
+    """Kinds of segments that the BERT in the files tells apart; None if it is no BERT."""
+    first, last = ranks.by_number[0, 0, 0], ranks.by_number[0, ranks.sizes.pipeline - 1, 0]
+    chunks = {**first.chunks[0], **last.chunks[-1]}
+    shapes = {item.name: item.tensor.shape for item in map(spelled, chunks, chunks.values())}
+    if SEGMENTS in shapes:
+        return shapes[SEGMENTS][0] if shapes[SEGMENTS] else 0
+    return 0 if any(name.startswith(BERT_HEADS) for name in shapes) else None
+
+
+def _shown(found: list[Found], rows: int, width: int, ranks: Sizes) -> dict[str, int]:
     """The arguments that follow from the weights of a file without any."""
     shapes = {(item.layer, item.name): item.tensor.shape for item in found}
     layers = [item.layer for item in found if item.layer is not None]
-    sizes = {"padded_vocab_size": rows, "hidden_size": width, "num_layers": len(set(layers))}
+    sizes = {"padded_vocab_size": rows, "hidden_size": width}
+    if ranks.pipeline == ranks.virtual == 1:
+        sizes["num_layers"] = len(set(layers))
     positions = shapes.get((None, "embedding.position_embeddings.weight"))
     inner = shapes.get((0, "mlp.linear_fc1.weight"))
     if positions:
         sizes["max_position_embeddings"] = positions[0]
     if inner:
-        sizes["ffn_hidden_size"] = inner[0] * tensor
+        sizes["ffn_hidden_size"] = inner[0] * ranks.tensor
     return sizes

@@ -36,6 +36,32 @@ PUBLISHED = (
             "true_vocab_size": 50257,
         },
     ),
+    # Megatron itself computes the MLPs of these two with its fused gelu unless it is told not to.
+    # Ids are those of the vocabularies they were published with.
+    Published(
+        "BERT-345M-cased",
+        num_layers=24,
+        hidden_size=1024,
+        max_position_embeddings=512,
+        padded_vocab_size=29056,
+        arguments={
+            "num_attention_heads": 16,
+            "bias_gelu_fusion": True,
+            "true_vocab_size": 28996,
+        },
+    ),
+    Published(
+        "BERT-345M-uncased",
+        num_layers=24,
+        hidden_size=1024,
+        max_position_embeddings=512,
+        padded_vocab_size=30592,
+        arguments={
+            "num_attention_heads": 16,
+            "bias_gelu_fusion": True,
+            "true_vocab_size": 30522,
+        },
+    ),
 )
 
 

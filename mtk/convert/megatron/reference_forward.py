@@ -78,7 +78,7 @@ class ReferenceForward:
         ranks = [experts[0] for experts in self.files.stages[0]]
         x_BSE: Tensor | None = None
         for rank, shard in enumerate(ranks):
-            table = _get(shard, *_spellings("embedding.word_embeddings.weight"))
+            table = get(shard, *_spellings("embedding.word_embeddings.weight"))
             mine = tokens_BS - rank * table.shape[0]
             inside = (mine >= 0) & (mine < table.shape[0])
             part = table[mine.clamp(0, table.shape[0] - 1)] * inside[..., None]
@@ -88,11 +88,16 @@ class ReferenceForward:
         return x_BSE if positions is None else x_BSE + positions[: tokens_BS.shape[1]]
 
     def _logits(self, x_BSE: Tensor) -> Tensor:
-        last = [experts[0] for experts in self.files.stages[-1]]
-        first = [experts[0] for experts in self.files.stages[0]]
+        return self._product(self._final_norm(x_BSE))
+
+    def _final_norm(self, x_BSE: Tensor) -> Tensor:
         names = ("decoder", "language_model.encoder", "language_model.transformer")
         norms = [f"{name}.final_{kind}." for name in names for kind in ("layernorm", "norm")]
-        x_BSE = self._norm(x_BSE, last[0], *norms)
+        return self._norm(x_BSE, self.files.stages[-1][0][0], *norms)
+
+    def _product(self, x_BSE: Tensor) -> Tensor:
+        last = [experts[0] for experts in self.files.stages[-1]]
+        first = [experts[0] for experts in self.files.stages[0]]
         parts = []
         for own, start in zip(last, first, strict=True):
             output = _find(
@@ -102,8 +107,10 @@ class ReferenceForward:
                 "word_embeddings_for_head.weight",
             )
             if output is None:
-                output = _get(start, *_spellings("embedding.word_embeddings.weight"))
-            parts.append(x_BSE @ output.T)
+                output = get(start, *_spellings("embedding.word_embeddings.weight"))
+            part = x_BSE @ output.T
+            bias = _find(own, "lm_head.bias")
+            parts.append(part if bias is None else part + bias)
         logits_BSV = torch.cat(parts, dim=-1)
         return logits_BSV[..., : self._vocabulary(logits_BSV.shape[-1])]
 
@@ -116,12 +123,12 @@ class ReferenceForward:
         return int(self.args["vocab_size"]) + extra
 
     def _norm(self, x: Tensor, shard: Shard, *names: str) -> Tensor:
-        weight = _get(shard, *(f"{name}weight" for name in names))
+        weight = get(shard, *(f"{name}weight" for name in names))
         if self.args.get("apply_layernorm_1p"):
             weight = weight + 1
         if self.args.get("normalization", "LayerNorm") == "RMSNorm":
             return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * weight
-        bias = _get(shard, *(f"{name}bias" for name in names))
+        bias = get(shard, *(f"{name}bias" for name in names))
         centred = x - x.mean(dim=-1, keepdim=True)
         variance = centred.pow(2).mean(dim=-1, keepdim=True)
         return centred / torch.sqrt(variance + self.epsilon) * weight + bias
@@ -138,7 +145,7 @@ class ReferenceForward:
     def _attention(self, y_BSE: Tensor, shards: Sequence[Shard]) -> Tensor:
         qkv = ("self_attention.linear_qkv", "self_attention.layernorm_qkv")
         names = (*qkv, "self_attention.query_key_value", "attention.query_key_value")
-        mixed = [_linear(y_BSE, shard, *names) for shard in shards]
+        mixed = [linear(y_BSE, shard, *names) for shard in shards]
         if self.groups < len(shards):
             # Fewer groups than ranks: the ranks gather all, and each attends with its heads.
             mixed = [torch.cat(mixed, dim=-1)]
@@ -148,7 +155,7 @@ class ReferenceForward:
         proj = ("self_attention.linear_proj", "self_attention.proj", "self_attention.dense")
         for rank, shard in enumerate(shards):
             own = torch.cat(heads[rank * width : (rank + 1) * width], dim=-1)
-            y_BSE = y_BSE + own @ _get(shard, *_weights(*proj, "attention.dense")).T
+            y_BSE = y_BSE + own @ get(shard, *_weights(*proj, "attention.dense")).T
         bias = _find(shards[0], *_biases(*proj, "attention.dense"))
         return y_BSE if bias is None else y_BSE + bias
 
@@ -219,8 +226,8 @@ class ReferenceForward:
         down = ("mlp.linear_fc2", "mlp.dense_4h_to_h", "layernorm_mlp.fc2")
         out_BSE = torch.zeros_like(y_BSE)
         for shard in shards:
-            inner = self._activate(_linear(y_BSE, shard, *up))
-            out_BSE = out_BSE + inner @ _get(shard, *_weights(*down)).T
+            inner = self._activate(linear(y_BSE, shard, *up))
+            out_BSE = out_BSE + inner @ get(shard, *_weights(*down)).T
         bias = _find(shards[0], *_biases(*down))
         return out_BSE if bias is None else out_BSE + bias
 
@@ -238,7 +245,7 @@ class ReferenceForward:
 
     def _shares(self, y_NE: Tensor, shard: Shard) -> Tensor:
         """The weight of each expert for each token, 0 for those it does not go to."""
-        logits = y_NE @ _get(shard, "mlp.router.weight").T
+        logits = y_NE @ get(shard, "mlp.router.weight").T
         sigmoid = self.args.get("moe_router_score_function") == "sigmoid"
         over_all = sigmoid or self.args.get("moe_router_pre_softmax")
         scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
@@ -273,8 +280,8 @@ class ReferenceForward:
         if _find(ranks[0][0], f"{name}.linear_fc1.weight") is None:
             return out_NE
         for experts in ranks:
-            inner = self._activate(_linear(y_NE, experts[0], f"{name}.linear_fc1"))
-            out_NE = out_NE + inner @ _get(experts[0], f"{name}.linear_fc2.weight").T
+            inner = self._activate(linear(y_NE, experts[0], f"{name}.linear_fc1"))
+            out_NE = out_NE + inner @ get(experts[0], f"{name}.linear_fc2.weight").T
         gate = _find(ranks[0][0], f"{name}.gate_weight")
         return out_NE if gate is None else out_NE * torch.sigmoid(y_NE @ gate.T)
 
@@ -284,10 +291,10 @@ class ReferenceForward:
         if grouped is not None:
             width = int(self.args["hidden_size"])
             up = grouped.reshape(-1).view(count, width, -1)[index]
-            down = _get(shard, "mlp.experts.weight2").reshape(-1).view(count, -1, width)[index]
+            down = get(shard, "mlp.experts.weight2").reshape(-1).view(count, -1, width)[index]
             return up.T, down.T
         up, down = (
-            _get(
+            get(
                 shard,
                 f"mlp.experts.local_experts.{index}.linear_fc{part}.weight",
                 f"mlp.experts.linear_fc{part}.weight{index}",
@@ -336,8 +343,8 @@ def _biases(*names: str) -> list[str]:
     return [f"{name}{mark}bias" for name in names for mark in "._"]
 
 
-def _linear(x: Tensor, shard: Shard, *names: str) -> Tensor:
-    y = x @ _get(shard, *_weights(*names)).T
+def linear(x: Tensor, shard: Shard, *names: str) -> Tensor:
+    y = x @ get(shard, *_weights(*names)).T
     bias = _find(shard, *_biases(*names))
     return y if bias is None else y + bias
 
@@ -346,7 +353,7 @@ def _find(shard: Shard, *names: str) -> Tensor | None:
     return next((shard[name] for name in names if name in shard), None)
 
 
-def _get(shard: Shard, *names: str) -> Tensor:
+def get(shard: Shard, *names: str) -> Tensor:
     found = _find(shard, *names)
     if found is None:
         raise ConversionError(f"the reference forward finds none of {', '.join(names[:4])}")

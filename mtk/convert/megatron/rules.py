@@ -49,8 +49,8 @@ class StackedGateUp(Fuse):
 
 @dataclass(frozen=True)
 class RepadRows(Rename):
-    """A vocabulary padded to other sizes: native padding is zero, Megatron's repeats the last
-    row, as its own converter does. rows: the true vocabulary."""
+    """A vocabulary's rows (of a bias: its values) padded to other sizes: native padding is zero,
+    Megatron's repeats the last row, as its own converter does. rows: the true vocabulary."""
 
     rows: int
     native_rows: int
@@ -58,12 +58,13 @@ class RepadRows(Rename):
 
     def to_foreign(self, native: Sequence[Tensor]) -> tuple[Tensor, ...]:
         true = native[0][: self.rows]
-        last = true[-1:].expand(self.foreign_rows - self.rows, -1)
+        last = true[-1:].expand(self.foreign_rows - self.rows, *true.shape[1:])
         return (torch.cat((true, last)),)
 
     def to_native(self, foreign: Sequence[Tensor]) -> tuple[Tensor, ...]:
         extra = self.native_rows - self.rows
-        return (torch.nn.functional.pad(foreign[0][: self.rows], (0, 0, 0, extra)),)
+        none = (0, 0) * (foreign[0].ndim - 1)
+        return (torch.nn.functional.pad(foreign[0][: self.rows], (*none, 0, extra)),)
 
 
 def megatron_table(config: ModelConfig, rows: int, *, output_copy: bool = False) -> WeightTable:
@@ -95,12 +96,28 @@ def megatron_table(config: ModelConfig, rows: int, *, output_copy: bool = False)
     for layer in range(config.num_layers):
         rules += _experts(config, layer) if config.has_experts(layer) else _mlp(config, layer)
     rules += linear("final_norm", "decoder.final_layernorm", bias=offset)
+    if config.family == "bert":
+        rules += _bert(config, table)
     copies: tuple[TiedCopy, ...] = ()
     if config.untie_embeddings_and_output_weights:
         rules.append(RepadRows("output.weight", "output_layer.weight", *table))
     elif output_copy:
         copies = (TiedCopy("output_layer.weight", words),)
     return WeightTable(tuple(rules), copies)
+
+
+def _bert(config: ModelConfig, table: tuple[int, int, int]) -> list[Rule]:
+    """Embedding of segments and heads. table: rows of the vocabulary as for RepadRows."""
+    rules: list[Rule] = [
+        Rename("embedding.types.weight", "embedding.tokentype_embeddings.weight"),
+        *linear("transform.dense", "lm_head.dense", bias=True),
+        *linear("transform.norm", "lm_head.layernorm", bias=True),
+        RepadRows("output_bias", "lm_head.bias", *table),
+    ]
+    if config.bert_binary_head:
+        rules += linear("pooler.dense", "pooler.dense", bias=True)
+        rules += linear("order", "binary_head", bias=True)
+    return rules
 
 
 def _qkv(config: ModelConfig) -> list[GroupedQKV]:

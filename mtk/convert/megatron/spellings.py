@@ -21,6 +21,7 @@ PREFIXES = (
     ("language_model.transformer.", "decoder."),
     ("language_model.encoder.", "decoder."),
     ("language_model.output_layer.", "output_layer."),
+    ("language_model.pooler.", "pooler."),
     ("word_embeddings_for_head.", "output_layer."),
 )
 FINAL = (("decoder.final_norm.", "decoder.final_layernorm."),)
@@ -56,9 +57,6 @@ EXPERTS = (
 GROUPED = re.compile(r"mlp\.experts\.weight([12])")
 # Parts only other models have.
 FOREIGN = (
-    ("tokentype_embeddings", "a BERT"),
-    ("lm_head.dense", "a BERT"),
-    ("binary_head", "a BERT"),
     ("language_model.decoder.", "a T5"),
     ("inter_attention", "a T5"),
     ("cross_attention", "a T5"),
@@ -118,13 +116,13 @@ def spelled(raw: str, tensor: StoredTensor) -> Found:
 
 
 def refuse_other_models(names: Mapping[str, object], where: str) -> None:
-    """Raises ConversionError for a model that is no GPT."""
+    """Raises ConversionError for a model that is neither GPT nor BERT."""
     for part, model in FOREIGN:
         hits = [name for name in names if part in name]
         if hits:
             raise ConversionError(
                 f"{where} holds {model} model ({hits[0]}); of Megatron's models mtk converts GPT "
-                f"only."
+                f"and BERT."
             )
 
 

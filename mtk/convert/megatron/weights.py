@@ -1,4 +1,4 @@
-"""All weights of a GPT as Megatron names them: shape of the whole, and how ranks cut it.
+"""All weights of a GPT or BERT as Megatron names them: shape of the whole, and how ranks cut it.
 
 Shape suffixes of the text: V vocabulary rows, E hidden size, P positions, F width of the MLP,
 H query heads, G key/value heads, D channels of a head, X experts.
@@ -88,12 +88,29 @@ def weights_of(config: ModelConfig, rows: int) -> list[Weight]:
     if config.position_embedding_type == "learned":
         name = "embedding.position_embeddings.weight"
         found.append(Weight(name, (positions, width), None, "first"))
+    if config.family == "bert":
+        name = "embedding.tokentype_embeddings.weight"
+        found.append(Weight(name, (config.num_tokentypes, width), None, "first"))
     for layer in range(config.num_layers):
         found += _layer(config, layer)
     found += _norm(config, "decoder.final_layernorm", "last")
     if config.untie_embeddings_and_output_weights:
         found.append(Weight("output_layer.weight", (rows, width), ROWS, "last"))
+    if config.family == "bert":
+        found += _bert_heads(config, rows)
     return found
+
+
+def _bert_heads(config: ModelConfig, rows: int) -> Iterator[Weight]:
+    width = config.hidden_size
+    linears = {"lm_head.dense": width}
+    if config.bert_binary_head:
+        linears |= {"pooler.dense": width, "binary_head": 2}
+    for name, outputs in linears.items():
+        yield Weight(f"{name}.weight", (outputs, width), None, "last")
+        yield Weight(f"{name}.bias", (outputs,), None, "last")
+    yield from _norm(config, "lm_head.layernorm", "last")
+    yield Weight("lm_head.bias", (rows,), ROWS, "last")
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Weight]:

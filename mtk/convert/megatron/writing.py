@@ -19,6 +19,7 @@ from mtk.convert.megatron.argument_writing import (
     unwritable,
     write_arguments,
 )
+from mtk.convert.megatron.bert import bert_arguments, nested
 from mtk.convert.megatron.directory import FILES, RELEASE, TRACKER
 from mtk.convert.megatron.rules import megatron_table
 from mtk.convert.megatron.weights import ROWS, Weight, weights_of
@@ -61,6 +62,10 @@ def write_ranks(
     dtype = next(t.dtype for t in (native[name] for name in native) if t.is_floating_point())
     args = write_arguments(config, rows, tensor, pipeline) | dtype_arguments(dtype)
     args["transformer_impl"] = implementation
+    bert = config.family == "bert"
+    if bert:
+        args |= bert_arguments(config)
+        implementation = "local"
     for stage in range(pipeline):
         for rank in range(tensor):
             state = OrderedDict(
@@ -70,7 +75,7 @@ def write_ranks(
                 "args": argparse.Namespace(**args),
                 "checkpoint_version": VERSION,
                 "iteration": 0,
-                "model": state,
+                "model": nested(state) if bert else state,
             }
             name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
             path = folder / RELEASE / name / FILES[0]

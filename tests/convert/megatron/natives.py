@@ -109,12 +109,12 @@ def logits(native: Path) -> Tensor:
         return load_model(native).model(TOKENS_BS)
 
 
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    """Bit for bit, but for rows of padding."""
+def assert_same_weights(ours: Path, theirs: Path, padded: tuple[str, ...] = ()) -> None:
+    """Bit for bit, but for rows of padding. padded: names that have such beside the matrices."""
     (config, before), (_, after) = (read_native(find_source(path)) for path in (ours, theirs))
     assert before.keys() == after.keys()
     for name in before:
         mine, other = before[name], after[name]
-        if name in ("embedding.tokens.weight", "output.weight"):
+        if name in ("embedding.tokens.weight", "output.weight", *padded):
             mine, other = mine[: config.vocab_size], other[: config.vocab_size]
         assert torch.equal(mine, other), name
