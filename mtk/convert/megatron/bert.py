@@ -1,8 +1,8 @@
 """Megatron's BERT: what its arguments mean beside those of a GPT, and how its files nest it.
 
 It has biases, learned positions, two kinds of segments and norms first (Shoeybi et al. 2019,
-section 5.3). Its files have the names of Megatron 2 to core 0.3, which the published BERT-345M
-has too, and which later versions read where ``--use-legacy-models`` finds those names.
+section 5.3). Its files have the names of Megatron 2.2 to core 0.3; the published BERT-345M has
+older ones, which :mod:`mtk.convert.megatron.spellings` reads too.
 """
 
 from __future__ import annotations

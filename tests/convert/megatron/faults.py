@@ -71,12 +71,12 @@ def config(**values: Any) -> Fault:
     return fault
 
 
-def arguments(**values: Any) -> Fault:
+def arguments(writer: str = "write_arguments", **values: Any) -> Fault:
     """Arguments are written with other values. A fault of writing."""
 
     def fault(patch: pytest.MonkeyPatch) -> None:
-        true = writing.write_arguments
-        patch.setattr(writing, "write_arguments", lambda *a: true(*a) | values)
+        true = getattr(writing, writer)
+        patch.setattr(writing, writer, lambda *a: true(*a) | values)
 
     return fault
 
@@ -209,8 +209,8 @@ def untrimmed(patch: pytest.MonkeyPatch) -> None:
     """Padding taken for ids."""
     true = open_checkpoint.model_config
 
-    def changed(args: Any, where: str, *, rows: int) -> ModelConfig:
-        return replace(true(args, where, rows=rows), vocab_size=rows)
+    def changed(args: Any, where: str, *, rows: int, **kind: Any) -> ModelConfig:
+        return replace(true(args, where, rows=rows, **kind), vocab_size=rows)
 
     patch.setattr(open_checkpoint, "model_config", changed)
 
@@ -261,6 +261,12 @@ BOTH_WAYS: dict[str, tuple[str, Fault]] = {
     "norms of queries and keys swapped": ("qwen3", renamed("query_norm", "key_norm")),
     "biases of experts lost": ("deepseek", lost("router.expert_bias", 0.0)),
     "shared expert lost": ("deepseek", lost("shared.down.weight", 0.0)),
+    "qkv of a BERT in the order of version 0": ("bert", qkv(PlainQKV)),
+    "pooler and head swapped": ("bert", renamed("pooler.dense", "transform.dense")),
+    "segments swapped": ("bert", permuted("embedding.types.weight", shifted)),
+    "order swapped": ("bert", permuted("order.bias", shifted)),
+    "output bias shifted": ("bert", one("output_bias", shifted_rows)),
+    "output bias joined backwards": ("bert", cuts("lm_head.bias", Backwards(0))),
 }
 # Seen before anything is computed: shapes of pieces say along which dimension they were cut.
 SQUARE_CUT_WRONG = cuts("linear_proj.weight", Cut(0))
@@ -279,6 +285,8 @@ READING: dict[str, tuple[str, Fault]] = {
         config(moe_router_num_groups=None, moe_router_group_topk=None),
     ),
     "weights of experts not scaled": ("deepseek", config(moe_router_topk_scaling_factor=None)),
+    "gelu of the head wrong": ("bert", config(bert_head_activation=None)),
+    "gelu of the MLPs wrong": ("bert", config(activation="gelu")),
 }
 WRITING: dict[str, tuple[str, Fault]] = {
     "activation wrong": ("gpt2", arguments(bias_gelu_fusion=False)),
@@ -291,4 +299,5 @@ WRITING: dict[str, tuple[str, Fault]] = {
     ),
     "top experts wrong": ("mixtral", arguments(moe_router_topk=3)),
     "vocabulary wrong": ("gpt2", arguments(vocab_size=299)),
+    "gelu of the MLPs wrong": ("bert", arguments("bert_arguments", bias_gelu_fusion=False)),
 }

@@ -14,12 +14,11 @@ from torch import Tensor
 from mtk.checkpoint import load_model, read_model_config
 from mtk.config import make
 from mtk.config.model import ModelConfig
-from mtk.convert.megatron import open_checkpoint, published
+from mtk.convert.megatron import published
 from mtk.convert.megatron.argument_writing import unwritable
 from mtk.convert.megatron.open_checkpoint import Given, open_megatron
 from mtk.convert.megatron.published import Published, published_arguments
-from mtk.convert.source import find_source
-from mtk.errors import ConversionError, GateError
+from mtk.errors import ConversionError
 from stages.convert import run
 from tests.convert.megatron.berts import (
     WIDTH,
@@ -35,7 +34,6 @@ from tests.convert.megatron.checkpoints import (
     POSITIONS,
     ROWS,
     VOCAB,
-    edit,
     first_file,
     save_ranks,
 )
@@ -271,15 +269,3 @@ def test_what_is_refused(name: str, tmp_path: Path) -> None:
     source = save_ranks(tmp_path / "m", ranks, args=bert_args(**args))
     with pytest.raises(ConversionError, match=message):
         open_megatron(source)
-
-
-def test_a_certificate_sees_another_gelu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mtk's model with one gelu where Megatron's has two."""
-    source = save_ranks(tmp_path / "m", legacy_bert(megatron_bert()), args=bert_args())
-    edit(first_file(source), lambda content: setattr(content["args"], "vocab_size", VOCAB))
-    true = open_megatron(source).config
-    wrong = type(true)(**{**vars(true), "bert_head_activation": None})
-    monkeypatch.setattr(open_checkpoint, "model_config", lambda *a, **k: wrong)
-    with pytest.raises(GateError, match="first difference"):
-        run(convert_config(source, tmp_path / "n", to="native"), quiet())
-    assert find_source(source).kind == "megatron" and not (tmp_path / "n").exists()

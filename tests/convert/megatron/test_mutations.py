@@ -27,6 +27,7 @@ CONFIGS = {
     "qwen3": MODELS["qwen3"],
     "llama3": MODELS["llama3"],
     "deepseek": MODELS["deepseek"],
+    "bert": gpt2_config(num_layers=4, vocab_size=301, family="bert", bert_head_activation="gelu"),
 }
 TO_WRITE = BOTH_WAYS | {f"{name} (arguments)": entry for name, entry in WRITING.items()}
 TO_READ = BOTH_WAYS | {f"{name} (reading)": entry for name, entry in READING.items()}
