@@ -3,13 +3,14 @@
 A pickle is a program that calls what it names. Here every name is looked up in
 ``allowed.py`` and nowhere else, and stands for a class or function of this file that only
 keeps what it is given. Objects are made anew for each file and cannot be changed by the
-pickle, so that one file cannot reach the next.
+pickle, so that one file cannot reach the next. What comes out is bounded, so that whoever
+walks through it or prints it comes to an end.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO, Any
 
 import torch
@@ -38,6 +39,9 @@ FAULTS = (
     TypeError,
     ValueError,
 )
+# A list of references to a list of references ... is small in a file and endless to read.
+# Each value counts as often as it is met.
+MOST_VALUES, DEEPEST, LONGEST_INT = 5_000_000, 100, 4096
 
 
 class Sealed:
@@ -109,7 +113,7 @@ def _counts(values: object) -> tuple[int, ...]:
         raise TypeError("sizes that are no tuple")
     for value in values:
         if type(value) is not int or value < 0:
-            raise TypeError(f"a size of {value!r:.40}")
+            raise TypeError(f"a size of {_short(value)}")
     return tuple(values)
 
 
@@ -190,8 +194,11 @@ class Arguments:
         self.values = dict(state)
 
 
-class ClosedUnpickler(pickle.Unpickler):
-    """Raises ConversionError, naming the file and the global, for anything not allowed."""
+class ClosedUnpickler(pickle._Unpickler):
+    """Raises ConversionError, naming the file and the global, for anything not allowed.
+
+    The one in Python, as that in C makes room for as many objects as the pickle says it has.
+    """
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
         super().__init__(stream, encoding="latin-1")
@@ -235,11 +242,11 @@ class ClosedUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> StorageRef:
         """A storage: ("storage", type, key, device, count), before torch 1.6 with a view."""
         if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage":
-            raise ConversionError(f"{self._where}: {pid!r:.80} is no storage of torch.")
+            raise ConversionError(f"{self._where}: {_short(pid)} is no storage of torch.")
         _, kind, key, _, numel, *view = pid
         good = isinstance(kind, StorageType) and isinstance(key, str)
         if not good or type(numel) is not int or numel < 0 or view not in ([], [None]):
-            raise ConversionError(f"{self._where}: storage {pid!r:.120} is not understood.")
+            raise ConversionError(f"{self._where}: storage {_short(key)} is not understood.")
         if key not in self.storages:
             self.storages[key] = StorageRef(key, kind.dtype, numel)
         found = self.storages[key]
@@ -252,12 +259,43 @@ def unpickle(stream: IO[bytes], where: str) -> tuple[Any, dict[str, StorageRef]]
     """One pickle from ``stream``, and the storages it names. Raises ConversionError."""
     reader = ClosedUnpickler(stream, where)
     try:
-        return reader.load(), reader.storages
+        content = reader.load()
+        _check_bounds(content)
+        return content, reader.storages
     except FAULTS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConversionError(f"{where}: the pickle is damaged or hostile ({reason:.200}).") from (
             error
         )
+
+
+def _check_bounds(content: object) -> None:
+    """Raises ValueError for a content without end, or as good as that."""
+    stack, met = [(content, 0)], 0
+    while stack:
+        value, depth = stack.pop()
+        met += 1
+        if met > MOST_VALUES or depth > DEEPEST:
+            raise ValueError("values within values without end")
+        if isinstance(value, int) and value.bit_length() > LONGEST_INT:
+            raise ValueError(f"a number of {value.bit_length()} bits")
+        stack += [(part, depth + 1) for part in _parts(value)]
+
+
+def _parts(value: object) -> Collection[object]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return value
+    if isinstance(value, Arguments):
+        return list(value.values.values())
+    return (value.args, value.state) if isinstance(value, InertObject) else ()
+
+
+def _short(value: object) -> str:
+    """For a message: other values may have no end."""
+    plain = isinstance(value, str | bytes | float | bool | None)
+    return f"{value!r:.60}" if plain or type(value) is int else f"a {type(value).__name__}"
 
 
 def _fresh(name: str, base: type, full: str) -> type:
@@ -288,6 +326,6 @@ def _from_type(function: object, kind: object, args: object, state: object) -> o
 def _enum_member(owner: object, member: object) -> InertObject:
     known = isinstance(owner, type) and getattr(owner, "foreign", None) in ENUMS
     if not known or not isinstance(member, str) or not member.isidentifier() or member[0] == "_":
-        raise TypeError(f"getattr of {member!r:.40} of something that is no enum of Megatron")
+        raise TypeError(f"getattr of {_short(member)} of something that is no enum of Megatron")
     made: InertObject = owner(member)  # type: ignore[operator]
     return made

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtk.convert.lazy import LazyTensors
 from mtk.errors import ConversionError
 
 Shard = Mapping[str, Tensor]
@@ -326,9 +327,10 @@ def _numbers(shard: Shard) -> list[int]:
 
 
 def _layer(shard: Shard, number: int) -> Shard:
-    """The tensors of a layer, by their names in it."""
+    """The tensors of a layer, by their names in it, none of them read yet."""
     mark = f"layers.{number}."
-    return {name.split(mark, 1)[1]: tensor for name, tensor in shard.items() if mark in name}
+    names = {name.split(mark, 1)[1]: name for name in shard if mark in name}
+    return LazyTensors(names, lambda name: shard[names[name]])
 
 
 def _spellings(name: str) -> tuple[str, str]:

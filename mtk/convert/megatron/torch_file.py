@@ -6,6 +6,7 @@ Opening reads the pickle only; tensors are mapped from the file when asked for.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from mtk.errors import ConversionError
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 LOCAL_HEADER = struct.Struct("<4s22xHH")
+# What damaged or hostile bytes make zipfile raise; RuntimeError: an entry is encrypted.
+ZIP_FAULTS = (zipfile.BadZipFile, RuntimeError, ValueError, struct.error, EOFError)
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,15 @@ class TorchFile:
     starts: dict[str, int] = field(repr=False)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """The tensor, mapped copy-on-write. Raises ConversionError if the file ends before it."""
+        """The tensor, mapped copy-on-write. Raises ConversionError if the file ends before it, or
+        if it is larger than what the file holds of it."""
         storage = stored.storage
         size = storage.numel * storage.dtype.itemsize
+        if math.prod(stored.shape) > storage.numel:
+            raise ConversionError(
+                f"{self.path}: a tensor of shape {list(stored.shape)} in a storage of "
+                f"{storage.numel} numbers: it holds the same ones again and again."
+            )
         if storage.numel == 0:
             return torch.empty(stored.shape, dtype=storage.dtype)
         try:
@@ -86,7 +95,7 @@ def _open_zip(path: Path, stream: IO[bytes]) -> TorchFile:
                 key: _start(stream, path, entries.get(f"{prefix}data/{key}"), storage)
                 for key, storage in storages.items()
             }
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
+    except ZIP_FAULTS as error:
         raise ConversionError(f"{path} is damaged or cut short: {error}.") from error
     return TorchFile(path, content, starts)
 

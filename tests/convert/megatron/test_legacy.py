@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import yaml
 
 from mtk.checkpoint import load_model
 from mtk.convert.megatron import published
+from mtk.convert.megatron.comparable import MegatronFiles
 from mtk.convert.megatron.open_checkpoint import Given, open_megatron
+from mtk.convert.megatron.pickles import StoredTensor
 from mtk.convert.megatron.published import Published, published_arguments
+from mtk.convert.megatron.torch_file import TorchFile
 from mtk.errors import ConversionError
 from stages.convert import run
 from tests.convert.megatron.checkpoints import (
@@ -148,3 +152,21 @@ def test_t5_is_named(tmp_path: Path) -> None:
     source = save_ranks(tmp_path / "m", ranks, args=legacy_args(model))
     with pytest.raises(ConversionError, match=r"holds a T5 model .*converts GPT and BERT"):
         open_megatron(source)
+
+
+def test_the_certificate_reads_a_layer_when_it_computes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all layers for each of them; the tied matrix is needed twice."""
+    model = gpt2(4)
+    source = save_ranks(tmp_path / "m", legacy(model), args=legacy_args(model))
+    files = MegatronFiles(open_megatron(source))
+    true, counts = TorchFile.tensor, Counter[str]()
+
+    def counted(self: TorchFile, stored: StoredTensor) -> torch.Tensor:
+        counts[stored.storage.key] += 1
+        return true(self, stored)
+
+    monkeypatch.setattr(TorchFile, "tensor", counted)
+    files.forward(TOKENS_BS)
+    assert sorted(counts.values())[-2:] == [1, 2]

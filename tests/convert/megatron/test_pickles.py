@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtk.convert.megatron import pickles
 from mtk.convert.megatron.pickles import Arguments, InertObject, StoredTensor
 from mtk.convert.megatron.torch_file import open_torch_file
 from mtk.errors import ConversionError
@@ -49,6 +50,14 @@ def text(value: str) -> bytes:
 def named(module: str, name: str) -> bytes:
     """STACK_GLOBAL: also takes names with dots."""
     return text(module) + text(name) + b"\x93"
+
+
+def nested(levels: int, width: int) -> list[Any]:
+    """Few bytes: every list holds the next one ``width`` times."""
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found] * width
+    return found
 
 
 MARKER = "ran"
@@ -141,6 +150,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "a storage of an unknown kind": (b"\x80\x02(" + text("module") + b"tQ.", "no storage"),
     "a storage that is a path": (b"\x80\x02P/etc/passwd\n.", "no storage"),
+    "lists of lists without end": (pickle.dumps(nested(60, 2), 2), "without end"),
+    "lists in lists": (pickle.dumps(nested(200, 1), 2), "without end"),
+    "a number that cannot be printed": (pickle.dumps(1 << 50_000, 2), "50001 bits"),
+    "a storage without end": (
+        b"\x80\x02(" + text("storage") + pickle.dumps(nested(60, 2), 2)[2:-1] + b"tQ.",
+        "a tuple is no storage",
+    ),
     "no end": (b"\x80\x02}", "damaged or hostile"),
     "no bytes": (b"", "damaged or hostile"),
     "noise": (bytes(range(256)), "damaged or hostile"),
@@ -154,6 +170,7 @@ def test_hostile_pickles(
 ) -> None:
     data, message = HOSTILE[name]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pickles, "MOST_VALUES", 10_000)
     path = tmp_path / "model_optim_rng.pt"
     if zipped:
         as_zip(path, data)
@@ -172,6 +189,21 @@ def test_hostile_pickles(
     opened = open_torch_file(path)
     assert opened.content["args"].values == {"a": 1}
     assert torch.equal(opened.tensor(opened.content["x"]), torch.ones(3, dtype=torch.half))
+
+
+def test_a_pickle_does_not_say_how_much_memory_to_take(tmp_path: Path) -> None:
+    """Object number 2^31: the unpickler in C would clear 32 GiB for a table up to there."""
+    data = b"\x80\x02}r\xff\xff\xff\x7f."
+    assert open_torch_file(as_zip(tmp_path / "x.pt", data)).content == {}
+
+
+def test_a_tensor_is_not_larger_than_its_storage(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(1).expand(1 << 40), "b": torch.ones(2, 3).T}, path)
+    opened = open_torch_file(path)
+    assert torch.equal(opened.tensor(opened.content["b"]), torch.ones(3, 2))
+    with pytest.raises(ConversionError, match=r"x\.pt: a tensor of shape \[1099511627776\]"):
+        opened.tensor(opened.content["a"])
 
 
 def test_what_real_checkpoints_hold_becomes_inert_data(tmp_path: Path) -> None:
@@ -255,12 +287,23 @@ def big_endian(path: Path) -> None:
             new.writestr(name, b"big" if name.endswith("byteorder") else data)
 
 
+def marked(path: Path, flag: int, first: int | None = None) -> None:
+    """A flag in the directory of the archive, and another first byte of a name."""
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"PK\x01\x02")
+    data[entry + 8 : entry + 10] = flag.to_bytes(2, "little")
+    data[entry + 46] = data[entry + 46] if first is None else first
+    path.write_bytes(data)
+
+
 DAMAGE: dict[str, tuple[bool, Callable[[Path], object], str]] = {
     "half a zip": (True, lambda p: truncated(p, 0.5), "damaged or cut short"),
     "zip without its end": (True, lambda p: truncated(p, 0.98), "damaged or cut short"),
     "half an old file": (False, lambda p: truncated(p, 0.5), "cut short|damaged"),
     "old file without its end": (False, lambda p: truncated(p, 0.99), "cut short"),
     "compressed": (True, compressed, "is compressed"),
+    "encrypted": (True, lambda p: marked(p, 1), "damaged.*encrypted"),
+    "a name that is no text": (True, lambda p: marked(p, 0x800, 0xFF), "damaged.*decode"),
     "missing storage": (True, without_storage, "storage 0 is missing"),
     "big-endian": (True, big_endian, "big-endian"),
     "text": (True, lambda p: p.write_text("hello"), "not a file of torch.save"),
