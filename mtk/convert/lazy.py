@@ -38,6 +38,10 @@ class LazyTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Without reading it, as Mapping would."""
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -157,7 +157,7 @@ def test_t5_is_named(tmp_path: Path) -> None:
 def test_the_certificate_reads_a_layer_when_it_computes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not all layers for each of them."""
+    """Not all layers for each of them; the tied matrix is needed twice."""
     model = gpt2(4)
     source = save_ranks(tmp_path / "m", legacy(model), args=legacy_args(model))
     files = MegatronFiles(open_megatron(source))
@@ -169,4 +169,4 @@ def test_the_certificate_reads_a_layer_when_it_computes_it(
 
     monkeypatch.setattr(TorchFile, "tensor", counted)
     files.forward(TOKENS_BS)
-    assert max(counts.values()) == 2
+    assert sorted(counts.values())[-2:] == [1, 2]
