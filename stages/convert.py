@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mtk.artifacts import Artifact, publish_directory
+from mtk.artifacts import Artifact, input_file, publish_directory
 from mtk.config.convert import ConvertConfig
-from mtk.errors import ConversionError
+from mtk.errors import ConfigError, ConversionError
 from mtk.session import Session
 from stages.skip import up_to_date
 
@@ -26,7 +26,10 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     session = session or Session()
     source = find_source(config.load)
     _check_kinds(config, source.kind, adapters=has_adapters(source.folder))
+    given = read_given(config.megatron_args, config.true_vocab_size)
     inputs = source.inputs()
+    if config.megatron_args is not None:
+        inputs.append(input_file(config.megatron_args, "megatron_args"))
     done = up_to_date(config.save, "convert", config, inputs, session)
     if done is not None:
         return done
@@ -35,7 +38,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
         config.tolerance,
         config.reference,
         config.max_shard_size,
-        read_given(config.megatron_args, config.true_vocab_size),
+        given,
         config.hf_family,
     )
     session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
@@ -83,6 +86,9 @@ def _check_kinds(config: ConvertConfig, kind: str, *, adapters: bool) -> None:
         raise ConversionError(
             f"{config.load} is quantised; convert what it was made from (mtk lineage shows it)."
         )
+    misplaced = list(config.misplaced(f"{config.load}, which is {kind}"))
+    if kind != "megatron" and misplaced:
+        raise ConfigError(misplaced)
     # Adapters become a whole model.
     if kind == config.to != "megatron" and not adapters:
         raise ConversionError(f"{config.load} is {kind} already; there is nothing to convert.")

@@ -78,13 +78,17 @@ class ConvertConfig:
                     rule = "only means something with to = megatron"
                     yield Problem(name, getattr(self, name), rule, "Leave it out.")
         if self.source in ("native", "hf"):
-            for name in ("true_vocab_size", "megatron_args"):
-                if getattr(self, name) is not None:
-                    rule = f"says something of a Megatron checkpoint, not of from = {self.source}"
-                    yield Problem(name, getattr(self, name), rule, "Leave it out.")
+            yield from self.misplaced(f"from = {self.source}")
         if self.hf_family is not None and self.to != "hf":
             rule = "names a Hugging Face family, and none is written"
             yield Problem("hf_family", self.hf_family, rule, "Leave it out, or use --to hf.")
         if self.source == self.to != "megatron":
             rule = f"is the format that --from says {self.load} has already"
             yield Problem("to", self.to, rule)
+
+    def misplaced(self, source: str) -> Iterator[Problem]:
+        """What is said of a Megatron checkpoint where the ``source`` is none."""
+        for name in ("true_vocab_size", "megatron_args"):
+            if getattr(self, name) is not None:
+                rule = f"says something of a Megatron checkpoint, not of {source}"
+                yield Problem(name, getattr(self, name), rule, "Leave it out.")

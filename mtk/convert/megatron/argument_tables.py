@@ -83,7 +83,7 @@ HARMLESS = words(
     expert_tensor_parallel_size first_last_layers_bf16 fp32_residual_connection
     fp8_dot_product_attention fp8_multi_head_attention fused_padded_mla_attention
     fused_single_qkv_rope head_lr_mult ict_head_size init_method_std initial_loss_scale
-    kv_channels kv_lora_rank layernorm_zero_centered_gamma linear_key_head_dim
+    kv_channels kv_lora_rank linear_key_head_dim
     linear_num_key_heads linear_num_value_heads linear_value_head_dim
     log_loss_scale_to_tensorboard log_max_attention_logit log_params_norm loss_scale
     loss_scale_window mamba_head_dim mamba_num_heads masked_softmax_fusion

@@ -33,7 +33,8 @@ READ = words(
     attention_dropout init_method_std num_experts moe_router_topk moe_ffn_hidden_size
     moe_layer_freq moe_aux_loss_coeff moe_z_loss_coeff moe_router_pre_softmax
     moe_router_load_balancing_type vocab_size padded_vocab_size make_vocab_size_divisible_by
-    apply_layernorm_1p qk_layernorm window_size rotary_interleaved use_rope_scaling
+    apply_layernorm_1p layernorm_zero_centered_gamma
+    qk_layernorm window_size rotary_interleaved use_rope_scaling
     rope_scaling_factor moe_router_score_function moe_router_enable_expert_bias
     moe_router_bias_update_rate moe_router_num_groups moe_router_group_topk
     moe_router_topk_scaling_factor moe_shared_expert_intermediate_size moe_shared_expert_gate
@@ -82,7 +83,7 @@ def model_config(
         ),
         "add_bias_linear": _bias(found),
         "add_qkv_bias": found.get("add_qkv_bias", bool, False),
-        "apply_layernorm_1p": found.get("apply_layernorm_1p", bool, False),
+        "apply_layernorm_1p": _zero_centred(found),
         "qk_layernorm": found.get("qk_layernorm", bool, False),
         "window_size": _window(found),
         "untie_embeddings_and_output_weights": found.get(
@@ -132,6 +133,12 @@ def _groups(found: ForeignConfig, heads: int) -> int:
     if found.get("group_query_attention", bool, False):
         return found.get("num_query_groups", int)
     return heads
+
+
+def _zero_centred(found: ForeignConfig) -> bool:
+    """The option's name, or that of Megatron-core's configuration; either switches it on."""
+    option = found.get("apply_layernorm_1p", bool, False)
+    return found.get("layernorm_zero_centered_gamma", bool, False) or option
 
 
 def _bias(found: ForeignConfig) -> bool:

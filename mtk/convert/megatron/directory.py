@@ -16,7 +16,6 @@ RELEASE = "release"
 # The first as Megatron writes it; the second where the optimizer has files of its own.
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
-ITERATION = re.compile(r"iter_\d{7,}")
 # What the other formats of Megatron leave in an iteration's folder.
 OTHER_FORMATS = (".metadata", "metadata.json", "common.pt")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 from mtk.config.model import ModelConfig
 from mtk.convert.lazy import LazyTensors, Tensors
-from mtk.convert.megatron.arguments import model_config
+from mtk.convert.megatron.argument_tables import HARMLESS
+from mtk.convert.megatron.arguments import COMPARED, READ, model_config
 from mtk.convert.megatron.directory import iteration_folder
 from mtk.convert.megatron.pieces import Pieces, collect
 from mtk.convert.megatron.published import published_arguments
@@ -54,7 +56,8 @@ class Given:
 
 
 def read_given(args_file: str | None, true_vocab_size: int | None) -> Given:
-    """From the options of ``mtk convert``. Raises ConfigError for a file that is no mapping."""
+    """From the options of ``mtk convert``. Raises ConfigError for a file that is no mapping, and
+    for names in it that mean nothing."""
     if args_file is None:
         return Given(true_vocab_size=true_vocab_size)
     try:
@@ -64,7 +67,24 @@ def read_given(args_file: str | None, true_vocab_size: int | None) -> Given:
         raise ConfigError([problem]) from error
     if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
         raise ConfigError([Problem("megatron_args", args_file, "must be names and values in YAML")])
-    return Given({name.replace("-", "_"): value for name, value in args.items()}, true_vocab_size)
+    args = {name.replace("-", "_"): value for name, value in args.items()}
+    problems = list(_misplaced(args))
+    if problems:
+        raise ConfigError(problems)
+    return Given(args, true_vocab_size)
+
+
+def _misplaced(args: Mapping[str, Any]) -> Iterator[Problem]:
+    """Values that nobody would read, and values of a model that may not be left open."""
+    known = COMPARED | HARMLESS
+    for name, value in args.items():
+        if value is None and name in READ:
+            rule = f"{name} is a part of the model and cannot be taken back"
+            yield Problem("megatron_args", name, rule, "Give its value, or leave it out.")
+        elif value is not None and name not in known:
+            close = get_close_matches(name, known, 1)
+            fix = f"Nearest: {close[0]}." if close else "Leave it out."
+            yield Problem("megatron_args", name, "is no argument that mtk reads", fix)
 
 
 @dataclass(frozen=True)

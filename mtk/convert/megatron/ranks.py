@@ -132,7 +132,7 @@ def _sizes(
         # Before arguments were kept there were tensor ranks only.
         return Sizes(tensor=len(files))
     tensor = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
-    if tensor is None and version < 2:
+    if tensor is None and (version < 2 or all(len(file.numbers) == 1 for file in files)):
         tensor = len(files)
     pipeline = args.get("pipeline_model_parallel_size", 1)
     expert = args.get("expert_model_parallel_size") or 1

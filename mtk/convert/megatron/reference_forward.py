@@ -27,6 +27,7 @@ BEFORE_ATTENTION = (
     "self_attention.linear_qkv.layer_norm_",
     "self_attention.layernorm_qkv.layer_norm_",
 )
+AROUND_ZERO = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")
 BEFORE_MLP = (
     "pre_mlp_layernorm.",
     "post_attention_layernorm.",
@@ -125,7 +126,7 @@ class ReferenceForward:
 
     def _norm(self, x: Tensor, shard: Shard, *names: str) -> Tensor:
         weight = get(shard, *(f"{name}weight" for name in names))
-        if self.args.get("apply_layernorm_1p"):
+        if any(self.args.get(name) for name in AROUND_ZERO):
             weight = weight + 1
         if self.args.get("normalization", "LayerNorm") == "RMSNorm":
             return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * weight

@@ -88,10 +88,12 @@ def flatten(model: Any, where: str, prefix: str = "", depth: int = 0) -> dict[st
         name = f"{prefix}{key}"
         if name.endswith(WITHOUT_WEIGHTS):
             continue
-        if isinstance(value, StoredTensor):
-            found[name] = value
-        else:
-            found |= flatten(value, where, f"{name}.", depth + 1)
+        more = {name: value} if isinstance(value, StoredTensor) else None
+        more = flatten(value, where, f"{name}.", depth + 1) if more is None else more
+        twice = found.keys() & more.keys()
+        if twice:
+            raise ConversionError(f"{where} holds {min(twice)} twice, in dicts of unlike depth.")
+        found |= more
     return found
 
 

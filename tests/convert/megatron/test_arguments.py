@@ -211,6 +211,7 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"window_size": (4095, 0)}, {"window_size": 4096}),
     ({"qk_layernorm": True, "apply_layernorm_1p": True}, {"qk_layernorm": True}),
+    ({"layernorm_zero_centered_gamma": True}, {"apply_layernorm_1p": True}),
     ({"rotary_interleaved": True}, {"rotary_interleaved": True}),
     ({"use_rope_scaling": True}, {"rope_scaling_type": "llama3", "rope_scaling_factor": 8.0}),
     (

@@ -13,11 +13,11 @@ import yaml
 from mtk.checkpoint import load_model
 from mtk.convert.megatron import published
 from mtk.convert.megatron.comparable import MegatronFiles
-from mtk.convert.megatron.open_checkpoint import Given, open_megatron
+from mtk.convert.megatron.open_checkpoint import Given, open_megatron, read_given
 from mtk.convert.megatron.pickles import StoredTensor
 from mtk.convert.megatron.published import Published, published_arguments
 from mtk.convert.megatron.torch_file import TorchFile
-from mtk.errors import ConversionError
+from mtk.errors import ArtifactError, ConfigError, ConversionError
 from stages.convert import run
 from tests.convert.megatron.checkpoints import (
     HEADS,
@@ -136,6 +136,43 @@ def test_arguments_in_a_file(tmp_path: Path) -> None:
     logits = import_legacy(tmp_path, source, megatron_args=str(path), true_vocab_size=VOCAB)
     with torch.no_grad():
         assert (logits - model(TOKENS_BS).logits).abs().max() <= 1e-4
+
+    # Other arguments are another conversion, even from a file of the same name.
+    path.write_text(yaml.safe_dump({"num-attention-heads": HEADS, "bias_gelu_fusion": False}))
+    with pytest.raises(ArtifactError, match="--force"):
+        import_legacy(tmp_path, source, megatron_args=str(path), true_vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_atention_heads": 4}, "no argument that mtk reads.*Nearest: num_attention_heads"),
+        ({"swiglu": None}, "swiglu is a part of the model and cannot be taken back"),
+    ],
+)
+def test_arguments_nobody_would_read(args: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(args))
+    with pytest.raises(ConfigError, match=message):
+        read_given(str(path), None)
+
+
+def test_one_rank_of_a_late_version_without_arguments(tmp_path: Path) -> None:
+    """Its folder's name says that there are no other ranks."""
+    source = save_ranks(tmp_path / "m", legacy(gpt2(), version=3), version=3.0)
+    given = Given({"num_attention_heads": HEADS, "bias_gelu_fusion": True})
+    assert open_megatron(source, given).ranks.sizes.tensor == 1
+
+
+def test_a_tensor_named_in_two_ways(tmp_path: Path) -> None:
+    model = gpt2()
+    ranks = legacy(model)
+    ranks[0, 0]["language_model"]["transformer.layers"] = {
+        "0.mlp.dense_4h_to_h.bias": torch.ones(48)
+    }
+    source = save_ranks(tmp_path / "m", ranks, args=legacy_args(model))
+    with pytest.raises(ConversionError, match=r"holds .*dense_4h_to_h\.bias twice"):
+        open_megatron(source)
 
 
 def test_given_arguments_may_not_contradict_the_files(tmp_path: Path) -> None:

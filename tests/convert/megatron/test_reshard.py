@@ -80,6 +80,8 @@ def test_from_hugging_face_directly(tmp_path: Path) -> None:
     assert artifact is not None and artifact.kind == "megatron_model"
     verify(artifact)
     assert artifact.inputs[0].kind == "hf_model"
+    with pytest.raises(ConfigError, match=r"true_vocab_size = 9.*hf, which is hf"):
+        run(convert_config(hf, tmp_path / "n", to="native", true_vocab_size=9), quiet())
     back = to_native(made, tmp_path / "back")
     assert_same_weights(native, back)
     assert open_model(back).tokenizer.fingerprint == open_model(native).tokenizer.fingerprint
