@@ -93,7 +93,7 @@ def model_config(
         "attention_dropout": found.get("attention_dropout", float, DROPOUT),
         "init_method_std": found.get("init_method_std", float, INIT_STD),
         "vocab_size": _vocabulary(found, rows),
-        "make_vocab_size_divisible_by": found.get("make_vocab_size_divisible_by", int, 128),
+        "make_vocab_size_divisible_by": _padding_unit(found, rows),
     }
     values |= _positions(found)
     values |= _experts(found)
@@ -126,6 +126,16 @@ def _vocabulary(found: ForeignConfig, rows: int) -> int:
         )
         return rows
     return vocab
+
+
+def _padding_unit(found: ForeignConfig, rows: int) -> int:
+    unit = found.get("make_vocab_size_divisible_by", int, 128)
+    if unit > rows and "make_vocab_size_divisible_by" in found.data:
+        found.complaints.append(
+            f"make_vocab_size_divisible_by = {unit}, but the embedding has {rows} rows"
+        )
+        return 128
+    return unit
 
 
 def _groups(found: ForeignConfig, heads: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtk.config.model import ModelConfig
-from mtk.convert.megatron.qkv import to_groups
+from mtk.convert.megatron.qkv import GROUPED, to_groups
 from mtk.convert.megatron.ranks import Rank, Ranks
 from mtk.convert.megatron.spellings import Found, spelled
 from mtk.convert.megatron.weights import ROWS, Weight, weights_of
@@ -18,6 +18,7 @@ from mtk.errors import ConversionError
 
 OUTPUT = "output_layer.weight"
 QKV = "self_attention.linear_qkv."
+OLD_QKV = ".query_key_value."
 NAMED = 5  # names a message lists
 
 # By (tensor, expert) rank: the file, and its tensors of one weight (one each expert).
@@ -55,23 +56,32 @@ class Pieces:
             firsts = [held[tensor, 0] for tensor in range(sizes.tensor)]
             return _same(name, firsts)
         if weight.part.startswith(QKV):
+            # Megatron reorders by version where the old name stands, whatever the version is.
+            old = OLD_QKV in held[0, 0][1][0].raw
+            version = self.ranks.version if old else GROUPED
             own_heads = self.heads // sizes.tensor
-            pieces = [to_groups(piece, self.ranks.version, own_heads) for piece in pieces]
+            pieces = [to_groups(piece, version, own_heads) for piece in pieces]
         return weight.join(pieces)
 
 
 def collect(ranks: Ranks, config: ModelConfig, rows: int) -> Pieces:
     """Raises ConversionError for tensors missing, left over or of another shape."""
+    chunks = list(ranks.sizes.chunks)
+    counts = [_layers(ranks.by_number[0, stage, 0], virtual) for virtual, stage in chunks]
+    # Before the arguments' layers are listed: there may be any number of them.
+    if sum(counts) != config.num_layers:
+        raise ConversionError(
+            f"{ranks.folder}: its pipeline stages hold {sum(counts)} layers together, the "
+            f"arguments say num_layers = {config.num_layers}."
+        )
     weights = {weight.name: weight for weight in weights_of(config, rows)}
     optional: set[str] = set()
     if OUTPUT not in weights:
         weights[OUTPUT] = Weight(OUTPUT, (rows, config.hidden_size), ROWS, "last")
         optional.add(OUTPUT)
     held: dict[str, Held] = {}
-    chunks = list(ranks.sizes.chunks)
     before = 0
-    for index, (virtual, stage) in enumerate(chunks):
-        count = _layers(ranks.by_number[0, stage, 0], virtual)
+    for index, ((virtual, stage), count) in enumerate(zip(chunks, counts, strict=True)):
         places: set[int | Literal["first", "last"]] = {*range(before, before + count)}
         places |= {"first"} if index == 0 else set()
         places |= {"last"} if index == len(chunks) - 1 else set()
@@ -84,11 +94,6 @@ def collect(ranks: Ranks, config: ModelConfig, rows: int) -> Pieces:
                     _check_shapes(rank, ranks, weights[name], items)
                     held.setdefault(name, {})[tensor, expert] = (rank, items)
         before += count
-    if before != config.num_layers:
-        raise ConversionError(
-            f"{ranks.folder}: its pipeline stages hold {before} layers together, the arguments "
-            f"say num_layers = {config.num_layers}."
-        )
     _check_copies(ranks, held)
     return Pieces(ranks, config.num_attention_heads, weights, held)
 
@@ -147,7 +152,7 @@ def _check_experts(
     if len(items) == 1 and items[0].grouped:
         return (inputs, count * outputs) if "fc1" in name else (count * inputs, outputs)
     numbers = sorted(-1 if item.expert is None else item.expert for item in items)
-    if numbers != [*range(count)] or count * ranks != stack[0]:
+    if numbers != [*range(len(numbers))] or len(numbers) * ranks != stack[0]:
         raise ConversionError(
             f"{rank.path}: {name} has experts {numbers[:8]}; each of {ranks} expert-parallel "
             f"ranks must have {stack[0]} / {ranks}, numbered from 0."

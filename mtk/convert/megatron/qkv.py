@@ -2,17 +2,21 @@
 
 Since version 2 a rank's rows are, for each of its groups, its queries, its key, its value.
 Version 0 has all queries, all keys, all values of the rank; version 1 interleaves the three
-channel by channel. Both are older than grouped attention: as many keys as queries.
+channel by channel. Both are older than grouped attention: as many keys as queries. The version
+only speaks of weights called ``query_key_value``; those of Megatron-core always have the order
+of version 2.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+GROUPED = 2
+
 
 def to_groups(rows: Tensor, version: int, heads: int) -> Tensor:
     """A rank's rows of any version in the order of version 2. heads: of the rank."""
-    if version >= 2:
+    if version >= GROUPED:
         return rows
     rest = rows.shape[1:]
     if version == 0:

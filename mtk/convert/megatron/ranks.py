@@ -137,6 +137,12 @@ def _sizes(
     pipeline = args.get("pipeline_model_parallel_size", 1)
     expert = args.get("expert_model_parallel_size") or 1
     virtual = 1 if "model" in content else sum(f"model{i}" in content for i in range(1000))
+    stated = args.get("virtual_pipeline_model_parallel_size")
+    if stated not in (None, max(virtual, 1)):
+        raise ConversionError(
+            f"{where} has {virtual} chunks of the model, but virtual_pipeline_model_parallel_size "
+            f"is {stated!r:.40}: the order of its layers is not known."
+        )
     numbers = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
     for name, value in numbers.items():
         if type(value) is not int or not 1 <= value <= 100_000:

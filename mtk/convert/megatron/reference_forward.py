@@ -164,12 +164,14 @@ class ReferenceForward:
     def _heads(self, mixed: Tensor, shard: Shard, ranks: int) -> list[Tensor]:
         """What each head of a rank attends to, [B, S, D] each."""
         heads, groups, depth = self.heads // ranks, self.groups // ranks, self.depth
+        # Core's own weights (linear_qkv) have one order, whatever the file's version says.
+        version = self.files.version if any("query_key_value" in n for n in shard) else 3
         shape = mixed.shape[:-1]
         found = []
         for head in range(heads):
-            if self.files.version == 0:
+            if version == 0:
                 q, k, v = mixed.view(*shape, 3, heads, depth)[..., head, :].unbind(-2)
-            elif self.files.version == 1:
+            elif version == 1:
                 q, k, v = mixed.view(*shape, heads, depth, 3)[..., head, :, :].unbind(-1)
             else:
                 each = heads // groups

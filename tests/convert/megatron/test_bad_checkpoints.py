@@ -15,7 +15,7 @@ import torch
 from mtk.errors import ConversionError
 from stages.convert import run
 from tests.convert.megatron.checkpoints import edit, first_file
-from tests.convert.megatron.natives import mixtral, save, to_megatron
+from tests.convert.megatron.natives import assert_same_weights, mixtral, save, to_megatron
 from tests.convert.models import convert_config, gpt2_config, llama, quiet
 
 Damage = Callable[[Path], object]
@@ -215,6 +215,22 @@ CASES: dict[str, tuple[str, Damage, str]] = {
         everywhere(vocab_size=600),
         r"vocabulary of 600 in an embedding of 512 rows.*--true-vocab-size",
     ),
+    "layers without end": (
+        "gpt2",
+        everywhere(num_layers=10**12),
+        "stages hold 2 layers.*num_layers = 1000000000000",
+    ),
+    "experts without end": ("mixtral", everywhere(num_experts=10**12), "router.weight has shape"),
+    "padding without end": (
+        "gpt2",
+        everywhere(make_vocab_size_divisible_by=10**12),
+        "make_vocab_size_divisible_by = 1000000000000, but the embedding has 512 rows",
+    ),
+    "chunks and arguments disagree": (
+        "gpt2",
+        everywhere(virtual_pipeline_model_parallel_size=2),
+        "mp_rank_00_000.*1 chunks of the model, but virtual_pipeline_model_parallel_size is 2",
+    ),
     "a layer less": ("gpt2", everywhere(num_layers=3), "stages hold 2 layers.*num_layers = 3"),
     "other heads": ("llama", everywhere(num_attention_heads=8), r"linear_qkv\.weight has shape"),
     "an expert missing": ("mixtral", model(lambda t: t.pop(EXPERT)), r"experts \[0, 1, 2\]"),
@@ -266,6 +282,21 @@ def test_an_undamaged_copy_converts_from_its_iteration(
     shutil.copytree(sources["gpt2"] / "release", root)
     artifact = run(convert_config(root, tmp_path / "out", to="native"), quiet())
     assert [record.path.endswith(".pt") for record in artifact.inputs] == [True] * 4
+
+
+@pytest.mark.parametrize("version", [None, 1.0])
+def test_core_weights_have_one_order(
+    version: float | None, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Megatron reorders rows by version in weights called ``query_key_value`` alone."""
+    root = tmp_path / "source"
+    shutil.copytree(sources["gpt2"] / "release", root)
+    for path in root.glob("*/model_optim_rng.pt"):
+        edit(path, lambda content: content.pop("checkpoint_version"))
+        if version is not None:
+            edit(path, lambda content: content.update(checkpoint_version=version))
+    run(convert_config(root, tmp_path / "out", to="native"), quiet())
+    assert_same_weights(sources["gpt2"].with_name("gpt2-n"), tmp_path / "out")
 
 
 def test_the_optimizer_and_other_state_is_passed_over(
