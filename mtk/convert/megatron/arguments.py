@@ -47,6 +47,8 @@ COMPARED = READ | {name for name, _, _ in NEUTRAL}
 POSITIONS = {"learned_absolute": "learned", "absolute": "learned", "rope": "rope", "none": "none"}
 # What Megatron scales rotary frequencies by.
 MEGATRON_FACTOR = 8.0
+# A table of all positions is held in memory.
+MOST_POSITIONS = 2**24
 # Megatron's own values where a file of an old version does not state them.
 DROPOUT, EPSILON, INIT_STD = 0.1, 1e-5, 0.02
 
@@ -68,6 +70,10 @@ def model_config(
     ]
     hidden, heads = found.get("hidden_size", int), found.get("num_attention_heads", int)
     positions = found.get("max_position_embeddings", int)
+    if positions > MOST_POSITIONS:
+        found.complaints.append(
+            f"max_position_embeddings = {positions}: mtk's models have up to {MOST_POSITIONS}"
+        )
     values: dict[str, Any] = {
         "num_layers": found.get("num_layers", int),
         "hidden_size": hidden,
@@ -118,6 +124,10 @@ def _vocabulary(found: ForeignConfig, rows: int) -> int:
     padded = found.data.get("padded_vocab_size")
     if isinstance(padded, int) and padded != rows:
         found.complaints.append(f"padded_vocab_size = {padded}, but the embedding has {rows} rows")
+    for name in ("true_vocab_size", "vocab_size"):
+        if type(found.data.get(name)) not in (int, type(None)):
+            found.complaints.append(f"{name} = {found.data[name]!r:.40} is not of type int")
+            return rows
     vocab = true_vocabulary(found.data, rows)
     if not 1 <= vocab <= rows:
         found.complaints.append(
