@@ -75,6 +75,9 @@ def find_source(path: str | Path) -> Source:
     if is_megatron(path):
         made = open_artifact(path, "megatron_model") if (path / MARKER).is_file() else None
         return Source("megatron", path, made)
+    whole = next((above for above in path.parents[:2] if is_megatron(above)), None)
+    if whole is not None:
+        raise ArtifactError(f"{path} is a part of a Megatron checkpoint; take all of it: {whole}.")
     pickles = [p.name for pattern in PICKLES for p in sorted(path.glob(pattern))][:3]
     found = f"only pickles ({', '.join(pickles)}), which mtk never loads" if pickles else "none"
     raise ArtifactError(

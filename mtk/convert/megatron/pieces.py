@@ -95,6 +95,7 @@ def collect(ranks: Ranks, config: ModelConfig, rows: int) -> Pieces:
                     held.setdefault(name, {})[tensor, expert] = (rank, items)
         before += count
     _check_copies(ranks, held)
+    _check_order(ranks, config, held)
     return Pieces(ranks, config.num_attention_heads, weights, held)
 
 
@@ -172,6 +173,19 @@ def _check_copies(ranks: Ranks, held: Mapping[str, Held]) -> None:
             raise ConversionError(
                 f"{ranks.folder}: ranks hold {name} as {sorted(map(str, types))}."
             )
+
+
+def _check_order(ranks: Ranks, config: ModelConfig, held: Mapping[str, Held]) -> None:
+    """Old orders have as many keys as queries."""
+    raws = (items[0].raw for pieces in held.values() for _, items in pieces.values())
+    if ranks.version >= GROUPED or config.query_groups == config.num_attention_heads:
+        return
+    old = next((raw for raw in raws if OLD_QKV in raw), None)
+    if old is not None:
+        raise ConversionError(
+            f"{ranks.folder}: {old} of checkpoint_version {ranks.version} has no grouped queries, "
+            f"the arguments say num_query_groups = {config.query_groups}."
+        )
 
 
 def _same(name: str, copies: Sequence[tuple[Rank, Sequence[Found]]]) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtk.errors import ConversionError
+from mtk.convert.source import find_source
+from mtk.errors import ArtifactError, ConversionError
 from stages.convert import run
 from tests.convert.megatron.checkpoints import edit, first_file
 from tests.convert.megatron.natives import assert_same_weights, mixtral, save, to_megatron
@@ -72,6 +73,15 @@ def hostile(root: Path) -> None:
             return print, ("ran",)
 
     edit(LAST(root), lambda content: content.update(extra=Runs()))
+
+
+def _of_version_0(content: dict[str, Any]) -> None:
+    """Names as they were when rows had other orders."""
+    content["checkpoint_version"] = 0
+    for name in list(content["model"]):
+        if "linear_qkv" in name and "norm" not in name:
+            old = name.replace("linear_qkv", "query_key_value")
+            content["model"][old] = content["model"].pop(name)
 
 
 def shrunk(name: str) -> Callable[[dict[str, Any]], object]:
@@ -226,6 +236,11 @@ CASES: dict[str, tuple[str, Damage, str]] = {
         everywhere(make_vocab_size_divisible_by=10**12),
         "make_vocab_size_divisible_by = 1000000000000, but the embedding has 512 rows",
     ),
+    "grouped queries before there were any": (
+        "llama",
+        lambda root: [edit(path, _of_version_0) for path in root.glob("release/*/*.pt")],
+        r"query_key_value\.weight of checkpoint_version 0.*num_query_groups = 2",
+    ),
     "chunks and arguments disagree": (
         "gpt2",
         everywhere(virtual_pipeline_model_parallel_size=2),
@@ -282,6 +297,9 @@ def test_an_undamaged_copy_converts_from_its_iteration(
     shutil.copytree(sources["gpt2"] / "release", root)
     artifact = run(convert_config(root, tmp_path / "out", to="native"), quiet())
     assert [record.path.endswith(".pt") for record in artifact.inputs] == [True] * 4
+    for part in (first_file(sources["gpt2"]), first_file(sources["gpt2"]).parent):
+        with pytest.raises(ArtifactError, match=r"part of a Megatron.*take all of it: .*release"):
+            find_source(part)
 
 
 @pytest.mark.parametrize("version", [None, 1.0])
