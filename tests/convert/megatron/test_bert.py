@@ -150,10 +150,8 @@ def test_versions_and_layouts(
 @pytest.mark.parametrize(
     ("args", "gelus"),
     [
-        ({"bias_gelu_fusion": False}, {"mlp": exact, "head": exact}),
         ({"bias_gelu_fusion": False, "onnx_safe": True}, {"mlp": exact, "head": exact}),
         ({"openai_gelu": True, "bias_gelu_fusion": False}, {"mlp": tanh, "head": tanh}),
-        ({"openai_gelu": True}, {"mlp": tanh, "head": tanh}),
     ],
     ids=str,
 )
