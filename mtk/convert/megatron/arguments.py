@@ -47,8 +47,8 @@ COMPARED = READ | {name for name, _, _ in NEUTRAL}
 POSITIONS = {"learned_absolute": "learned", "absolute": "learned", "rope": "rope", "none": "none"}
 # What Megatron scales rotary frequencies by.
 MEGATRON_FACTOR = 8.0
-# A table of all positions is held in memory.
-MOST_POSITIONS = 2**24
+# A table of all positions is held in memory; layers are gone through one by one.
+MOST = {"max_position_embeddings": 2**24, "num_layers": 99_999}
 # Megatron's own values where a file of an old version does not state them.
 DROPOUT, EPSILON, INIT_STD = 0.1, 1e-5, 0.02
 
@@ -70,10 +70,9 @@ def model_config(
     ]
     hidden, heads = found.get("hidden_size", int), found.get("num_attention_heads", int)
     positions = found.get("max_position_embeddings", int)
-    if positions > MOST_POSITIONS:
-        found.complaints.append(
-            f"max_position_embeddings = {positions}: mtk's models have up to {MOST_POSITIONS}"
-        )
+    for name, most in MOST.items():
+        if found.get(name, int, 1) > most:
+            found.complaints.append(f"{name} = {found.data[name]}: mtk's models have up to {most}")
     values: dict[str, Any] = {
         "num_layers": found.get("num_layers", int),
         "hidden_size": hidden,

@@ -240,6 +240,7 @@ COMPLAINTS: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 8, "add_bias_linear": True}, "experts have no biases"),
     ({"vocab_size": "50257"}, "vocab_size = '50257' is not of type int"),
     ({"true_vocab_size": "all"}, "true_vocab_size = 'all' is not of type int"),
+    ({"num_layers": 2**70, "num_experts": 8}, "num_layers = 1180591620717411303424"),
     ({"max_position_embeddings": 2**40}, "max_position_embeddings = 1099511627776"),
     ({"vocab_size": 60000}, "60000 in an embedding of 50688 rows"),
     ({"padded_vocab_size": 50304}, "padded_vocab_size = 50304, but the embedding has 50688"),
