@@ -20,6 +20,9 @@ class MegatronFiles:
 
     def __init__(self, model: MegatronModel, dtype: torch.dtype | None = None) -> None:
         self.name = "mtk reference forward of Megatron's ranks"
+        if model.known:
+            listed = ", ".join(f"{name} = {value}" for name, value in model.known.items())
+            self.name += f" (as published: {listed})"
         ranks, sizes = model.ranks, model.ranks.sizes
 
         def loaded(rank: Rank, virtual: int) -> Tensors:

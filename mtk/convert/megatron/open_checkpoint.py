@@ -91,7 +91,8 @@ def _misplaced(args: Mapping[str, Any]) -> Iterator[Problem]:
 class MegatronModel:
     """A checkpoint understood. args: what its files state and what was given beside them.
 
-    rows: of the embedding, all ranks together.
+    rows: of the embedding, all ranks together. known: those of the args that neither say, but
+    only what is published about the model.
     """
 
     ranks: Ranks
@@ -99,6 +100,7 @@ class MegatronModel:
     config: ModelConfig
     rows: int
     pieces: Pieces
+    known: Mapping[str, object]
 
     @property
     def tensors(self) -> Tensors:
@@ -131,9 +133,11 @@ def open_megatron(path: Path, given: Given | None = None) -> MegatronModel:
     where = f"{first.path} (args)"
     # What is published about a model is not in its files: a user may know better.
     known = {n: v for n, v in published_arguments(shown).items() if n not in given.args}
+    if given.true_vocab_size is not None:
+        known.pop("true_vocab_size", None)
     args = {**known, **given.added_to({**shown, **ranks.args}, where)}
     config = model_config(args, where, rows=rows, segments=_segments(ranks))
-    return MegatronModel(ranks, args, config, rows, collect(ranks, config, rows))
+    return MegatronModel(ranks, args, config, rows, collect(ranks, config, rows), known)
 
 
 def _segments(ranks: Ranks) -> int | None:

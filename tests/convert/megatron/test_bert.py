@@ -87,6 +87,8 @@ def test_the_published_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     source = save_ranks(tmp_path / "345m", ranks, zipped=False)
     native = to_native(source, tmp_path / "native")
     assert_computes(native, model, mlp=tanh, head=exact)
+    stated = json.loads((native / "parity.json").read_text())["reference"]
+    assert "as published: num_attention_heads = 4, bias_gelu_fusion = True" in stated
     with pytest.raises(ConversionError, match=r"bert_head_activation = gelu.*bias_gelu_fusion"):
         run(convert_config(native, tmp_path / "hf"), quiet())
     # As transformers computes it, if a user says so: nothing in the file contradicts.
