@@ -93,4 +93,5 @@ MIXTRAL = Family(
     from_config=from_config,
     weights=weights,
     spelling=spelling,
+    aliases={"num_experts": "num_local_experts"},
 )

@@ -50,11 +50,13 @@ class SegmentInputs:
     real: int
 
     @classmethod
-    def of(cls, tokens_BS: Tensor) -> SegmentInputs:
+    def of(cls, tokens_BS: Tensor, kinds: int = 2) -> SegmentInputs:
+        """kinds: of segments that the model tells apart; where it is one, both are of it."""
         length = tokens_BS.shape[1]
         places = torch.arange(length).expand_as(tokens_BS)
         real = length - max(1, length // 8)
-        return cls((places >= length // 3).long(), (places >= real).long(), real)
+        second = (places >= length // 3).long() * min(kinds - 1, 1)
+        return cls(second, (places >= real).long(), real)
 
 
 def with_order(logits_BSV: Tensor, order_B2: Tensor | None, real: int) -> Tensor:
@@ -72,13 +74,13 @@ class SegmentProbe:
     """An encoder reads two padded segments; both heads are compared."""
 
     def native(self, model: Any, tokens_BS: Tensor) -> Tensor:
-        inputs = SegmentInputs.of(tokens_BS)
+        inputs = SegmentInputs.of(tokens_BS, model.config.num_tokentypes)
         out = model(tokens_BS, types=inputs.types_BS, documents=inputs.padding_BS)
         logits, order = out if isinstance(out, tuple) else (out, None)
         return with_order(logits, order, inputs.real)
 
-    def foreign(self, model: nn.Module, tokens_BS: Tensor) -> Tensor:
-        inputs = SegmentInputs.of(tokens_BS)
+    def foreign(self, model: Any, tokens_BS: Tensor) -> Tensor:
+        inputs = SegmentInputs.of(tokens_BS, model.config.type_vocab_size)
         out = model(
             input_ids=tokens_BS,
             token_type_ids=inputs.types_BS,
