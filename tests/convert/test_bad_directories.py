@@ -136,6 +136,11 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "absolute path": ("shards", index(lambda m: m.update({NORM: "/x.safetensors"})), "outside"),
     "pickle in index": ("shards", index(lambda m: m.update({NORM: "x.bin"})), "not safetensors"),
     "index lacks a weight": ("shards", index(lambda m: m.pop(NORM)), "disagree"),
+    "two sets of weights": (
+        "shards",
+        lambda d: shutil.copy(first_shard(d), d / "model.safetensors"),
+        "holds both model.safetensors and model.safetensors.index.json",
+    ),
     "index is a list": (
         "shards",
         lambda d: (d / "model.safetensors.index.json").write_text("[]"),

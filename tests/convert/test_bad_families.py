@@ -104,6 +104,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", {"use_parallel_residual": "yes"}, "'yes' is not of type bool"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "not supported"),
     ("bloom", {"auto_map": {"AutoModel": "x.Y"}}, "never runs"),
+    ("bloom", {"num_hidden_layers": 3}, "num_hidden_layers = 3 and n_layer = 2 are the same"),
+    (
+        "llama",
+        scaled(rope_type="yarn", original_max_position_embeddings=0),
+        "original_max_position_embeddings = 0: must be above 0",
+    ),
 ]
 
 
@@ -158,6 +164,12 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rotary_base": 700.0, "rotary_percent": 1.0},
     ),
     ("bloom", {"n_head": ..., "num_attention_heads": 2}, {"num_attention_heads": 2}),
+    ("bloom", {"n_embed": None}, {"hidden_size": 32}),
+    (
+        "gpt2",
+        {"n_head": ..., "num_attention_heads": 2, "n_positions": ..., "max_position_embeddings": 9},
+        {"num_attention_heads": 2, "positions": 9},
+    ),
 ]
 
 
@@ -213,4 +225,4 @@ def test_an_option_no_family_knows_is_a_reason_against_all() -> None:
     with pytest.raises(ConversionError) as caught:
         family_for(llama(activation="geglu", scale_embeddings=True))
     text = str(caught.value)
-    assert text.count("scale_embeddings = True") == 11 and text.count("activation = geglu") == 12
+    assert text.count("scale_embeddings = True") == 12 and text.count("activation = geglu") == 12

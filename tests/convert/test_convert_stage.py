@@ -18,6 +18,7 @@ from mtk.convert.families import family_for
 from mtk.convert.open_model import open_model, read_native
 from mtk.convert.source import find_source
 from mtk.errors import ArtifactError, ConversionError, GateError
+from mtk.session import Session
 from stages.convert import run
 from tests.convert.models import (
     convert_config,
@@ -98,6 +99,19 @@ def test_the_artifact_has_a_tokenizer_lineage_and_certificate(tmp_path: Path) ->
     assert opened.artifact is not None and opened.artifact.digest == artifact.digest
     config = json.loads((artifact.path / "config.json").read_text())
     assert config["eos_token_id"] == small_tokenizer().eod
+
+
+def test_a_tokenizer_that_is_left_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native = save_native(tmp_path / "native", llama(), tokenizer=False)
+    there = run(convert_config(native, tmp_path / "hf"), quiet()).path
+    (there / "artifact.json").unlink()
+    (there / "tokenizer.model").write_bytes(b"x")
+    run(convert_config(there, tmp_path / "back", to="native"), Session())
+    assert "has no tokenizer.json: its tokenizer (tokenizer.model)" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
 
 
 def test_a_second_run_is_skipped_and_another_configuration_refused(tmp_path: Path) -> None:
