@@ -139,7 +139,7 @@ def require(parity: Parity) -> None:
         raise GateError(
             f"{parity.candidate} and {parity.reference} differ on the converted model: largest "
             f"logit error {parity.max_abs_logit_error:.3g} ({parity.worst}), allowed "
-            f"{parity.limit:.3g}; same top token at {parity.top1_agreement:.1%} of positions; "
+            f"{parity.limit:.3g} (tolerance {parity.tolerance:g}); same top token at {parity.top1_agreement:.1%} of positions; "
             f"first difference: {parity.first_difference}. Nothing was published."
         )
 

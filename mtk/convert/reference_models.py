@@ -83,15 +83,22 @@ class TransformersModel:
             name = stated if stated in family.classes else family.architecture
         self.name = f"transformers {metadata.version('transformers')}"
         with _silent_transformers():
-            model, report = getattr(transformers, name).from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
+            try:
+                model, report = getattr(transformers, name).from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                )
+            except Exception as error:  # what it finds wrong with a file has no common class
+                found_wrong = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ConversionError(
+                    f"transformers does not take {folder} as it is: {found_wrong}. --reference "
+                    f"plain asks mtk's own forward instead."
+                ) from error
         complaints = _complaints(report, found)
         if complaints:
             raise ConversionError(f"transformers does not take {folder} as it is: {complaints}.")

@@ -138,7 +138,10 @@ def from_config(found: ForeignConfig) -> ModelConfig:
         activation=names.get(found.get("feed_forward_proj", str, "relu"), "relu"),
         add_bias_linear=False,
         softmax_scale=1.0,
-        scale_tied_output=found.get("scale_decoder_outputs", bool, tied),
+        # Null scales nothing, absent goes by what is tied.
+        scale_tied_output=found.get(
+            "scale_decoder_outputs", bool, tied and "scale_decoder_outputs" not in found.data
+        ),
         untie_embeddings_and_output_weights=not tied,
         hidden_dropout=dropout,
         attention_dropout=stated.get("attention_dropout", dropout),

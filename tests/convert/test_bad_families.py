@@ -36,6 +36,7 @@ CONFIGS = {
     "gpt_neox": neox(),
     "bloom": bloom(),
     "gpt2": gpt2_config(),
+    "mixtral": llama(num_experts=4, moe_ffn_hidden_size=16, rotary_base=1e6),
 }
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
@@ -183,6 +184,30 @@ def test_other_spellings(
 ) -> None:
     config = read_hf_model(edited(exports(name), tmp_path / "foreign", changes)).config
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+SILENT: list[tuple[str, dict[str, Any]]] = [
+    ("gpt_neox", dict.fromkeys(("use_parallel_residual", "attention_bias", "layer_norm_eps"))),
+    ("bloom", {"n_layer": ..., "layer_norm_epsilon": None}),
+    ("mixtral", {"rms_norm_eps": None, "rope_theta": None, "rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SILENT, ids=str)
+def test_null_and_nothing_mean_the_same_to_both_sides(
+    name: str, changes: dict[str, Any], exports: Any, tmp_path: Path
+) -> None:
+    folder = edited(exports(name), tmp_path / "foreign", changes)
+    run(convert_config(folder, tmp_path / "native", to="native"), quiet())
+    assert read_hf_model(folder).config.norm_epsilon == 1e-5
+    if None in changes.values():
+        pytest.importorskip("transformers")
+        options = {"to": "native", "reference": "transformers"}
+        with pytest.raises(
+            ConversionError, match=r"transformers does not take .*--reference plain"
+        ):
+            run(convert_config(folder, tmp_path / "strict", **options), quiet())
+        assert not (tmp_path / "strict").exists()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
