@@ -139,8 +139,9 @@ def require(parity: Parity) -> None:
         raise GateError(
             f"{parity.candidate} and {parity.reference} differ on the converted model: largest "
             f"logit error {parity.max_abs_logit_error:.3g} ({parity.worst}), allowed "
-            f"{parity.limit:.3g} (tolerance {parity.tolerance:g}); same top token at {parity.top1_agreement:.1%} of positions; "
-            f"first difference: {parity.first_difference}. Nothing was published."
+            f"{parity.limit:.3g} (tolerance {parity.tolerance:g}); same top token at "
+            f"{parity.top1_agreement:.1%} of positions; first difference: "
+            f"{parity.first_difference}. Nothing was published."
         )
 
 
@@ -177,7 +178,7 @@ class _Sums:
             return
         error_SV = (ours_BSV - theirs_BSV)[0].double().abs()
         largest = error_SV.max().item()
-        if largest > self.max_error or math.isnan(largest):
+        if largest > self.max_error or (math.isnan(largest) and not math.isnan(self.max_error)):
             self.max_error = largest
             place = int(error_SV.amax(dim=1).argmax())
             self.worst = f"prompt {index}, position {place}"
