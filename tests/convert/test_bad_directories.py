@@ -107,6 +107,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
         config(model_type="rwkv"),
         "'rwkv'; this mtk reads gpt2, llama, mistral",
     ),
+    "an original": ("llama", config(model_type=None), "names no model_type: .*mamba_ssm"),
     "number as text": ("llama", config(num_hidden_layers="2"), "'2' is not of type int"),
     "no heads": ("llama", config(num_attention_heads=None), "num_attention_heads is missing"),
     "activation": ("llama", config(hidden_act="relu"), "only silu"),
