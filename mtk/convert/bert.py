@@ -8,8 +8,15 @@ from typing import Any
 
 from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear, training_length
+from mtk.convert.family import (
+    Family,
+    ForeignConfig,
+    first_architecture,
+    linear,
+    training_length,
+)
 from mtk.convert.gpt2 import ACTIVATIONS, SPELLINGS
+from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.convert.mapping import CutRows, Rename, Rule, TiedCopy, WeightTable, for_layers
 from mtk.convert.probe import SEGMENTS
 
@@ -17,6 +24,7 @@ PREFIX = {"post": "Bert", "pre": "MegatronBert"}
 TYPES = {"post": "bert", "pre": "megatron-bert"}
 CLASSES = ("ForPreTraining", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice")
 PRETRAINING, MASKED, LABELLING, CHOOSING = CLASSES
+OF_NORMS = {"gamma": "weight", "beta": "bias"}
 
 
 def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
@@ -107,10 +115,10 @@ def from_config(placement: str) -> Callable[[ForeignConfig], ModelConfig]:
         names = {foreign: native for native, foreign in ACTIVATIONS.items()} | SPELLINGS
         found.require("hidden_act", tuple(names), f"supported are {', '.join(names)}")
         classes = {PREFIX[placement] + kind: kind for kind in CLASSES}
-        architecture = (found.data.get("architectures") or ["none"])[0]
+        architecture = first_architecture(found.data)
         if architecture not in classes:
             found.complaints.append(f"architecture {architecture}: supported are {list(classes)}")
-        kind = classes.get(architecture, PRETRAINING)
+        kind = classes.get(architecture or "", PRETRAINING)
         positions = found.get("max_position_embeddings", int, 512)
         return found.model(
             family="bert",
@@ -187,6 +195,19 @@ def weights(placement: str) -> Callable[[ModelConfig], WeightTable]:
     return table
 
 
+def spelling(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Weights and biases of norms, also for the published files that call them gamma and beta,
+    as TensorFlow does."""
+    del config
+    places = {}
+    for name in tensors:
+        stem, _, kind = name.rpartition("LayerNorm.")
+        new = f"{stem}LayerNorm.{OF_NORMS[kind]}" if kind in OF_NORMS else name
+        # Where both are there, the old name is left over.
+        places[name if new in tensors else new] = name
+    return LazyTensors(places, lambda name: tensors[places[name]])
+
+
 def _ignored(config: ModelConfig) -> set[str]:
     """A table of positions that old files have; heads that ``ForMaskedLM`` does not load, though
     published files for it contain them."""
@@ -208,6 +229,8 @@ def _family(placement: str) -> Family:
         from_config=from_config(placement),
         weights=weights(placement),
         probe=SEGMENTS,
+        spelling=spelling,
+        classes=(PREFIX[placement] + "ForMaskedLM",),
     )
 
 

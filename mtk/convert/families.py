@@ -60,4 +60,10 @@ def family_of(model_type: object, where: str) -> Family:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
+    if model_type is None:
+        raise ConversionError(
+            f"{where} names no model_type: it is not as transformers writes it (mamba_ssm's, for "
+            f"one, is not). Convert it with the script that transformers has for its originals; "
+            f"this mtk reads {known}."
+        )
     raise ConversionError(f"{where}: model_type is {model_type!r}; this mtk reads {known}.")

@@ -23,6 +23,9 @@ from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
 
+# What libraries without ``tokenizer.json`` leave beside weights.
+SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -123,3 +126,10 @@ def tokenizer_folder(kind: SourceKind, folder: Path) -> Path:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("mtk_tokenizer.json", "tokenizer.json"))
+
+
+def unread_tokenizer(folder: Path) -> list[str]:
+    """Files of a tokenizer that has no ``tokenizer.json``: nothing here reads them."""
+    if has_tokenizer(folder):
+        return []
+    return [name for name in SLOW_TOKENIZERS if (folder / name).is_file()]

@@ -36,6 +36,7 @@ CONFIGS = {
     "gpt_neox": neox(),
     "bloom": bloom(),
     "gpt2": gpt2_config(),
+    "mixtral": llama(num_experts=4, moe_ffn_hidden_size=16, rotary_base=1e6),
 }
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
@@ -104,6 +105,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", {"use_parallel_residual": "yes"}, "'yes' is not of type bool"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "not supported"),
     ("bloom", {"auto_map": {"AutoModel": "x.Y"}}, "never runs"),
+    ("bloom", {"num_hidden_layers": 3}, "num_hidden_layers = 3 and n_layer = 2 are the same"),
+    (
+        "llama",
+        scaled(rope_type="yarn", original_max_position_embeddings=0),
+        "original_max_position_embeddings = 0: must be above 0",
+    ),
 ]
 
 
@@ -158,6 +165,12 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rotary_base": 700.0, "rotary_percent": 1.0},
     ),
     ("bloom", {"n_head": ..., "num_attention_heads": 2}, {"num_attention_heads": 2}),
+    ("bloom", {"n_embed": None}, {"hidden_size": 32}),
+    (
+        "gpt2",
+        {"n_head": ..., "num_attention_heads": 2, "n_positions": ..., "max_position_embeddings": 9},
+        {"num_attention_heads": 2, "positions": 9},
+    ),
 ]
 
 
@@ -171,6 +184,30 @@ def test_other_spellings(
 ) -> None:
     config = read_hf_model(edited(exports(name), tmp_path / "foreign", changes)).config
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+SILENT: list[tuple[str, dict[str, Any]]] = [
+    ("gpt_neox", dict.fromkeys(("use_parallel_residual", "attention_bias", "layer_norm_eps"))),
+    ("bloom", {"n_layer": ..., "layer_norm_epsilon": None}),
+    ("mixtral", {"rms_norm_eps": None, "rope_theta": None, "rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SILENT, ids=str)
+def test_null_and_nothing_mean_the_same_to_both_sides(
+    name: str, changes: dict[str, Any], exports: Any, tmp_path: Path
+) -> None:
+    folder = edited(exports(name), tmp_path / "foreign", changes)
+    run(convert_config(folder, tmp_path / "native", to="native"), quiet())
+    assert read_hf_model(folder).config.norm_epsilon == 1e-5
+    if None in changes.values():
+        pytest.importorskip("transformers")
+        options = {"to": "native", "reference": "transformers"}
+        with pytest.raises(
+            ConversionError, match=r"transformers does not take .*--reference plain"
+        ):
+            run(convert_config(folder, tmp_path / "strict", **options), quiet())
+        assert not (tmp_path / "strict").exists()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -213,4 +250,4 @@ def test_an_option_no_family_knows_is_a_reason_against_all() -> None:
     with pytest.raises(ConversionError) as caught:
         family_for(llama(activation="geglu", scale_embeddings=True))
     text = str(caught.value)
-    assert text.count("scale_embeddings = True") == 11 and text.count("activation = geglu") == 12
+    assert text.count("scale_embeddings = True") == 12 and text.count("activation = geglu") == 12

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtk.config.heads import TASKS
 from mtk.convert import families
@@ -101,6 +101,36 @@ def test_the_plain_reference_agrees(
     assert parity["max_abs_logit_error"] <= 1e-4
 
 
+@pytest.mark.parametrize("reference", ["transformers", "plain"])
+def test_files_as_they_were_published(reference: str, tmp_path: Path) -> None:
+    """bert-base-uncased: norms with gamma and beta, copies of what is tied, a table of positions,
+    and heads that the class named in config.json does not have."""
+    model = foreign("Bert", "ForPreTraining", type_vocab_size=1)
+    model.save_pretrained(tmp_path / "foreign")
+    path = tmp_path / "foreign" / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["bert.embeddings.word_embeddings.weight"].clone()
+    tensors |= {"cls.predictions.decoder.weight": embedding}
+    tensors |= {"bert.embeddings.position_ids": torch.arange(40)[None]}
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    described = tmp_path / "foreign" / "config.json"
+    config = json.loads(described.read_text()) | {"architectures": ["BertForMaskedLM"]}
+    described.write_text(json.dumps(config))
+    options = {"to": "native", "reference": reference}
+    native = run(convert_config(tmp_path / "foreign", tmp_path / "native", **options), quiet())
+    x_BS = torch.arange(2, 35)[None]
+    with torch.no_grad():
+        expected = model(x_BS).prediction_logits
+        torch.testing.assert_close(open_model(native.path).model(x_BS), expected, rtol=0, atol=1e-4)
+    tensors["bert.embeddings.LayerNorm.weight"] = tensors["bert.embeddings.LayerNorm.gamma"] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"without a place: .*LayerNorm\.gamma"):
+        open_model(tmp_path / "foreign")
+
+
 def swapped(rules: tuple[Rule, ...], one: str, other: str) -> tuple[Rule, ...]:
     """Two native names exchanged."""
 
@@ -164,3 +194,7 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
         with pytest.raises(ConversionError, match=r"id2label = .*QQP: not_duplicate, duplicate"):
             open_model(tmp_path / name)
+    path = tmp_path / "tokens" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": {"a": 1}}))
+    with pytest.raises(ConversionError, match="architecture None"):
+        open_model(tmp_path / "tokens")

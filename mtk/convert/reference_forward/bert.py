@@ -18,7 +18,7 @@ def bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tens
     act = activation(str(config.get("hidden_act", "gelu")))
     first = config["model_type"] == "megatron-bert"
     epsilon = float(config.get("layer_norm_eps", 1e-12))
-    inputs = SegmentInputs.of(tokens_BS)
+    inputs = SegmentInputs.of(tokens_BS, int(config.get("type_vocab_size", 2)))
 
     def norm(x: Tensor, name: str) -> Tensor:
         return layer_norm(x, w, name, epsilon)
