@@ -152,8 +152,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "min_lr": 3e-5,
         "precision": "bf16",
     },
-    # Megatron-LM's README: BERT-345M and T5-220M. Planned and costed; their models
-    # are not trained by this version.
+    # Megatron-LM's README: BERT-345M and T5-220M.
     "bert-345m": {
         "family": "bert",
         "num_layers": 24,
