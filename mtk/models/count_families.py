@@ -61,7 +61,7 @@ def _bert(config: ModelConfig, vocab: int) -> int:
 
 def _t5(config: ModelConfig, vocab: int) -> int:
     encoder = count.parameter_count(config, vocab)
-    decoder = _blocks(config) + _norm(config) + config.num_layers * _cross_attention(config)
+    decoder = _blocks(config) + _norm(config) + config.num_layers * cross_attention(config)
     if config.position_embedding_type == "relative":  # a table for each stack
         decoder += config.relative_attention_num_buckets * config.num_attention_heads
     return encoder + decoder + (vocab if config.add_bias_linear else 0)
@@ -73,7 +73,7 @@ def _blocks(config: ModelConfig) -> int:
     return with_layers - count.parameter_count(replace(config, num_layers=0), 0)
 
 
-def _cross_attention(config: ModelConfig) -> int:
+def cross_attention(config: ModelConfig) -> int:
     """Query, key, value and output of the attention to the encoder, and its norm."""
     hidden, head = config.hidden_size, config.head_size
     heads, groups = config.num_attention_heads, config.query_groups
