@@ -127,7 +127,8 @@ def _notes(config: PlanConfig) -> list[str]:
 
     notes = ["", "Not counted: fragmentation, workspaces, communication buffers, CUDA context."]
     if kept := attention_matrix(config):
-        masked = config.model.window_size is not None or config.model.biases_scores
+        model = config.model
+        masked = model.window_size is not None or model.biases_scores or model.family != "gpt"
         fused = "as PyTorch's own for masks" if masked else "--use-flash-attn"
         notes.append(
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
@@ -139,10 +140,6 @@ def _notes(config: PlanConfig) -> list[str]:
             "Selective recomputation saves nothing beside a fused attention kernel, which never "
             "keeps its matrices; full recomputation saves more."
         )
-    if config.model.family != "gpt":
-        notes.append(f"This version plans {config.model.family} models but does not train them.")
-    elif config.gpus > 1:
-        notes.append("This version trains in one process; larger layouts can be planned only.")
     return notes
 
 
