@@ -30,14 +30,14 @@ def _plan(given: dict[str, Any], common: CommonOptions) -> None:
 
     from mtk.cli.stage_commands import layers_from
     from mtk.log import Reporter
-    from mtk.models.count_families import ASSUMED_VOCAB_SIZE
+    from mtk.models.count_families import assumed_vocab_size
     from mtk.parallel.planning import with_vocabulary
     from stages.registry import Stage
 
     # The planner resolves as a stage does (recipe lowest) without being one.
     stage = Stage("plan", "mtk.config.plan:PlanConfig", "", "")
     config: PlanConfig = stage.resolve(layers_from(given, common)).config
-    assumed = ASSUMED_VOCAB_SIZE[config.model.family]
+    assumed = assumed_vocab_size(config.recipe, config.model.family)
     model = with_vocabulary(config.model, assumed)
     guessed = model is not config.model
     config = replace(config, model=model)
@@ -157,7 +157,7 @@ def _recipes(json_: Annotated[bool, _JSON] = False) -> None:
     from mtk.config.resolve import Layer, resolve
     from mtk.config.schema import leaves
     from mtk.log import Reporter
-    from mtk.models.count_families import ASSUMED_VOCAB_SIZE, parameters
+    from mtk.models.count_families import assumed_vocab_size, parameters
     from mtk.parallel.planning import with_vocabulary
 
     names = {leaf.name for leaf in leaves(ModelConfig)}
@@ -165,9 +165,9 @@ def _recipes(json_: Annotated[bool, _JSON] = False) -> None:
     for name, values in RECIPES.items():
         own = {key: value for key, value in values.items() if key in names}
         model = resolve(ModelConfig, [Layer(name, own)]).config
-        model = with_vocabulary(model, ASSUMED_VOCAB_SIZE[model.family])
+        model = with_vocabulary(model, assumed_vocab_size(name, model.family))
         counts[name] = parameters(model)
     lines = [f"{name:<14} {count / 1e6:>12,.1f} M parameters" for name, count in counts.items()]
-    lines += ["", "Counted with the vocabulary assumed by mtk plan; --vocab-size changes it."]
+    lines += ["", "Counted with the published vocabulary, as mtk plan does without --vocab-size."]
     fields = {n: {"parameters": counts[n], "options": dict(RECIPES[n])} for n in counts}
     Reporter(json_lines=json_).result("\n".join(lines), recipes=fields)

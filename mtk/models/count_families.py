@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
+from mtk.config.recipes import VOCABULARIES
 from mtk.models import count
 from mtk.models.count import Flops, layer_matrices
 
 # Vocabularies of the published models, used where none is given.
 ASSUMED_VOCAB_SIZE = {"gpt": 50257, "bert": 30522, "t5": 32128}
+
+
+def assumed_vocab_size(recipe: str | None, family: str) -> int:
+    """That of the weights a recipe is named after, else of the family."""
+    return VOCABULARIES.get(recipe or "", ASSUMED_VOCAB_SIZE[family])
 
 
 def parameters(config: ModelConfig, vocab_size: int | None = None) -> int:

@@ -149,10 +149,19 @@ def test_plan_refuses_impossible_layouts(
 
 
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
-    from mtk.config.recipes import RECIPES
+    from mtk.config.recipes import RECIPES, VOCABULARIES
 
     assert main(["recipes", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["recipes"]) == set(RECIPES)
+    found = json.loads(capsys.readouterr().out)["recipes"]
+    assert set(found) == set(RECIPES) > set(VOCABULARIES)
+    # Of the released weights.
+    assert found["llama3-8b"]["parameters"] == 8_030_261_248
+    assert found["mixtral-8x7b"]["parameters"] == 46_702_792_704
+    assert found["mamba2-130m"]["parameters"] == 128_989_632
+    assert (
+        main(["plan", "--recipe", "llama3-8b", "--gpus", "64", "--use-distributed-optimizer"]) == 0
+    )
+    assert "8,030,261,248 parameters" in capsys.readouterr().out
 
 
 def test_flow_list_and_unknown_flow(capsys: pytest.CaptureFixture[str]) -> None:
