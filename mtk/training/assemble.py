@@ -147,6 +147,8 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
         rule = "flash attention has no mask for --reset-attention-mask on CUDA"
     if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
         rule = "flash attention on CUDA takes no window and no bias on scores here"
+    elif device.type == "cuda" and config.model.family != "gpt":
+        rule = "flash attention on CUDA takes no mask, which padded samples need"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

@@ -135,7 +135,11 @@ class Stepper:
     def check_copies(self) -> None:
         """Compare the main weights, the optimizer's state and kept buffers with every copy of
         them on other ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        compare_copies(*self.state(), self.ranks.world)
+
+    def state(self) -> tuple[dict[str, Piece], dict[str, Tensor]]:
+        """All that a step moves, and what of it is here."""
         tensors, pieces = {**self.main.weights, **self.buffers}, dict(self.pieces)
         for key, tensor in self.optimizer.state_tensors().items():
             tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
-        compare_copies(pieces, tensors, self.ranks.world)
+        return pieces, tensors
