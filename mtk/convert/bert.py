@@ -230,7 +230,7 @@ def _family(placement: str) -> Family:
         weights=weights(placement),
         probe=SEGMENTS,
         spelling=spelling,
-        classes=(PREFIX[placement] + "ForMaskedLM",),
+        classes=tuple(PREFIX[placement] + kind for kind in CLASSES[1:]),
     )
 
 
