@@ -27,6 +27,8 @@ from mtk.tokenizers import Tokenizer
 # Private characters around what stands in a generation block; no text may hold them.
 START, END = "\ue000", "\ue001"
 Span = tuple[int, int]
+# Templates ask whether these are none, not only whether they are defined.
+NOT_GIVEN: Mapping[str, None] = {"tools": None, "documents": None}
 # What a template may raise while it runs.
 RENDERING = (
     TemplateError,
@@ -97,7 +99,7 @@ class ChatTemplate:
         try:
             return str(
                 self._template().render(
-                    messages=messages, add_generation_prompt=prompt, **self.tokens
+                    messages=messages, add_generation_prompt=prompt, **NOT_GIVEN, **self.tokens
                 )
             )
         except RENDERING as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import runpy
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtk.checkpoint import complete_steps
 from mtk.config import make
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.loader import MicroBatch
+from mtk.errors import DataError
 from mtk.log import Reporter
 from mtk.parallel.dims import Dims
 from mtk.parallel.pipeline import call_gpt
@@ -23,6 +27,7 @@ from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch, LocalBatch
 from mtk.training.custom import Custom, logits_of
+from mtk.training.evaluate import held_out_loss
 from mtk.training.loop import RunData
 from mtk.training.metrics import read_metrics
 from mtk.training.objective import TokenLosses
@@ -129,10 +134,20 @@ def test_own_parts_in_every_layout(layout: dict[str, Any], tmp_path: Path) -> No
     assert first[0] != pytest.approx(one[0][0], rel=1e-3)
 
 
-def test_a_term_is_the_formula() -> None:
+@dataclasses.dataclass(frozen=True)
+class Light(Heavier):
+    """A mean does not change with the unit of its weights."""
+
+    def weights(self, batch: Any) -> tuple[Tensor, ...]:
+        keywords, size = super().weights(batch)
+        return 1e-4 * keywords, 1e-4 * size
+
+
+@pytest.mark.parametrize("objective", [Heavier, Light])
+def test_a_term_is_the_formula(objective: type[Heavier]) -> None:
     options = configure()
     sample = random_sample(options)
-    stepper = make_stepper(options, 80, Ranks(), objective=Heavier)
+    stepper = make_stepper(options, 80, Ranks(), objective=objective)
     batch = share(sample, 2, 0, 1)
     logits = torch.cat(logits_of(stepper, batch))
     nats = torch.nn.functional.cross_entropy(
@@ -142,6 +157,40 @@ def test_a_term_is_the_formula() -> None:
     expected = (nats * weights).sum() / weights.sum()
     result = stepper.step(batch, 0)
     torch.testing.assert_close(result.terms["keyword_loss"], expected.detach())
+    stepper = make_stepper(options, 80, Ranks(), objective=objective)
+    held = held_out_loss(stepper.passes, [batch], Ranks(), None)
+    assert held["keyword_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def too_few(config: PretrainConfig, rank: int, size: int) -> RunData:
+    found = own_batches(config, rank, size)
+    return dataclasses.replace(found, train=lambda consumed: islice(found.train(consumed), 2))
+
+
+def another_length(config: PretrainConfig, rank: int, size: int) -> RunData:
+    return dataclasses.replace(own_batches(config, rank, size), train_samples=12)
+
+
+def test_batches_must_last_as_long_as_the_run(tmp_path: Path) -> None:
+    own = Custom(batches=too_few, data_digest="two steps")
+    with pytest.raises(DataError, match="ended after 8 of 24 samples"):
+        run(config(tmp_path / "short"), QUIET, custom=own)
+    assert complete_steps(tmp_path / "short") == [2]
+    with pytest.raises(DataError, match=r"train_samples = 12, but .* asks for 24"):
+        run(config(tmp_path), QUIET, custom=Custom(batches=another_length, data_digest="three"))
+
+
+def with_bytes(config: PretrainConfig, rank: int, size: int) -> RunData:
+    found = own_batches(config, rank, size)
+    valid = partial(found.train, 20)
+    return dataclasses.replace(found, valid=valid, token_bytes_V=torch.ones(31))
+
+
+def test_bytes_of_text_belong_to_plain_cross_entropy(tmp_path: Path) -> None:
+    for objective, told in ((None, True), (Heavier, False)):
+        own = Custom(objective, batches=with_bytes, data_digest="bytes")
+        metrics = run(config(tmp_path / str(told)), QUIET, custom=own).metrics
+        assert ("bits_per_byte" in metrics["eval"]) == told
 
 
 def _logits(rank: int, options: PretrainConfig, whole: Tensor) -> None:
