@@ -31,7 +31,9 @@ def sft_job(
         # Whoever asks the finetuned model finds how it was asked in training.
         tokenizer.extra["chat_template.jinja"] = template.source.encode()
     files = TaskFiles.open(
-        named_files(config.train_data), named_files(config.valid_data), tokenizer
+        named_files(config.train_data, "--train-data"),
+        named_files(config.valid_data, "--valid-data"),
+        tokenizer,
     )
     length, skip = core.model.seq_length, config.chat.on_bad_line == "skip"
     reader = ChatReader(template, tokenizer, length, skip)

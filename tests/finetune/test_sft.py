@@ -231,7 +231,7 @@ def test_other_data_or_template_is_no_continuation(home: Path, tmp_path: Path) -
         ("bare", {}, CheckpointError, "has no tokenizer"),
         ("llama", {"chat_template": None}, ConfigError, "brings no chat template"),
         ("llama", {"chat_template": "chatlm"}, ConfigError, "Did you mean chatml"),
-        ("llama", {"train_data": ["no.jsonl"]}, DataError, "no such file"),
+        ("llama", {"train_data": ["no.jsonl"]}, DataError, "--train-data no.jsonl: no such file"),
         ("llama", {"seq_length": 2}, DataError, "no token is left"),
         ("llama", {"train_data": []}, ConfigError, "Give --train-data"),
         ("llama", {"vocab_size": 9}, ConfigError, "vocab_size = 9: .* has 300"),
