@@ -31,7 +31,7 @@ def head_job(
         [read_task(task, path, tokenizer, length, reporter.warn) for path in paths]
         for paths in (config.train_data, config.valid_data)
     )
-    dataset = HeadSamples(train)
+    dataset = HeadSamples(train, core.model.vocab_size)
     reporter.info(
         f"{task.name}: {len(dataset)} samples to train on, {sum(map(len, valid))} held out"
     )

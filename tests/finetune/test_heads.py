@@ -42,6 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bert(folder / "bert")
     save_bert(folder / "bare", tokenizer=False)
     save_bert(folder / "poolerless", binary=False)
+    save_bert(folder / "narrow", vocab_size=12)
     save_native(folder / "gpt", gpt2_config())
     race(folder / "RACE" / "train" / "middle", SIZES["RACE"], 1)
     race(folder / "RACE" / "dev" / "middle", 42, 2)
@@ -264,6 +265,11 @@ def test_refusals_leave_nothing(
     with pytest.raises(error, match=words):
         run(options(task, home / base, tmp_path / "save", **{**own, **changes}), QUIET)
     assert not (tmp_path / "save").exists()
+
+
+def test_ids_that_the_model_has_no_row_for(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train.tsv:\d+ holds id 1\d, but the model has 12 ids"):
+        run(config(home, "QQP", tmp_path / "save", base="narrow"), QUIET)
 
 
 def test_names_of_held_out_data_are_told_apart() -> None:

@@ -61,6 +61,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = kind(seq_length=48, max_position_embeddings=64, num_layers=2)
         save_native(folder / name, model)
     save_native(folder / "bare", gpt2_config(seq_length=48), tokenizer=False)
+    save_native(folder / "narrow", gpt2_config(seq_length=48, vocab_size=256))
+    # Without positions there are none to restart.
+    save_native(folder / "nope", llama(seq_length=48, position_embedding_type="none"))
     write_lines(folder / "talk.jsonl", talks(30))
     write_lines(folder / "held.jsonl", talks(7, seed=1))
     return folder
@@ -175,7 +178,7 @@ def test_every_figure_is_that_of_one_process(
     torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("base", ["gpt2", "llama"])
+@pytest.mark.parametrize("base", ["gpt2", "nope"])
 def test_packing_changes_no_answer(home: Path, tmp_path: Path, base: str) -> None:
     """All conversations in one step, packed or not: the same loss and norm."""
     steps = []
@@ -229,6 +232,7 @@ def test_other_data_or_template_is_no_continuation(home: Path, tmp_path: Path) -
     ("base", "changes", "error", "words"),
     [
         ("bare", {}, CheckpointError, "has no tokenizer"),
+        ("narrow", {}, DataError, r"hold id \d+ \('.*'\), but the model in .* has 256 ids"),
         ("llama", {"chat_template": None}, ConfigError, "brings no chat template"),
         ("llama", {"chat_template": "chatlm"}, ConfigError, "Did you mean chatml"),
         ("llama", {"train_data": ["no.jsonl"]}, DataError, "--train-data no.jsonl: no such file"),
