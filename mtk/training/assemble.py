@@ -23,7 +23,14 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
-from mtk.training.objective import Classification, MaskedTokens, NextToken, Objective, TokenLosses
+from mtk.training.objective import (
+    Classification,
+    MaskedTokens,
+    NextToken,
+    Objective,
+    OfTokens,
+    TokenLosses,
+)
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
@@ -89,6 +96,7 @@ def make_passes(
     minimised = objective_of(config.model, ranks)
     if objective is not None:
         minimised = objective(cross_entropy(config.model, ranks))
+        minimised = OfTokens(minimised) if ranks.cp.size > 1 else minimised
     if placed.stages is None:
         each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
         # Without FSDP there are no shards that could add up in fp32.

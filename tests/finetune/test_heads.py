@@ -268,7 +268,7 @@ def test_refusals_leave_nothing(
 
 
 def test_ids_that_the_model_has_no_row_for(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train.tsv:\d+ holds id 1\d, but the model has 12 ids"):
+    with pytest.raises(DataError, match=r"train.tsv:\d+ holds id \d+, but the model has 12 ids"):
         run(config(home, "QQP", tmp_path / "save", base="narrow"), QUIET)
 
 

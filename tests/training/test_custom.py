@@ -18,7 +18,7 @@ from mtk.checkpoint import complete_steps
 from mtk.config import make
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.loader import MicroBatch
-from mtk.errors import DataError
+from mtk.errors import DataError, LayoutError
 from mtk.log import Reporter
 from mtk.parallel.dims import Dims
 from mtk.parallel.pipeline import call_gpt
@@ -30,7 +30,7 @@ from mtk.training.custom import Custom, logits_of
 from mtk.training.evaluate import held_out_loss
 from mtk.training.loop import RunData
 from mtk.training.metrics import read_metrics
-from mtk.training.objective import TokenLosses
+from mtk.training.objective import OfTokens, TokenLosses
 from mtk.verification.observe import random_sample, share
 from serving.generate_text import generate_text
 from stages.pretrain import run
@@ -52,7 +52,8 @@ class Heavier:
 
     def weights(self, batch: Any) -> tuple[Tensor, ...]:
         heavier = 1.0 + 2.0 * torch.isin(batch.labels_BS, torch.tensor(KEYWORDS))
-        return batch.loss_mask_BS * heavier, batch.loss_mask_BS
+        given = batch.extra.get("given", 1.0)
+        return batch.loss_mask_BS * heavier * given, batch.loss_mask_BS
 
     def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
         nats = self.token_losses(outputs, batch.labels_BS)
@@ -73,7 +74,8 @@ def own_batches(config: PretrainConfig, rank: int, size: int) -> RunData:
         whole = [text[k : k + 1] for k in range(rank, 4, size)]
         for _ in range(consumed, 24, 4):
             micro = [MicroBatch(t[:, :-1], t[:, 1:], torch.ones(1, 24), (0,)) for t in whole]
-            yield GlobalBatch(micro, samples=4)
+            given = {"given": torch.arange(24.0)[None]}
+            yield GlobalBatch([dataclasses.replace(m, extra=given) for m in micro], samples=4)
 
     return RunData(batches, None, None, train_samples=24, token_bytes_V=None)
 
@@ -229,6 +231,19 @@ def test_the_example_is_a_program() -> None:
     labels = torch.tensor([[17, 1]])
     batch = LocalBatch(labels, labels, torch.tensor([[1.0, 0.0]]), None, None)
     assert loss.weights(batch)[0].tolist() == [[5.0, 0.0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSamples(Heavier):
+    def weights(self, batch: Any) -> tuple[Tensor, ...]:
+        return torch.ones(1), batch.loss_mask_BS
+
+
+def test_losses_of_samples_are_refused_where_ranks_share_a_sample() -> None:
+    batch = LocalBatch(torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, 4), None, None)
+    assert OfTokens(Heavier(torch.sub)).weights(batch)[1].sum() == 4
+    with pytest.raises(LayoutError, match="keyword_loss is no loss of tokens"):
+        OfTokens(OfSamples(torch.sub)).weights(batch)
 
 
 def test_text_from_python(tmp_path: Path) -> None:
