@@ -36,7 +36,8 @@ class RunData:
     """Batches of a run. train: from a cursor (samples) on; valid, test: always the same.
 
     epoch: samples after which the run evaluates and saves, besides the intervals. judge: what
-    an evaluation on ``valid`` does in place of the held-out loss; every rank calls it.
+    an evaluation on ``valid`` does in place of the held-out loss, with ``valid`` or without;
+    every rank calls it, and returns the same figures (for the log and the checkpoint).
     """
 
     train: Callable[[int], Iterator[GlobalBatch]]
@@ -239,12 +240,10 @@ class Loop:
             self.evaluated_step = self.progress.step
         self.log.write(name, self.progress.step, result)
         self.reporter.event(name, step=self.progress.step, **result)
-        text = f"step {self.progress.step}: {name} loss {result['loss']:.4f}"
-        if "accuracy" in result:
-            text += f", accuracy {result['accuracy']:.4%}"
-        if "bits_per_byte" in result:
-            text += f", {result['bits_per_byte']:.3f} bits per byte"
-        self.reporter.info(text)
+        forms = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.4%}"}
+        forms["bits_per_byte"] = "{:.3f} bits per byte"
+        told = [form.format(result[key]) for key, form in forms.items() if key in result]
+        self.reporter.info(f"step {self.progress.step}: {name} {', '.join(told) or 'done'}")
         # Evaluation is not part of the training's throughput.
         self._interval_start += time.perf_counter() - started
 

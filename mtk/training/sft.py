@@ -22,6 +22,8 @@ from mtk.training.loop import RunData
 from mtk.training.pretrained import Pretrained
 from mtk.training.task_data import TaskFiles, named_files
 
+LOOKED_AT = 100  # conversations, for how answers end
+
 
 def sft_job(
     stage: str, config: FinetuneConfig, core: PretrainConfig, base: Pretrained, reporter: Reporter
@@ -45,6 +47,8 @@ def sft_job(
     def dataset(what: str, paths: Sequence[Path], digests: Sequence[str]) -> ChatDataset:
         corpus = reader.corpus(paths, digests, cache, reporter.info)
         _check_ids(corpus, tokenizer, vocab, base)
+        if what == "training":
+            _tell_end(corpus, tokenizer, reporter)
         # Tokenizers often have a padding id that was never given a row in the model.
         pad = next(i for i in (tokenizer.pad, tokenizer.eod, 0) if i is not None and i < vocab)
         made = ChatDataset(corpus, length, pad, packing=config.chat.packing)
@@ -78,6 +82,18 @@ def sft_job(
 
     identity = sha256_json([files.train_digests, reader.identity, config.chat.packing])
     return Job(stage, config, core, samples, files, identity, batches, base, "-loss")
+
+
+def _tell_end(corpus: ChatCorpus, tokenizer: Tokenizer, reporter: Reporter) -> None:
+    """Warn where answers end with no token that generation stops at."""
+    last = corpus.ends(LOOKED_AT)
+    if not last & {tokenizer.eod, tokenizer.eos}:
+        ends = ", ".join(repr(tokenizer.piece(token)) for token in sorted(last)[:3])
+        reporter.warn(
+            f"answers end with {ends}, not with the tokenizer's end of text "
+            f"{tokenizer.piece(tokenizer.eod)!r}: whoever generates must be told to stop "
+            f"there. --chat-template plain ends answers with the end of text"
+        )
 
 
 def _check_ids(corpus: ChatCorpus, tokenizer: Tokenizer, vocab_size: int, base: Pretrained) -> None:

@@ -261,11 +261,15 @@ def test_bad_lines_are_told_or_skipped(home: Path, tmp_path: Path) -> None:
         def info(self, message: str) -> None:
             told.append(message)
 
-    wanted = config(
-        home, tmp_path / "save", train_data=[str(path)], on_bad_line="skip", train_iters=1
-    )
-    run(wanted, Session(Listener(quiet=True)))
+        warn = info
+
+    changes = {"train_data": [str(path)], "on_bad_line": "skip", "train_iters": 1}
+    run(config(home, tmp_path / "save", **changes), Session(Listener(quiet=True)))
     text = "\n".join(told)
+    assert "answers end with" not in text
+    changes |= {"chat_template": "chatml", "seq_length": 64}
+    run(config(home, tmp_path / "other", **changes), Session(Listener(quiet=True)))
+    assert any("answers end with" in line and "end of text" in line for line in told)
     assert "1 lines are left out" in text and "line 31" in text and "30 conversations" in text
 
 

@@ -31,6 +31,7 @@ from mtk.training.evaluate import held_out_loss
 from mtk.training.loop import RunData
 from mtk.training.metrics import read_metrics
 from mtk.training.objective import OfTokens, TokenLosses
+from mtk.training.step import Stepper
 from mtk.verification.observe import random_sample, share
 from serving.generate_text import generate_text
 from stages.pretrain import run
@@ -180,6 +181,24 @@ def test_batches_must_last_as_long_as_the_run(tmp_path: Path) -> None:
     assert complete_steps(tmp_path / "short") == [2]
     with pytest.raises(DataError, match=r"train_samples = 12, but .* asks for 24"):
         run(config(tmp_path), QUIET, custom=Custom(batches=another_length, data_digest="three"))
+
+
+def judge(stepper: Stepper, step: int) -> dict[str, Any]:
+    """Logits of the model that is being trained."""
+    text = torch.arange(24)[None]
+    batch = GlobalBatch([MicroBatch(text, text, torch.ones(1, 24), (0,))], samples=1)
+    (logits,) = logits_of(stepper, batch)
+    return {"shape": list(logits.shape), "at": step}
+
+
+def judged(config: PretrainConfig, rank: int, size: int) -> RunData:
+    return dataclasses.replace(own_batches(config, rank, size), judge=judge)
+
+
+def test_a_run_hands_out_its_logits(tmp_path: Path) -> None:
+    own = Custom(batches=judged, data_digest="judged")
+    metrics = run(config(tmp_path), QUIET, custom=own).metrics
+    assert metrics["eval"] == {"shape": [1, 24, 31], "at": 6}
 
 
 def with_bytes(config: PretrainConfig, rank: int, size: int) -> RunData:
