@@ -152,7 +152,10 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
     if device.type == "cuda" and config.precision.precision == "fp32":
         rule = "flash attention needs bf16 or fp16 on CUDA"
     if device.type == "cuda" and config.data.reset_attention_mask:
-        rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+        rule = (
+            "flash attention has no mask for documents (--reset-attention-mask, packed "
+            "conversations) on CUDA"
+        )
     if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
         rule = "flash attention on CUDA takes no window and no bias on scores here"
     if rule:

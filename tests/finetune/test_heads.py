@@ -42,6 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bert(folder / "bert")
     save_bert(folder / "bare", tokenizer=False)
     save_bert(folder / "poolerless", binary=False)
+    (folder / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ta\tb\n1\tc\td\n")
     save_bert(folder / "narrow", vocab_size=12)
     save_native(folder / "gpt", gpt2_config())
     race(folder / "RACE" / "train" / "middle", SIZES["RACE"], 1)
@@ -250,6 +251,13 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
         ("bare", "MNLI", {}, CheckpointError, "has no tokenizer"),
         ("bert", "MNLI", {"train_data": ["no.tsv"]}, DataError, "is not a file"),
         ("bert", "RACE", {"train_data": ["no"]}, DataError, "is not a folder"),
+        (
+            "bert",
+            "QQP",
+            {"train_data": ["test.tsv"]},
+            DataError,
+            "test.tsv have the label 0.*not pub",
+        ),
         ("bert", "MNLI", {"eval_iters": 3}, ConfigError, "that of all held-out samples"),
         ("bert", "MNLI", {"chat_template": "plain"}, ConfigError, "belongs to --task sft"),
         ("bert", "MNLI", {"train_iters": None, "train_tokens": 9}, ConfigError, "in tokens"),
@@ -259,9 +267,17 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
     ],
 )
 def test_refusals_leave_nothing(
-    home: Path, tmp_path: Path, base: str, task: str, changes: Any, error: Any, words: str
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    task: str,
+    changes: Any,
+    error: Any,
+    words: str,
 ) -> None:
     own = files(home, "MNLI" if task == "sft" else task)
+    monkeypatch.chdir(home)
     with pytest.raises(error, match=words):
         run(options(task, home / base, tmp_path / "save", **{**own, **changes}), QUIET)
     assert not (tmp_path / "save").exists()
