@@ -182,6 +182,8 @@ class _Sums:
         self.positions += ours_SV.shape[0]
         our_logs, their_logs = ours_SV.log_softmax(-1), theirs_SV.log_softmax(-1)
         self.kl += F.kl_div(our_logs, their_logs, reduction="sum", log_target=True).item()
+        if len(ours_SV) != len(tokens_S):  # the head of a task predicts no tokens
+            return
         self.predicted += len(tokens_S) - 1
         self.loss_candidate += F.nll_loss(our_logs[:-1], tokens_S[1:], reduction="sum").item()
         self.loss_reference += F.nll_loss(their_logs[:-1], tokens_S[1:], reduction="sum").item()

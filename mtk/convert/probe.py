@@ -69,21 +69,25 @@ def with_order(logits_BSV: Tensor, order_B2: Tensor | None, real: int) -> Tensor
 
 @dataclass(frozen=True)
 class SegmentProbe:
-    """An encoder reads two padded segments; both heads are compared."""
+    """An encoder reads two padded segments; both heads are compared, or that of a task, whose
+    logits [B, K] are those of one place."""
 
     def native(self, model: Any, tokens_BS: Tensor) -> Tensor:
         inputs = SegmentInputs.of(tokens_BS)
         out = model(tokens_BS, types=inputs.types_BS, documents=inputs.padding_BS)
         logits, order = out if isinstance(out, tuple) else (out, None)
+        if logits.ndim == 2:
+            return logits[:, None]  # type: ignore[no-any-return]
         return with_order(logits, order, inputs.real)
 
     def foreign(self, model: nn.Module, tokens_BS: Tensor) -> Tensor:
         inputs = SegmentInputs.of(tokens_BS)
-        out = model(
-            input_ids=tokens_BS,
-            token_type_ids=inputs.types_BS,
-            attention_mask=1 - inputs.padding_BS,
-        )
+        given = (tokens_BS, inputs.types_BS, 1 - inputs.padding_BS)
+        if type(model).__name__.endswith("ForMultipleChoice"):  # one choice
+            given = (given[0][:, None], given[1][:, None], given[2][:, None])
+        out = model(input_ids=given[0], token_type_ids=given[1], attention_mask=given[2])
+        if "logits" in out and out.logits.ndim == 2:
+            return out.logits[:, None]  # type: ignore[no-any-return]
         if hasattr(out, "prediction_logits"):
             return with_order(out.prediction_logits, out.seq_relationship_logits, inputs.real)
         return with_order(out.logits, None, inputs.real)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mtk.config.heads import TASKS
 from mtk.errors import DataError
 from mtk.evaluation.classification import LabelledText, clean_text
 from mtk.evaluation.documents import read_text
 
-MNLI_LABELS = {"contradiction": 0, "entailment": 1, "neutral": 2}
+MNLI_LABELS = {label: number for number, label in enumerate(TASKS["MNLI"].labels)}
 MNLI_FIRST, MNLI_SECOND, MNLI_TEST_COLUMNS = 8, 9, 10
 QQP_COLUMNS, QQP_TEST_COLUMNS = 6, 3
 

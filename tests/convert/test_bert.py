@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mtk.config.heads import TASKS
 from mtk.convert import families
 from mtk.convert.bert import BERT, MEGATRON_BERT
 from mtk.convert.family import Family
@@ -33,6 +34,8 @@ CASES = [
     ("Bert", "ForMaskedLM", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
     ("MegatronBert", "ForPreTraining", {"hidden_act": "relu"}),
     ("MegatronBert", "ForMaskedLM", {}),
+    ("Bert", "ForSequenceClassification", {"id2label": dict(enumerate(TASKS["MNLI"].labels))}),
+    ("MegatronBert", "ForMultipleChoice", {}),
 ]
 
 
@@ -71,11 +74,14 @@ def test_in_and_out_bit_equal(
     assert not any(report.values()) and caplog.text == ""
     x_BS = torch.randint(131, (2, 33), generator=torch.Generator().manual_seed(1))
     types = torch.randint(3, (2, 33))
+    if task == "ForMultipleChoice":
+        x_BS, types = x_BS[None], types[None]
     with torch.no_grad():
         expected = loaded.eval()(x_BS, token_type_ids=types)
-        found = open_model(native.path).model(x_BS, types=types)
-    pairs = [(found, expected.logits)] if task == "ForMaskedLM" else []
-    if not pairs:
+        found = open_model(native.path).model(x_BS.view(-1, 33), types=types.view(-1, 33))
+    if task != "ForPreTraining":
+        pairs = [(found.view_as(expected.logits), expected.logits)]
+    else:
         pairs = list(zip(found, (expected.prediction_logits, expected[1]), strict=True))
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -149,6 +155,12 @@ def test_wrong_placement_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_tasks_are_refused(tmp_path: Path) -> None:
-    foreign("Bert", "ForSequenceClassification").save_pretrained(tmp_path / "foreign")
-    with pytest.raises(ConversionError, match="architecture BertForSequenceClassification"):
-        open_model(tmp_path / "foreign")
+    foreign("Bert", "ForTokenClassification").save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ConversionError, match="architecture BertForTokenClassification"):
+        open_model(tmp_path / "tokens")
+    turned = dict(enumerate(reversed(TASKS["MNLI"].labels)))
+    for name, changes in (("nameless", {}), ("turned", {"id2label": turned})):
+        model = foreign("Bert", "ForSequenceClassification", **changes)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ConversionError, match=r"id2label = .*QQP: not_duplicate, duplicate"):
+            open_model(tmp_path / name)

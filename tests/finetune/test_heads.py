@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtk.artifacts import open_artifact
 from mtk.checkpoint import load_model, read_model_config, read_tensors
 from mtk.config import make
 from mtk.config.convert import ConvertConfig
 from mtk.config.evaluate import EvaluateConfig
+from mtk.config.heads import TASKS
 from mtk.config.pretrain import PretrainConfig
-from mtk.errors import CheckpointError, ConfigError, ConversionError, DataError
+from mtk.convert.open_model import open_model
+from mtk.errors import CheckpointError, ConfigError, DataError
 from mtk.evaluation.classification import ClassificationData
-from mtk.evaluation.task_files import unique_names
+from mtk.evaluation.task_files import read_task, unique_names
 from stages import convert, evaluate
 from stages.finetune import run
 from tests.convert.models import gpt2_config, save_native
@@ -185,9 +188,6 @@ def test_a_head_is_never_taken_for_something_else(
 ) -> None:
     with pytest.raises(ConfigError, match=r"has the head of MNLI.*--task MNLI"):
         run(config(home, "QQP", tmp_path / "a", base="tuned-MNLI"), QUIET)
-    wanted = make(ConvertConfig, load=str(tuned["MNLI"]), save=str(tmp_path / "hf"), to="hf")
-    with pytest.raises(ConversionError, match="task_head = MNLI"):
-        convert.run(wanted, QUIET)
     with pytest.raises(ConfigError, match="belongs to mtk finetune"):
         make(
             PretrainConfig,
@@ -200,6 +200,37 @@ def test_a_head_is_never_taken_for_something_else(
             save="x",
             **{"model.task_head": "RACE", "model.bert_binary_head": False},
         )
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_a_head_goes_to_hugging_face(
+    home: Path, tuned: dict[str, Path], tmp_path: Path, task: str
+) -> None:
+    """transformers computes the same on the task's samples, and mtk evaluates the export."""
+    transformers = pytest.importorskip("transformers")
+    wanted = make(ConvertConfig, load=str(tuned[task]), save=str(tmp_path / "hf"), to="hf")
+    exported = convert.run(wanted, QUIET)
+    kind = "MultipleChoice" if task == "RACE" else "SequenceClassification"
+    model, report = getattr(transformers, f"MegatronBertFor{kind}").from_pretrained(
+        exported.path, output_loading_info=True
+    )
+    assert not any(report.values())
+    if task == "MNLI":
+        assert model.config.id2label[1] == "entailment"
+    evaluate.run(evaluation(home, task, exported.path, tmp_path / "score"), QUIET)
+    lines = (tmp_path / "score" / "items.jsonl").read_text().splitlines()
+    opened = open_model(tuned[task])
+    path = files(home, task)["valid_data"][0]
+    data = read_task(TASKS[task], path, opened.tokenizer, opened.config.seq_length, pytest.fail)
+    for k in range(8):
+        sample = data[k]
+        mask = torch.from_numpy(sample.mask)
+        text, types = torch.from_numpy(sample.text), torch.from_numpy(sample.types) * mask
+        rows = [x[None] if task == "RACE" else x for x in (text, types, mask)]
+        with torch.no_grad():
+            found = model(rows[0], token_type_ids=rows[1], attention_mask=rows[2]).logits
+        expected = json.loads(lines[k])["probabilities"]
+        assert found.flatten().softmax(-1).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_goes_on_with_the_same_head(home: Path, tuned: dict[str, Path], tmp_path: Path) -> None:
