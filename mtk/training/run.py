@@ -35,7 +35,7 @@ from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
 from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
-from mtk.training.pretrained import initial_values, restore_pretrained
+from mtk.training.pretrained import POOLER, initial_values, restore_pretrained
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver
@@ -177,9 +177,11 @@ def begin(run: Run) -> RunProgress:
     torch.manual_seed(stream_seed(seed, stepper.ranks, sequence_parallel))
     base = run.job.base
     if base is not None and (start.folder is None or stepper.placed.frozen):
-        restore_pretrained(stepper, base)
+        anew = restore_pretrained(stepper, base)
         fresh = "; fresh optimizer" if start.folder is None else ""
         session.reporter.info(f"weights from {base.path}{fresh}")
+        if start.folder is None and any(name.startswith(POOLER) for name in anew):
+            session.reporter.warn(f"{base.path} has no pooler: it begins anew")
     if start.folder is None:
         return RunProgress()
     for warning in start.warnings:

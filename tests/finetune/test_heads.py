@@ -21,6 +21,8 @@ from mtk.convert.open_model import open_model
 from mtk.errors import CheckpointError, ConfigError, DataError
 from mtk.evaluation.classification import ClassificationData
 from mtk.evaluation.task_files import read_task, unique_names
+from mtk.log import Reporter
+from mtk.session import Session
 from stages import convert, evaluate
 from stages.finetune import run
 from tests.convert.models import gpt2_config, save_native
@@ -249,7 +251,15 @@ def test_begins_from_a_hugging_face_directory(home: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_pooler_begins_anew(home: Path, tmp_path: Path) -> None:
-    artifact = run(config(home, "QQP", tmp_path, base="poolerless", train_iters=1), QUIET)
+    told: list[str] = []
+
+    class Listener(Reporter):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    wanted = config(home, "QQP", tmp_path, base="poolerless", train_iters=1)
+    artifact = run(wanted, Session(Listener(quiet=True)))
+    assert told == [f"{home / 'poolerless'} has no pooler: it begins anew"]
     assert "pooler.dense.weight" in read_tensors(artifact.folder, "model")
 
 
