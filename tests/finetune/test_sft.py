@@ -221,6 +221,17 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
     assert weight_files(tmp_path / "straight") == weight_files(tmp_path / "stopped")
 
 
+def test_longer_sequences_than_the_checkpoint_was_made_for(home: Path, tmp_path: Path) -> None:
+    longer: dict[str, Any] = {"seq_length": 96, "max_position_embeddings": 128, "train_iters": 1}
+    rope = {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0, "rotary_base": 5e5}
+    run(config(home, tmp_path / "rope", **longer, **rope, lora_rank=2), QUIET)
+    model = open_model(tmp_path / "rope").config
+    assert {name: getattr(model, name) for name in rope} == rope
+    assert (model.seq_length, model.max_position_embeddings) == (96, 128)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings = 128: .* has"):
+        run(config(home, tmp_path / "learned", "gpt2", **longer), QUIET)
+
+
 def test_other_data_or_template_is_no_continuation(home: Path, tmp_path: Path) -> None:
     run(config(home, tmp_path, train_iters=2), QUIET)
     (tmp_path / "other.jinja").write_text(BUILT_IN["plain"].replace("Assistant:", "Bot:"))
