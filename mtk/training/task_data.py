@@ -49,6 +49,6 @@ class TaskFiles:
         return [record.digest for record in self.records[len(self.train) :]]
 
 
-def named_files(patterns: Sequence[str]) -> list[Path]:
+def named_files(patterns: Sequence[str], option: str) -> list[Path]:
     """The files that paths and globs name. Raises DataError."""
-    return expand_inputs(patterns)
+    return expand_inputs(patterns, option=option)

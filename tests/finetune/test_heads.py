@@ -21,6 +21,8 @@ from mtk.convert.open_model import open_model
 from mtk.errors import CheckpointError, ConfigError, DataError
 from mtk.evaluation.classification import ClassificationData
 from mtk.evaluation.task_files import read_task, unique_names
+from mtk.log import Reporter
+from mtk.session import Session
 from stages import convert, evaluate
 from stages.finetune import run
 from tests.convert.models import gpt2_config, save_native
@@ -45,6 +47,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bert(folder / "bert")
     save_bert(folder / "bare", tokenizer=False)
     save_bert(folder / "poolerless", binary=False)
+    (folder / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ta\tb\n1\tc\td\n")
+    save_bert(folder / "narrow", vocab_size=12)
     save_native(folder / "gpt", gpt2_config())
     race(folder / "RACE" / "train" / "middle", SIZES["RACE"], 1)
     race(folder / "RACE" / "dev" / "middle", 42, 2)
@@ -247,7 +251,15 @@ def test_begins_from_a_hugging_face_directory(home: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_pooler_begins_anew(home: Path, tmp_path: Path) -> None:
-    artifact = run(config(home, "QQP", tmp_path, base="poolerless", train_iters=1), QUIET)
+    told: list[str] = []
+
+    class Listener(Reporter):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    wanted = config(home, "QQP", tmp_path, base="poolerless", train_iters=1)
+    artifact = run(wanted, Session(Listener(quiet=True)))
+    assert told == [f"{home / 'poolerless'} has no pooler: it begins anew"]
     assert "pooler.dense.weight" in read_tensors(artifact.folder, "model")
 
 
@@ -280,6 +292,13 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
         ("bare", "MNLI", {}, CheckpointError, "has no tokenizer"),
         ("bert", "MNLI", {"train_data": ["no.tsv"]}, DataError, "is not a file"),
         ("bert", "RACE", {"train_data": ["no"]}, DataError, "is not a folder"),
+        (
+            "bert",
+            "QQP",
+            {"train_data": ["test.tsv"]},
+            DataError,
+            "test.tsv have the label 0.*not pub",
+        ),
         ("bert", "MNLI", {"eval_iters": 3}, ConfigError, "that of all held-out samples"),
         ("bert", "MNLI", {"chat_template": "plain"}, ConfigError, "belongs to --task sft"),
         ("bert", "MNLI", {"train_iters": None, "train_tokens": 9}, ConfigError, "in tokens"),
@@ -289,12 +308,25 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
     ],
 )
 def test_refusals_leave_nothing(
-    home: Path, tmp_path: Path, base: str, task: str, changes: Any, error: Any, words: str
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    task: str,
+    changes: Any,
+    error: Any,
+    words: str,
 ) -> None:
     own = files(home, "MNLI" if task == "sft" else task)
+    monkeypatch.chdir(home)
     with pytest.raises(error, match=words):
         run(options(task, home / base, tmp_path / "save", **{**own, **changes}), QUIET)
     assert not (tmp_path / "save").exists()
+
+
+def test_ids_that_the_model_has_no_row_for(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train.tsv:\d+ holds id \d+, but the model has 12 ids"):
+        run(config(home, "QQP", tmp_path / "save", base="narrow"), QUIET)
 
 
 def test_names_of_held_out_data_are_told_apart() -> None:
