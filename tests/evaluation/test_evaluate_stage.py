@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import models, normalizers
+from tokenizers import Tokenizer as Library
 
 from mtk.artifacts import verify_lineage
 from mtk.cli.main import main
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ArtifactError, ConfigError, DataError, GateError
+from mtk.evaluation import lambada
+from mtk.evaluation.documents import Document
 from mtk.evaluation.scoring import Request, batches
+from mtk.evaluation.text_ids import TextIds
 from mtk.models.gpt import GPT
+from mtk.tokenizers.huggingface import from_folder
 from tests.convert.models import TEXT, VOCAB, llama, save_native
 from tests.evaluation.stage import CONTEXT, brute_force, evaluate, items, log_prob, results
 from tests.models.sizes import small_config
@@ -99,6 +105,25 @@ def test_lambada_is_the_brute_force_one(
     figures = results(artifact)["figures"]
     assert figures["correct"] == sum(item["correct"] for item in found)
     assert figures["accuracy"] == figures["correct"] / 3 and figures["strict"] is strict
+
+
+def test_a_last_word_is_tokenised_as_it_stands(tmp_path: Path) -> None:
+    """Tokenizers of Llama-2's kind put a space before every text; alone the last word would
+    begin with two. The harness cuts its label from the ids of the whole passage."""
+    merges = [("▁", "a"), ("▁", "b"), ("a", "t"), ("c", "at"), ("▁", "cat")]
+    pieces = ["<unk>", "</s>", *"▁abct", *("".join(pair) for pair in merges)]
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    library = Library(models.BPE(numbers, merges, unk_token="<unk>"))
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    text = TextIds(from_folder(tmp_path))
+    assert text.alone(" cat") == [numbers["▁"], numbers["▁cat"]]
+    request = lambada.passage_request(text, Document("a  b\ncat", "x:1"), strict=True)
+    assert request.tokens == [numbers[piece] for piece in ("▁a", "▁", "▁b", "▁cat")]
+    assert request.first == 3
 
 
 def test_lambada_counts_a_right_answer(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
