@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import models, normalizers
 from tokenizers import Tokenizer as Library
+from tokenizers import models, normalizers
 
 from mtk.artifacts import verify_lineage
 from mtk.cli.main import main
