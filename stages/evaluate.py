@@ -11,7 +11,7 @@ from mtk.artifacts import Artifact, input_file, publish_directory
 from mtk.config.evaluate import EvaluateConfig
 from mtk.config.heads import TASKS as HEADS
 from mtk.data.stop import terminate_cleanly
-from mtk.errors import LayoutError, Problem
+from mtk.errors import GateError, LayoutError, Problem, ServingError
 from mtk.session import Session
 from stages.skip import up_to_date
 
@@ -152,7 +152,7 @@ def _outcome(
         bench = tasks.prepare(config, opened, world, session.reporter)
         length = bench.length
         if config.harness_tasks:
-            outcome = tasks.harness_task(bench, generator(opened))
+            outcome = tasks.harness_task(bench, generator(opened, config.batch_size))
         elif config.task == "LAMBADA":
             outcome = tasks.lambada_task(bench)
         else:
@@ -173,8 +173,11 @@ def _outcome(
     return outcome, results
 
 
-def generator(opened: OpenedModel) -> Generate:
-    """Continues prompts by the serving engine's own decoding."""
+def generator(opened: OpenedModel, rows: int | None = None) -> Generate:
+    """Continues prompts by the serving engine's own decoding, ``rows`` at a time (default: 8).
+
+    What it returns raises GateError if the model computes NaN.
+    """
     from mtk.evaluation.lm_eval_model import Continuation
     from serving.generation import generate
     from serving.requests import GenerationRequest, StopRules
@@ -193,7 +196,11 @@ def generator(opened: OpenedModel) -> Generate:
             sampling=sampling,
             stop=StopRules(token_ids=ends, strings=tuple(s for s in settings.until if s)),
         )
-        return [output.text for output in generate(opened.model, tokenizer, request)]
+        try:
+            found = generate(opened.model, tokenizer, request, max_rows=rows or 8)
+        except ServingError as error:
+            raise GateError(f"{error}. Nothing was published. Try --dtype fp32.") from error
+        return [output.text for output in found]
 
     return continued
 

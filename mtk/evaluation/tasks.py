@@ -15,6 +15,7 @@ from mtk.evaluation import detokenizers, lambada, perplexity
 from mtk.evaluation.documents import Document, read_documents
 from mtk.evaluation.scorer import Scorer
 from mtk.evaluation.text_ids import TextIds
+from mtk.evaluation.windows import context_length
 from mtk.log import Reporter
 from mtk.parallel.groups import Group
 
@@ -51,10 +52,7 @@ class Bench:
 
 def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter: Reporter) -> Bench:
     """Read the data and check it against the model. Raises ConfigError, DataError."""
-    if opened.config.family != "gpt":
-        rule = f"needs a model that predicts the next token; {config.load} is a {{}}"
-        kind = opened.config.family.upper()
-        raise ConfigError([Problem("task", config.task, rule.format(kind))])
+    opened.require_decoder("task", config.task)
     scorer = Scorer(
         opened.model,
         opened.tokenizer.eod,
@@ -72,17 +70,12 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     """Tokens a window may have. Raises ConfigError beyond the model's positions."""
     limit = opened.config.positions
     as_trained = config.task == "WIKITEXT103" and config.windows == "megatron"
-    length = config.seq_length or (min(opened.config.seq_length, limit) if as_trained else limit)
-    problems = []
-    if length > limit and opened.config.positions_are_limited:
-        rule = f"exceeds the {limit} positions of the model"
-        problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
-    elif config.overlapping_eval is not None and config.overlapping_eval > length:
+    usual = min(opened.config.seq_length, limit) if as_trained else limit
+    length = context_length(config.seq_length, opened.config, usual)
+    if config.overlapping_eval is not None and config.overlapping_eval > length:
         rule = f"exceeds the context of {length}: tokens in between would not be scored"
         found = config.overlapping_eval
-        problems.append(Problem("overlapping_eval", found, rule, f"Nearest: {length}."))
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([Problem("overlapping_eval", found, rule, f"Nearest: {length}.")])
     return length
 
 
