@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,11 @@ def run(config: EvaluateConfig, session: Session | None = None) -> Artifact:
         from mtk.evaluation.lm_eval_tasks import require_harness
 
         require_harness()
+    if config.task == "WIKITEXT103":
+        from mtk.evaluation.detokenizers import choose_all
+
+        # Before anything is compared with an earlier run: paths are no part of a digest.
+        config = replace(config, detokenizer=choose_all(config.valid_data, config.detokenizer))
     device = _device(config)
     place = find_place(device)
     if place.started_by != "alone" or config.nproc == 1:
@@ -108,7 +114,8 @@ def _inputs(config: EvaluateConfig) -> tuple[Source, list[InputRecord]]:
     from mtk.evaluation.task_files import data_files
 
     source = find_source(config.load)
-    data = [input_file(path, "data") for path in data_files(config)]
+    # By name: a file's name decides how it is read, and files of one artifact share its digest.
+    data = [input_file(path, f"data {path.name}") for path in data_files(config)]
     return source, [*source.inputs(), *data, *harness_inputs(config)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mtk.artifacts.hashing import sha256_file
 from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import OpenedModel
-from mtk.errors import ConfigError, DataError, GateError, Problem
+from mtk.errors import ConfigError, GateError, Problem
 from mtk.evaluation import detokenizers, lambada, perplexity
 from mtk.evaluation.documents import Document, read_documents
 from mtk.evaluation.scorer import Scorer
@@ -81,7 +81,8 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
 
 def perplexity_task(bench: Bench) -> Outcome:
     """WIKITEXT103: perplexity of any text."""
-    config, chosen = bench.config, _detokenizer(bench.config)
+    config = bench.config
+    chosen = detokenizers.choose_all(config.valid_data, config.detokenizer)
     bench.reporter.info(f"detokenizer: {chosen}")
     settings = perplexity.Settings(bench.length, config.overlapping_eval, chosen, config.windows)
     with bench.reporter.progress("evaluate", None, "tokens") as bar:
@@ -104,20 +105,6 @@ def perplexity_task(bench: Bench) -> Outcome:
         "definitions": perplexity.DEFINITIONS,
     }
     return Outcome(figures, result.items, summary, details)
-
-
-def _detokenizer(config: EvaluateConfig) -> detokenizers.Detokenizer:
-    rules = {
-        detokenizers.choose(path) if config.detokenizer == "auto" else config.detokenizer
-        for path in config.valid_data
-    }
-    if len(rules) > 1:
-        raise DataError(
-            f"the paths of --valid-data suggest different detokenizers "
-            f"({', '.join(sorted(rules))}). Evaluate the files apart, or choose one with "
-            f"--detokenizer."
-        )
-    return rules.pop()
 
 
 def lambada_task(bench: Bench) -> Outcome:

@@ -148,11 +148,19 @@ def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
     data.write_text(TEXT, encoding="utf-8")
     first = evaluate(native, data, tmp_path)
     found = results(first)
-    assert first.kind == "evaluation" and {i.role for i in first.inputs} == {"model", "data"}
+    assert first.kind == "evaluation" and {i.role for i in first.inputs} == {"model", "data a.txt"}
     assert found["definitions"]["adjusted_perplexity"] and found["detokenizer"] == "none"
     assert found["data"][0]["file"] == "a.txt" and len(found["data"][0]["sha256"]) == 64
     assert set(verify_lineage(first).values()) == {"verified"}
     assert evaluate(native, data, tmp_path).timings == first.timings
+    # The same bytes are another document elsewhere: a name decides how a file is read.
+    other = data.rename(tmp_path / "b.txt")
+    with pytest.raises(ArtifactError, match="--force"):
+        evaluate(native, other, tmp_path)
+    (tmp_path / "wiki").mkdir()
+    marked = other.rename(tmp_path / "wiki" / "a.txt")
+    with pytest.raises(ArtifactError, match="--force"):
+        evaluate(native, marked, tmp_path, detokenizer="auto")
     data.write_text(TEXT + "more", encoding="utf-8")
     with pytest.raises(ArtifactError, match="--force"):
         evaluate(native, data, tmp_path)
