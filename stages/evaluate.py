@@ -115,7 +115,7 @@ def _inputs(config: EvaluateConfig) -> tuple[Source, list[InputRecord]]:
 
     source = find_source(config.load)
     # By name: a file's name decides how it is read, and files of one artifact share its digest.
-    data = [input_file(path, f"data {path.name}") for path in data_files(config)]
+    data = [input_file(path, f"data {path.name}".rstrip()) for path in data_files(config)]
     return source, [*source.inputs(), *data, *harness_inputs(config)]
 
 

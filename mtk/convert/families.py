@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from mtk.config.model import ModelConfig
 from mtk.convert.bert import BERT, MEGATRON_BERT
 from mtk.convert.bloom import BLOOM
@@ -39,7 +41,9 @@ def family_for(config: ModelConfig, wanted: str | None = None) -> Family:
     known = [family.model_type for family in FAMILIES]
     if wanted is not None and wanted not in known:
         rule = f"is no family that mtk writes: {', '.join(known)}"
-        raise ConfigError([Problem("hf_family", wanted, rule)])
+        near = difflib.get_close_matches(wanted, known, n=1)
+        fix = f"Nearest: {near[0]}." if near else ""
+        raise ConfigError([Problem("hf_family", wanted, rule, fix)])
     refused: list[tuple[Family, list[str]]] = []
     for family in FAMILIES:
         if wanted not in (None, family.model_type):

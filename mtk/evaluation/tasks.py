@@ -12,7 +12,7 @@ from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import OpenedModel
 from mtk.errors import ConfigError, GateError, Problem
 from mtk.evaluation import detokenizers, lambada, perplexity
-from mtk.evaluation.documents import Document, read_documents
+from mtk.evaluation.documents import Document, read_documents, read_passages
 from mtk.evaluation.scorer import Scorer
 from mtk.evaluation.text_ids import TextIds
 from mtk.evaluation.windows import context_length
@@ -61,7 +61,9 @@ def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter:
         world=world,
     )
     own = config.valid_data if not config.harness_tasks else ()
-    data = {path: read_documents(Path(path), config.text_key) for path in own}
+    # Whatever its name is: a text file would be one passage of many.
+    read = read_passages if config.task == "LAMBADA" else read_documents
+    data = {path: read(Path(path), config.text_key) for path in own}
     text = TextIds(opened.tokenizer, config.prepend_bos)
     return Bench(config, opened, scorer, text, _context(config, opened), reporter, data)
 

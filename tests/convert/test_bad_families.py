@@ -205,6 +205,8 @@ def test_the_wanted_family(tmp_path: Path) -> None:
         family_for(llama(), "qwen3")
     with pytest.raises(ConfigError, match="no family that mtk writes: gpt2, llama, mistral"):
         family_for(llama(), "rwkv")
+    with pytest.raises(ConfigError, match=r"Nearest: gpt_neox\."):
+        family_for(llama(), "gpt-neox")
     with pytest.raises(ConfigError, match="none is written"):
         convert_config(tmp_path, tmp_path, to="native", hf_family="llama")
 

@@ -179,6 +179,7 @@ def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
             {"task": "LAMBADA", "strict_lambada": True},
             "context of 24",
         ),
+        ("lambada.txt", "a passage of many\n", {"task": "LAMBADA"}, "lambada.txt:1 is not JSON"),
         ("missing/a.txt", None, {}, "does not exist"),
     ],
 )
