@@ -22,7 +22,7 @@ from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ConfigError, DataError, Problem
 from mtk.evaluation.perplexity import check_ids
 from mtk.evaluation.scorer import Advance, Scorer
-from mtk.evaluation.scoring import Request
+from mtk.evaluation.scoring import PAD, Request
 from mtk.evaluation.text_ids import PrependBos, TextIds
 from mtk.evaluation.windows import context_length, rolling
 
@@ -222,9 +222,9 @@ def register(generator: Callable[[OpenedModel, int | None], Generate]) -> None:
             opened = open_model(load, dtype=DTYPES[dtype], device=place)
             opened.require_decoder("load", load)
             length = context_length(max_length, opened.config, opened.config.positions)
-            limit = None if batch_size in (None, "auto") else int(str(batch_size))
-            scorer = Scorer(
-                opened.model, opened.tokenizer.eod, batch_tokens=batch_tokens, batch_size=limit
-            )
+            # The harness's "auto:4" too: a budget of tokens finds the size by itself.
+            found = "auto" if batch_size is None else str(batch_size)
+            limit = None if found.startswith("auto") else int(found)
+            scorer = Scorer(opened.model, PAD, batch_tokens=batch_tokens, batch_size=limit)
             text = TextIds(opened.tokenizer, prepend_bos)
             super().__init__(scorer, text, generator(opened, limit), max_length=length)

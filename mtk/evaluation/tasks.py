@@ -14,6 +14,7 @@ from mtk.errors import ConfigError, GateError, Problem
 from mtk.evaluation import detokenizers, lambada, perplexity
 from mtk.evaluation.documents import Document, read_documents, read_passages
 from mtk.evaluation.scorer import Scorer
+from mtk.evaluation.scoring import PAD
 from mtk.evaluation.text_ids import TextIds
 from mtk.evaluation.windows import context_length
 from mtk.log import Reporter
@@ -55,7 +56,7 @@ def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter:
     opened.require_decoder("task", config.task)
     scorer = Scorer(
         opened.model,
-        opened.tokenizer.eod,
+        PAD,
         batch_tokens=config.batch_tokens,
         batch_size=config.batch_size,
         world=world,
@@ -155,6 +156,11 @@ def harness_task(bench: Bench, generate: Generate) -> Outcome:
             bench.scorer, bench.text, generate, max_length=bench.length, advance=bar.advance
         )
         tasks = harness.load_tasks(config, folder, data)
+        if unchanged := harness.without_examples(tasks, config.num_fewshot):
+            bench.reporter.warn(
+                f"--num-fewshot {config.num_fewshot} is not for {', '.join(unchanged)}, which "
+                f"allow no examples, and was left out there"
+            )
         found = harness.run_tasks(model, tasks, config.limit, first=first)
         result = harness_result(found, config.limit)
     require_finite(result.log_likelihoods, config.dtype)

@@ -126,6 +126,17 @@ def test_a_last_word_is_tokenised_as_it_stands(tmp_path: Path) -> None:
     assert request.first == 3
 
 
+def test_padding_is_an_id_that_the_model_has(
+    native: Path, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may have got its end of document after the model was made."""
+    beyond = property(lambda tokenizer: 10**6, lambda tokenizer, value: None)
+    monkeypatch.setattr(type(opened.tokenizer), "eod", beyond, raising=False)
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "the quick brown fox"}\n{"text": "a test"}\n', encoding="utf-8")
+    assert len(items(evaluate(native, data, tmp_path, task="LAMBADA"))) == 2
+
+
 def test_lambada_counts_a_right_answer(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
     """For some context the model's own most likely token survives tokenisation."""
     encode, decode = opened.tokenizer.encode, opened.tokenizer.decode
