@@ -12,16 +12,15 @@ from mtk.cli.options import CommonOptions, add_command
 if TYPE_CHECKING:
     from mtk.config.plan import PlanConfig
 
+PLAN = "mtk.config.plan:PlanConfig"
 _JSON = typer.Option("--json", help="Machine-readable JSON lines on stdout, people on stderr.")
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add the commands to ``app``."""
     del parents
-    from mtk.config.plan import PlanConfig
-
     help = "Layout, memory, time and cost of a pretraining, before anything starts."
-    add_command(app, "plan", PlanConfig, _plan, help=help)
+    add_command(app, "plan", PLAN, _plan, help=help)
     app.command("recipes", help="List the named starting points of mtk pretrain.")(_recipes)
 
 
@@ -35,7 +34,7 @@ def _plan(given: dict[str, Any], common: CommonOptions) -> None:
     from stages.registry import Stage
 
     # The planner resolves as a stage does (recipe lowest) without being one.
-    stage = Stage("plan", "mtk.config.plan:PlanConfig", "", "")
+    stage = Stage("plan", PLAN, "", "")
     config: PlanConfig = stage.resolve(layers_from(given, common)).config
     assumed = assumed_vocab_size(config.recipe, config.model.family)
     model = with_vocabulary(config.model, assumed)

@@ -107,8 +107,11 @@ def _rows(path: Path) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
 
 
 def _number(text: str, origin: str, what: str) -> int:
-    if not text.strip().isdecimal():
-        raise DataError(f"{origin}: the {what} is {text.strip()[:40]!r}, not a whole number.")
+    # 18 digits always fit the 64 bits that a batch holds it in.
+    if not text.strip().isdecimal() or len(text.strip()) > 18:
+        raise DataError(
+            f"{origin}: the {what} is {text.strip()[:40]!r}, not a whole number of up to 18 digits."
+        )
     return int(text)
 
 

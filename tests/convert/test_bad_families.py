@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtk.convert.families import family_for
+from mtk.convert.families import FAMILIES, family_for
 from mtk.convert.hf_directory import read_hf_model
 from mtk.convert.open_model import open_model
 from mtk.errors import ConfigError, ConversionError
@@ -242,12 +242,29 @@ def test_the_wanted_family(tmp_path: Path) -> None:
         family_for(llama(), "qwen3")
     with pytest.raises(ConfigError, match="no family that mtk writes: gpt2, llama, mistral"):
         family_for(llama(), "rwkv")
+    with pytest.raises(ConfigError, match=r"Nearest: gpt_neox\."):
+        family_for(llama(), "gpt-neox")
     with pytest.raises(ConfigError, match="none is written"):
         convert_config(tmp_path, tmp_path, to="native", hf_family="llama")
 
 
 def test_an_option_no_family_knows_is_a_reason_against_all() -> None:
-    with pytest.raises(ConversionError) as caught:
-        family_for(llama(activation="geglu", scale_embeddings=True))
-    text = str(caught.value)
+    config, text = llama(activation="geglu", scale_embeddings=True), ""
+    for family in FAMILIES:
+        with pytest.raises(ConversionError) as caught:
+            family_for(config, family.model_type)
+        text += str(caught.value)
     assert text.count("scale_embeddings = True") == 12 and text.count("activation = geglu") == 12
+
+
+def test_the_nearest_families_come_first() -> None:
+    """All reasons of all families were 69 lines; BERT is one reason away from any decoder."""
+    with pytest.raises(ConversionError) as caught:
+        family_for(llama(window_size=8, position_embedding_type="alibi"))
+    lines = str(caught.value).splitlines()
+    assert lines[1:3] == [
+        "  not MistralForCausalLM:",
+        "      - position_embedding_type = alibi: Mistral rotates (rope)",
+    ]
+    assert len(lines) < 12 and "not Bert" not in str(caught.value)
+    assert lines[-1].startswith("  Further from it: ") and "bert" in lines[-1]

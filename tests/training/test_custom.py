@@ -33,9 +33,7 @@ from mtk.training.metrics import read_metrics
 from mtk.training.objective import OfTokens, TokenLosses
 from mtk.training.step import Stepper
 from mtk.verification.observe import random_sample, share
-from serving.generate_text import generate_text
 from stages.pretrain import run
-from tests.convert.models import TEXT, llama, save_native
 from tests.parallel.layouts import configure
 from tests.parallel.ranks import run_ranks
 
@@ -263,18 +261,3 @@ def test_losses_of_samples_are_refused_where_ranks_share_a_sample() -> None:
     assert OfTokens(Heavier(torch.sub)).weights(batch)[1].sum() == 4
     with pytest.raises(LayoutError, match="keyword_loss is no loss of tokens"):
         OfTokens(OfSamples(torch.sub)).weights(batch)
-
-
-def test_text_from_python(tmp_path: Path) -> None:
-    folder = save_native(tmp_path / "native", llama())
-    prompts = [TEXT[:9], TEXT[4:19]]
-    greedy = generate_text(folder, prompts, max_new_tokens=6, temperature=0)
-    assert len(greedy) == 2 and generate_text(folder, prompts, max_new_tokens=6, top_k=1) == greedy
-    sampled = {"max_new_tokens": 6, "top_p": 0.9, "top_p_decay": 0.9, "top_p_bound": 0.2}
-    assert generate_text(folder, prompts, seed=1, **sampled) == generate_text(
-        folder, prompts, seed=1, **sampled
-    )
-    beams = generate_text(folder, prompts, max_new_tokens=6, num_beams=3, length_penalty=0.7)
-    assert len(beams) == 2 and all(isinstance(text, str) for text in beams)
-    begun = generate_text(folder, prompts, max_new_tokens=6, temperature=0, add_BOS=True)
-    assert begun != greedy
