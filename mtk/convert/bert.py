@@ -208,9 +208,23 @@ def spelling(tensors: Tensors, config: ModelConfig) -> Tensors:
     return LazyTensors(places, lambda name: tensors[places[name]])
 
 
+def amended(placement: str) -> Callable[[dict[str, Any], Tensors], dict[str, Any]]:
+    """Published files for ``ForMaskedLM`` hold the whole model of pretraining: finetuning wants
+    its pooler."""
+    heads = ("bert.pooler.dense.weight", "cls.seq_relationship.weight")
+
+    def seen(foreign: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+        masked = first_architecture(foreign) == PREFIX[placement] + MASKED
+        if not masked or any(name not in tensors for name in heads):
+            return foreign
+        return foreign | {"architectures": [PREFIX[placement] + PRETRAINING]}
+
+    return seen
+
+
 def _ignored(config: ModelConfig) -> set[str]:
-    """A table of positions that old files have; heads that ``ForMaskedLM`` does not load, though
-    published files for it contain them."""
+    """A table of positions that old files have; one of two heads, which ``ForMaskedLM`` does not
+    load."""
     names = {"bert.embeddings.position_ids"}
     if class_of(config) == MASKED:
         for module in ("bert.pooler.dense", "cls.seq_relationship"):
@@ -230,6 +244,7 @@ def _family(placement: str) -> Family:
         weights=weights(placement),
         probe=SEGMENTS,
         spelling=spelling,
+        amended=amended(placement),
         classes=tuple(PREFIX[placement] + kind for kind in CLASSES[1:]),
     )
 

@@ -104,7 +104,7 @@ def test_the_plain_reference_agrees(
 @pytest.mark.parametrize("reference", ["transformers", "plain"])
 def test_files_as_they_were_published(reference: str, tmp_path: Path) -> None:
     """bert-base-uncased: norms with gamma and beta, copies of what is tied, a table of positions,
-    and heads that the class named in config.json does not have."""
+    and heads that the class named in config.json does not have, but finetuning wants."""
     model = foreign("Bert", "ForPreTraining", type_vocab_size=1)
     model.save_pretrained(tmp_path / "foreign")
     path = tmp_path / "foreign" / "model.safetensors"
@@ -123,8 +123,13 @@ def test_files_as_they_were_published(reference: str, tmp_path: Path) -> None:
     native = run(convert_config(tmp_path / "foreign", tmp_path / "native", **options), quiet())
     x_BS = torch.arange(2, 35)[None]
     with torch.no_grad():
-        expected = model(x_BS).prediction_logits
-        torch.testing.assert_close(open_model(native.path).model(x_BS), expected, rtol=0, atol=1e-4)
+        expected = model(x_BS)
+        found = open_model(native.path).model(x_BS)
+    torch.testing.assert_close(found[0], expected.prediction_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[1], expected.seq_relationship_logits, rtol=0, atol=1e-4)
+    half = {name: tensor for name, tensor in tensors.items() if "seq_relationship" not in name}
+    save_file(half, path, metadata={"format": "pt"})
+    assert not open_model(tmp_path / "foreign").config.bert_binary_head
     tensors["bert.embeddings.LayerNorm.weight"] = tensors["bert.embeddings.LayerNorm.gamma"] + 1
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=r"without a place: .*LayerNorm\.gamma"):
