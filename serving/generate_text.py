@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ServingError
+from mtk.evaluation.text_ids import TextIds
 from serving.beam import outputs, search
 from serving.generation import Decoder, Vocabulary, generate
 from serving.requests import BeamParams, GenerationRequest, StopRules, check_fits
@@ -36,35 +39,62 @@ def generate_text(
     model: a checkpoint, a Hugging Face directory or a model already opened. ``temperature=0``
     or ``top_k=1`` is greedy; ``top_p`` is multiplied by ``top_p_decay`` after each token and
     kept above ``top_p_bound`` (Lee et al. 2022); ``num_beams`` > 1 searches with the score
-    log-probability / length^``length_penalty``. ``add_BOS`` begins each prompt with the
-    end-of-document token, as Megatron-LM does. Raises ServingError for values out of range and
-    prompts that do not fit, ArtifactError for a model without a tokenizer.
+    log-probability / length^``length_penalty``. Prompts begin with BOS where transformers puts it
+    with this tokenizer, or with ``add_BOS`` with the end-of-document token, as in Megatron-LM.
+    Raises ServingError for values out of range or without effect and prompts that do not fit,
+    ConfigError for a model that does not predict the next token, ArtifactError for one without
+    a tokenizer.
     """
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_p_decay=top_p_decay,
+        top_p_bound=top_p_bound,
+        seed=seed,
+    )
+    _check(prompts, max_new_tokens, sampling, num_beams, length_penalty)
     opened = model if isinstance(model, OpenedModel) else open_model(model)
+    opened.require_decoder("model", str(opened.folder))
     tokenizer, config = opened.tokenizer, opened.config
+    text = TextIds(tokenizer)
+    ids = [(tokenizer.eod, *text.alone(p)) if add_BOS else (*text.whole(p),) for p in prompts]
     ends = frozenset(token for token in (tokenizer.eod, tokenizer.eos) if token is not None)
-    if (add_BOS or num_beams > 1) and tokenizer.eod is None:
-        raise ServingError("the tokenizer has no end of document", param="add_BOS")
-    start = (tokenizer.eod or 0,) if add_BOS else ()
     request = GenerationRequest(
-        prompts=tuple((*start, *tokenizer.encode(prompt)) for prompt in prompts),
+        prompts=tuple(ids),
         max_tokens=max_new_tokens,
-        sampling=SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            top_p_decay=top_p_decay,
-            top_p_bound=top_p_bound,
-            seed=seed,
-        ),
+        sampling=sampling,
         stop=StopRules(token_ids=ends),
     )
-    vocab = config.vocab_size or tokenizer.vocab_size
-    check_fits(request, context=config.positions, vocab=vocab)
+    context = config.positions if config.positions_are_limited else sys.maxsize
+    check_fits(request, context=context, vocab=config.vocab_size or tokenizer.vocab_size)
     if num_beams == 1:
         return [output.text for output in generate(opened.model, tokenizer, request)]
-    beam = BeamParams(width=num_beams, length_penalty=length_penalty, stop_token=tokenizer.eod or 0)
+    beam = BeamParams(width=num_beams, length_penalty=length_penalty, stop_token=tokenizer.eod)
     return [_best(opened, request, prompt, beam) for prompt in request.prompts]
+
+
+def _check(
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    num_beams: int,
+    length_penalty: float,
+) -> None:
+    if isinstance(prompts, str):
+        raise ServingError("prompts is one text; give a list of texts", param="prompts")
+    for param, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value < 1:
+            raise ServingError(f"{param} = {value}: must be at least 1", param=param)
+    if num_beams == 1 and length_penalty != 1.0:
+        text = f"length_penalty = {length_penalty}: needs num_beams greater than 1"
+        raise ServingError(text, param="length_penalty")
+    if num_beams > 1 and not sampling.greedy:
+        for field in fields(sampling):
+            value = getattr(sampling, field.name)
+            if value != field.default:
+                text = f"{field.name} = {value}: a beam search draws nothing; leave one of them out"
+                raise ServingError(text, param=field.name)
 
 
 def _best(

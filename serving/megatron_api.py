@@ -15,15 +15,20 @@ from flask import Blueprint, Response, jsonify, request
 from mtk.errors import ServingError
 from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
-from serving.requests import BeamParams, GenerationRequest, SequenceOutput, StopRules, check_fits
+from serving.requests import (
+    MAX_PENALTY,
+    BeamParams,
+    GenerationRequest,
+    SequenceOutput,
+    StopRules,
+    check_fits,
+)
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, MAX_TOP_K, SamplingParams
 from serving.service import Service
 from serving.settings import ServerSettings
 from serving.text import pieces
 
 MAX_PROMPTS, MAX_NEW_TOKENS = 128, 2**31 - 1
-# length^20 and length^-20 are finite and not zero for any context there is.
-MAX_PENALTY = 20.0
 OLD_NAMES = {"max_len": "tokens_to_generate", "sentences": "prompts"}
 FIELDS = (
     "prompts",

@@ -9,6 +9,8 @@ from mtk.errors import ServingError
 from serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+# length^20 and length^-20 are finite and not zero for any context there is.
+MAX_PENALTY = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,16 @@ class BeamParams:
     width: int
     length_penalty: float
     stop_token: int
+
+    def __post_init__(self) -> None:
+        """Raises ServingError (400) that names the field and its range."""
+        if self.width < 1:
+            raise ServingError(f"width = {self.width}: must be at least 1", param="num_beams")
+        # Written so that NaN violates too.
+        if not abs(self.length_penalty) <= MAX_PENALTY:
+            rule = f"must lie in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}]"
+            text = f"length_penalty = {self.length_penalty!r}: {rule}"
+            raise ServingError(text, param="length_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)

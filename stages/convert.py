@@ -20,7 +20,8 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     from mtk.convert.lazy import DTYPES
     from mtk.convert.megatron.open_checkpoint import read_given
     from mtk.convert.megatron.publish import Target, publish_megatron
-    from mtk.convert.publish_model import Demands, write_hf, write_native
+    from mtk.convert.open_model import unread_tokenizer
+    from mtk.convert.publish_model import Demands, check_reference, write_hf, write_native
     from mtk.convert.source import find_source
 
     session = session or Session()
@@ -33,6 +34,7 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
     done = up_to_date(config.save, "convert", config, inputs, session)
     if done is not None:
         return done
+    check_reference(config.reference)
     demands = Demands(
         DTYPES[config.dtype] if config.dtype else None,
         config.tolerance,
@@ -41,6 +43,12 @@ def run(config: ConvertConfig, session: Session | None = None) -> Artifact:
         given,
         config.hf_family,
     )
+    left_out = unread_tokenizer(source.folder)
+    if left_out:
+        session.reporter.warn(
+            f"{source.folder} has no tokenizer.json: its tokenizer ({', '.join(left_out)}) is left "
+            f"out. Save it there with save_pretrained of a fast tokenizer to take it along."
+        )
     session.reporter.info(f"converting {source.folder} ({source.kind}) to {config.to} ...")
     with publish_directory(
         config.save,

@@ -31,7 +31,7 @@ class Stage:
 
     @property
     def config_class(self) -> Any:
-        return _load(self.config)
+        return load(self.config)
 
     def resolve(self, layers: Sequence[Layer]) -> Resolved[Any]:
         """The checked configuration from layers, lowest first; a ``recipe`` named in any
@@ -45,7 +45,7 @@ class Stage:
 
     def run(self, config: Any, session: Session) -> Artifact | None:
         """Run the stage; servers and listings return None."""
-        outcome: Artifact | None = _load(self.function)(config, session)
+        outcome: Artifact | None = load(self.function)(config, session)
         return outcome
 
 
@@ -86,7 +86,7 @@ STAGES = (
         "finetune",
         "mtk.config.finetune:FinetuneConfig",
         "stages.finetune:run",
-        "Go on from a trained model: plain text, conversations, or a task with a head.",
+        "Go on from a trained model: plain text, conversations, or RACE, MNLI, QQP; LoRA.",
     ),
     Stage(
         "serve",
@@ -98,13 +98,13 @@ STAGES = (
         "convert",
         "mtk.config.convert:ConvertConfig",
         "stages.convert:run",
-        "Convert a model to or from Hugging Face, with a parity certificate.",
+        "Convert a model to or from Hugging Face or Megatron, with a parity certificate.",
     ),
     Stage(
         "evaluate",
         "mtk.config.evaluate:EvaluateConfig",
         "stages.evaluate:run",
-        "Score a model on given files: perplexity, LAMBADA.",
+        "Score a model: perplexity, LAMBADA, RACE, MNLI, QQP, tasks of lm-evaluation-harness.",
     ),
     Stage(
         "quantize",
@@ -120,6 +120,7 @@ def stage(name: str) -> Stage:
     return {entry.name: entry for entry in STAGES}[name]
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """What ``module:attribute`` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

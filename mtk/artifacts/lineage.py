@@ -87,8 +87,9 @@ def _record_lines(
 ) -> list[str]:
     branch, deeper = ("└─ ", "   ") if last else ("├─ ", "│  ")
     state = _label(checked, record.path, record.digest)
+    part = f" ({record.part})" if record.part else ""
     lines = [
-        f"{indent}{branch}{record.role}: {record.kind}  {record.path}  "
+        f"{indent}{branch}{record.role}: {record.kind}  {record.path}{part}  "
         f"sha256:{record.digest[:16]}{state}"
     ]
     for index, nested in enumerate(record.inputs):

@@ -8,6 +8,7 @@ The artifact's digest is the hash of kind and file contents, not of names or tim
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -45,7 +46,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class InputRecord:
-    """Something an artifact was made from. role: what it was used as ("corpus", "model", ...)."""
+    """Something an artifact was made from. role: what it was used as ("corpus", "model", ...).
+    part: the file of an artifact of several that was used; "" for all of it."""
 
     role: str
     kind: str
@@ -53,6 +55,12 @@ class InputRecord:
     digest: str
     stage: str = ""
     inputs: tuple[InputRecord, ...] = ()
+    part: str = ""
+
+    @property
+    def content(self) -> str:
+        """What was read, wherever it lies: digest and part."""
+        return f"{self.digest} {self.part}" if self.part else self.digest
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputRecord:
@@ -64,6 +72,7 @@ class InputRecord:
             digest=data["digest"],
             stage=data.get("stage", ""),
             inputs=nested,
+            part=data.get("part", ""),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +83,7 @@ class InputRecord:
             "digest": self.digest,
             "stage": self.stage,
             "inputs": [item.to_dict() for item in self.inputs],
+            **({"part": self.part} if self.part else {}),
         }
 
 
@@ -235,7 +245,11 @@ def input_file(path: str | Path, role: str) -> InputRecord:
     artifact = owner_of(path)
     if artifact is not None:
         verify(artifact)
-        return artifact.as_input(role)
+        record = artifact.as_input(role)
+        if len(artifact.files) == 1:
+            return record
+        prefix = "" if artifact.marker.name == MARKER else artifact.path.name
+        return dataclasses.replace(record, part=path.name.removeprefix(prefix))
     return InputRecord(role, "file", os.fspath(path), sha256_file(path))
 
 

@@ -182,8 +182,8 @@ def _same(marker: Path, stage: str, config: Any, inputs: Sequence[InputRecord]) 
         check_sizes(artifact)
     except ArtifactError:
         return None
-    wanted = sorted((item.role, item.digest) for item in inputs)
-    found = sorted((item.role, item.digest) for item in artifact.inputs)
+    wanted = sorted((item.role, item.content) for item in inputs)
+    found = sorted((item.role, item.content) for item in artifact.inputs)
     same = artifact.stage == stage and artifact.config_digest == config_digest(config)
     return artifact if same and wanted == found else None
 

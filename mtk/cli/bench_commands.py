@@ -9,23 +9,21 @@ import typer
 
 from mtk.cli.options import CommonOptions, add_command
 
+LAYOUTS = "mtk.config.bench:LayoutsBenchConfig"
+RECOMPUTE = "mtk.config.bench:RecomputeBenchConfig"
+OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
+
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add the commands to the group ``bench``."""
     del app
-    from mtk.config.bench import (
-        LayoutsBenchConfig,
-        OptimizerMemoryConfig,
-        RecomputeBenchConfig,
-    )
-
     bench = parents["bench"]
     help = "The same training in one layout after the other: tokens/s, memory, MFU, speed-up."
-    add_command(bench, "layouts", LayoutsBenchConfig, _layouts, help=help)
+    add_command(bench, "layouts", LAYOUTS, _layouts, help=help)
     help = "Memory and time of each way to recompute activations, beside the planner's formula."
-    add_command(bench, "recompute", RecomputeBenchConfig, _recompute, help=help)
+    add_command(bench, "recompute", RECOMPUTE, _recompute, help=help)
     help = "Bytes a parameter of every data-parallel rank, counted on CPU ranks, beside theory."
-    add_command(bench, "optimizer-memory", OptimizerMemoryConfig, _optimizer_memory, help=help)
+    add_command(bench, "optimizer-memory", OPTIMIZER_MEMORY, _optimizer_memory, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -33,14 +31,14 @@ def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptio
     from stages.registry import Stage
 
     # A benchmark resolves as a stage does (recipe lowest) without being one.
-    return Stage(name, f"mtk.config.bench:{config}", "", "").resolve(layers_from(given, common))
+    return Stage(name, config, "", "").resolve(layers_from(given, common))
 
 
 def _layouts(given: dict[str, Any], common: CommonOptions) -> None:
     from mtk.benchmarks.layouts import COLUMNS, bench_layouts, cells, plain
     from mtk.log import Reporter
 
-    config = _resolved("layouts", "LayoutsBenchConfig", given, common).config
+    config = _resolved("layouts", LAYOUTS, given, common).config
     reporter = Reporter(json_lines=common.json_lines)
     rows = bench_layouts(config, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])
@@ -51,7 +49,7 @@ def _recompute(given: dict[str, Any], common: CommonOptions) -> None:
     from mtk.benchmarks.recomputation import COLUMNS, bench_recompute, cells, plain
     from mtk.log import Reporter
 
-    config = _resolved("recompute", "RecomputeBenchConfig", given, common).config
+    config = _resolved("recompute", RECOMPUTE, given, common).config
     reporter = Reporter(json_lines=common.json_lines)
     rows = bench_recompute(config, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])
@@ -62,7 +60,7 @@ def _optimizer_memory(given: dict[str, Any], common: CommonOptions) -> None:
     from mtk.benchmarks.optimizer_memory import COLUMNS, bench_optimizer_memory, cells, plain
     from mtk.log import Reporter
 
-    config = _resolved("optimizer-memory", "OptimizerMemoryConfig", given, common).config
+    config = _resolved("optimizer-memory", OPTIMIZER_MEMORY, given, common).config
     reporter = Reporter(json_lines=common.json_lines)
     rows = bench_optimizer_memory(config, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])

@@ -44,7 +44,7 @@ def _show(context: typer.Context) -> None:
     stage, arguments = _split(arguments)
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     body = _body(stage, with_origin="--origin" in context.args)
-    add_command(inner, stage.name, stage.config_class, body, help=stage.help)
+    add_command(inner, stage.name, stage.config, body, help=stage.help)
     name = f"{stage.group or ''} {stage.name}".strip()
     inner(args=arguments, prog_name=f"mtk config show {name}", standalone_mode=False)
 

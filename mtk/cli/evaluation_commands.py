@@ -29,10 +29,17 @@ def _diff(
     top: Annotated[int, _TOP] = 5,
     json_: Annotated[bool, _JSON] = False,
 ) -> None:
-    from mtk.errors import GateError
+    from mtk.errors import ConfigError, GateError, Problem
     from mtk.evaluation.comparison import compare, read_run
     from mtk.log import Reporter
 
+    # Written so that NaN violates too.
+    given = {"tolerance": tolerance, "top": top}
+    wrong = [
+        Problem(name, value, "must be 0 or more") for name, value in given.items() if not value >= 0
+    ]
+    if wrong:
+        raise ConfigError(wrong)
     found = compare(read_run(first), read_run(second))
     equal = found.equal(tolerance)
     lines = "\n".join(found.lines(top))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperOption
 from mtk.config import Layer, Leaf, leaves
 from mtk.config.coerce import is_bool, is_tuple, type_name
 from mtk.errors import ConfigError, Problem
+from stages.registry import load
 
 CommandBody = Callable[[dict[str, Any], "CommonOptions"], None]
 
@@ -42,6 +43,23 @@ class GreedyCommand(TyperCommand):
 
         options = [p for p in self.params if isinstance(p, TyperOption) and not p.hidden]
         print_help(ctx.command_path, self.help or "", options)
+
+
+class LateCommand(GreedyCommand):
+    """A command that learns its options when it is called: those of all commands together take
+    longer to make than all else that ``mtk --help`` does.
+
+    made: the command with its options.
+    """
+
+    made: ClassVar[Callable[[], TyperCommand]]
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        whole = type(self).made()
+        self.params, self.callback = whole.params, whole.callback
+        return super().make_context(info_name, args, parent, **extra)
 
 
 def _repeat_flags(args: list[str], repeatable: set[str]) -> list[str]:
@@ -80,13 +98,26 @@ _COMMON = [
 ]
 
 
-def add_command(
-    app: typer.Typer, name: str, config_class: type, body: CommandBody, *, help: str
-) -> None:
-    """Register ``name`` on ``app`` with one option per leaf of ``config_class``.
+def add_command(app: typer.Typer, name: str, config: str, body: CommandBody, *, help: str) -> None:
+    """Register ``name`` on ``app`` with one option per leaf of a configuration class.
 
+    config: the class as ``module:attribute``, imported when the command is called.
     body(given, common) is called with the options that were given, by dotted key.
     """
+
+    class Command(LateCommand):
+        @staticmethod
+        def made() -> TyperCommand:
+            return _with_options(name, load(config), body)
+
+    app.command(name, cls=Command, help=help, no_args_is_help=False)(_nothing)
+
+
+def _nothing() -> None:
+    """The body of a command that has no options yet."""
+
+
+def _with_options(name: str, config_class: type, body: CommandBody) -> TyperCommand:
     found = [leaf for leaf in leaves(config_class) if not leaf.hidden]
 
     def command(**values: Any) -> None:
@@ -96,7 +127,11 @@ def add_command(
     parameters += [_common_parameter(*common) for common in _COMMON]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name, cls=GreedyCommand, help=help, no_args_is_help=False)(command)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, cls=GreedyCommand, no_args_is_help=False)(command)
+    made = typer.main.get_command(alone)
+    assert isinstance(made, TyperCommand)
+    return made
 
 
 def _given(found: list[Leaf], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,16 +12,15 @@ from mtk.cli.options import CommonOptions, add_command
 if TYPE_CHECKING:
     from mtk.config.plan import PlanConfig
 
+PLAN = "mtk.config.plan:PlanConfig"
 _JSON = typer.Option("--json", help="Machine-readable JSON lines on stdout, people on stderr.")
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add the commands to ``app``."""
     del parents
-    from mtk.config.plan import PlanConfig
-
     help = "Layout, memory, time and cost of a pretraining, before anything starts."
-    add_command(app, "plan", PlanConfig, _plan, help=help)
+    add_command(app, "plan", PLAN, _plan, help=help)
     app.command("recipes", help="List the named starting points of mtk pretrain.")(_recipes)
 
 
@@ -30,14 +29,14 @@ def _plan(given: dict[str, Any], common: CommonOptions) -> None:
 
     from mtk.cli.stage_commands import layers_from
     from mtk.log import Reporter
-    from mtk.models.count_families import ASSUMED_VOCAB_SIZE
+    from mtk.models.count_families import assumed_vocab_size
     from mtk.parallel.planning import with_vocabulary
     from stages.registry import Stage
 
     # The planner resolves as a stage does (recipe lowest) without being one.
-    stage = Stage("plan", "mtk.config.plan:PlanConfig", "", "")
+    stage = Stage("plan", PLAN, "", "")
     config: PlanConfig = stage.resolve(layers_from(given, common)).config
-    assumed = ASSUMED_VOCAB_SIZE[config.model.family]
+    assumed = assumed_vocab_size(config.recipe, config.model.family)
     model = with_vocabulary(config.model, assumed)
     guessed = model is not config.model
     config = replace(config, model=model)
@@ -127,7 +126,8 @@ def _notes(config: PlanConfig) -> list[str]:
 
     notes = ["", "Not counted: fragmentation, workspaces, communication buffers, CUDA context."]
     if kept := attention_matrix(config):
-        masked = config.model.window_size is not None or config.model.biases_scores
+        model = config.model
+        masked = model.window_size is not None or model.biases_scores or model.family != "gpt"
         fused = "as PyTorch's own for masks" if masked else "--use-flash-attn"
         notes.append(
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
@@ -139,10 +139,6 @@ def _notes(config: PlanConfig) -> list[str]:
             "Selective recomputation saves nothing beside a fused attention kernel, which never "
             "keeps its matrices; full recomputation saves more."
         )
-    if config.model.family != "gpt":
-        notes.append(f"This version plans {config.model.family} models but does not train them.")
-    elif config.gpus > 1:
-        notes.append("This version trains in one process; larger layouts can be planned only.")
     return notes
 
 
@@ -160,7 +156,7 @@ def _recipes(json_: Annotated[bool, _JSON] = False) -> None:
     from mtk.config.resolve import Layer, resolve
     from mtk.config.schema import leaves
     from mtk.log import Reporter
-    from mtk.models.count_families import ASSUMED_VOCAB_SIZE, parameters
+    from mtk.models.count_families import assumed_vocab_size, parameters
     from mtk.parallel.planning import with_vocabulary
 
     names = {leaf.name for leaf in leaves(ModelConfig)}
@@ -168,9 +164,9 @@ def _recipes(json_: Annotated[bool, _JSON] = False) -> None:
     for name, values in RECIPES.items():
         own = {key: value for key, value in values.items() if key in names}
         model = resolve(ModelConfig, [Layer(name, own)]).config
-        model = with_vocabulary(model, ASSUMED_VOCAB_SIZE[model.family])
+        model = with_vocabulary(model, assumed_vocab_size(name, model.family))
         counts[name] = parameters(model)
     lines = [f"{name:<14} {count / 1e6:>12,.1f} M parameters" for name, count in counts.items()]
-    lines += ["", "Counted with the vocabulary assumed by mtk plan; --vocab-size changes it."]
+    lines += ["", "Counted with the published vocabulary, as mtk plan does without --vocab-size."]
     fields = {n: {"parameters": counts[n], "options": dict(RECIPES[n])} for n in counts}
     Reporter(json_lines=json_).result("\n".join(lines), recipes=fields)

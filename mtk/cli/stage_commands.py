@@ -17,7 +17,7 @@ def register(app: typer.Typer, groups: Mapping[str, typer.Typer]) -> None:
     """Add every stage's command to ``app`` or to its group."""
     for stage in STAGES:
         target = groups[stage.group] if stage.group else app
-        add_command(target, stage.name, stage.config_class, _body(stage), help=stage.help)
+        add_command(target, stage.name, stage.config, _body(stage), help=stage.help)
 
 
 def layers_from(given: Mapping[str, Any], common: CommonOptions) -> list[Layer]:

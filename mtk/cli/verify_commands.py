@@ -9,6 +9,8 @@ import typer
 
 from mtk.cli.options import CommonOptions, add_command
 
+LAYOUT = "mtk.config.verify:VerifyLayoutConfig"
+RESUME = "mtk.config.verify:VerifyResumeConfig"
 # What --matrix takes besides its own options.
 MATRIX_OPTIONS = ("matrix.", "runtime.seed")
 
@@ -16,13 +18,11 @@ MATRIX_OPTIONS = ("matrix.", "runtime.seed")
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add the commands to the group ``verify``."""
     del app
-    from mtk.config.verify import VerifyLayoutConfig, VerifyResumeConfig
-
     group = parents["verify"]
     help = "A training step in this layout equals that of one process; or all layouts do."
-    add_command(group, "layout", VerifyLayoutConfig, _layout, help=help)
+    add_command(group, "layout", LAYOUT, _layout, help=help)
     help = "Training that stopped and continued equals training straight on, bit for bit."
-    add_command(group, "resume", VerifyResumeConfig, _resume, help=help)
+    add_command(group, "resume", RESUME, _resume, help=help)
 
 
 def _layout(given: dict[str, Any], common: CommonOptions) -> None:
@@ -34,7 +34,7 @@ def _layout(given: dict[str, Any], common: CommonOptions) -> None:
     if any(_asks_for_matrix(layer.values) for layer in layers):
         _matrix(given, layers, common, reporter)
         return
-    config = _resolved("layout", "mtk.config.verify:VerifyLayoutConfig", layers)
+    config = _resolved("layout", LAYOUT, layers)
     _alone(config.parallel.nproc)
     from mtk.errors import GateError
     from mtk.verification.layout import prove_layout
@@ -85,7 +85,7 @@ def _resume(given: dict[str, Any], common: CommonOptions) -> None:
 
     reporter = Reporter(json_lines=common.json_lines)
     layers = layers_from(given, common)
-    config = _resolved("resume", "mtk.config.verify:VerifyResumeConfig", layers)
+    config = _resolved("resume", RESUME, layers)
     _alone(config.parallel.nproc)
     from mtk.errors import GateError
     from mtk.verification.resume import prove_resume

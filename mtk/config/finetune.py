@@ -169,7 +169,10 @@ class FinetuneConfig:
         if self.task == "lm" and not logging.eval_iters:
             logging = dataclasses.replace(logging, eval_iters=LoggingConfig().eval_iters)
         if self.task == "sft" and self.chat.packing:
-            data = dataclasses.replace(data, reset_attention_mask=True, reset_position_ids=True)
+            positions = model.position_embedding_type != "none"
+            data = dataclasses.replace(
+                data, reset_attention_mask=True, reset_position_ids=positions
+            )
         length = {name: value for name, value in vars(self.length).items() if name != "epochs"}
         core = PretrainConfig(
             model=model,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mtk.config.model import ModelConfig
+from mtk.config.positions import SCALING_OPTIONS
 from mtk.config.resolve import make
 from mtk.config.schema import OptionSpec, hints
 from mtk.errors import ConfigError, Problem
@@ -25,6 +26,13 @@ FREE = (
     "moe_z_loss_coeff",
     "moe_expert_capacity_factor",
 )
+
+# What training for longer sequences changes on purpose, where no weight belongs to a position.
+LONGER = ("max_position_embeddings", "rotary_base", "rope_scaling_type", *SCALING_OPTIONS)
+
+
+def _free(saved: ModelConfig) -> tuple[str, ...]:
+    return FREE if saved.position_embedding_type == "learned" else FREE + LONGER
 
 
 def _optional(source: type) -> type:
@@ -59,7 +67,8 @@ def complete(given: GivenModel, saved: ModelConfig, checkpoint: str) -> ModelCon
     problems = list(_disagreements(given, saved, checkpoint))
     if problems:
         raise ConfigError(problems)
-    values = {name: value for name, value in _given(given).items() if name in FREE}
+    free = _free(saved)
+    values = {name: value for name, value in _given(given).items() if name in free}
     try:
         return make(ModelConfig, **{**vars(saved), **values})
     except ConfigError as error:
@@ -70,7 +79,7 @@ def complete(given: GivenModel, saved: ModelConfig, checkpoint: str) -> ModelCon
 def _disagreements(given: GivenModel, saved: ModelConfig, checkpoint: str) -> Iterator[Problem]:
     for name, value in _given(given).items():
         known = getattr(saved, name)
-        if name not in FREE and value != known:
+        if name not in _free(saved) and value != known:
             rule = f"{checkpoint} has {known!r}"
             yield Problem(f"model.{name}", value, rule, "Leave it out: the checkpoint decides.")
 

@@ -12,11 +12,13 @@ MAX_QA_LENGTH = 128
 @dataclass(frozen=True)
 class ClassificationTask:
     """choices: sequences of a sample. outputs: values of the head for each sequence. classes:
-    different labels. first_limit: tokens kept of A, None for all that fit."""
+    different labels. labels: their names by number, none where a label is the number of a
+    choice. first_limit: tokens kept of A, None for all that fit."""
 
     name: str
     choices: int
     outputs: int
+    labels: tuple[str, ...] = ()
     first_limit: int | None = None
 
     @property
@@ -26,6 +28,6 @@ class ClassificationTask:
 
 TASKS: Mapping[str, ClassificationTask] = {
     "RACE": ClassificationTask("RACE", choices=4, outputs=1, first_limit=MAX_QA_LENGTH),
-    "MNLI": ClassificationTask("MNLI", choices=1, outputs=3),
-    "QQP": ClassificationTask("QQP", choices=1, outputs=2),
+    "MNLI": ClassificationTask("MNLI", 1, 3, labels=("contradiction", "entailment", "neutral")),
+    "QQP": ClassificationTask("QQP", 1, 2, labels=("not_duplicate", "duplicate")),
 }

@@ -109,7 +109,7 @@ class ScheduleConfig:
         for stem in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
             name = f"{stem}_{wrong}"
             if getattr(self, name) is not None:
-                rule = f"the training length is given in {'steps' if counts_iterations else unit}"
+                rule = f"the training length is {'' if counts_iterations else 'not '}given in steps"
                 fix = f"Use --{stem.replace('_', '-')}-{unit}."
                 yield Problem(f"schedule.{name}", getattr(self, name), rule, fix)
 

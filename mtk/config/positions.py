@@ -186,6 +186,6 @@ def _relative(model: ModelConfig) -> Iterator[Problem]:
         rule = "must be even and at least 4"
         nearest = max(4, buckets + buckets % 2)
         yield Problem("relative_attention_num_buckets", buckets, rule, f"Nearest: {nearest}.")
-    elif far <= buckets:
-        rule = f"must exceed relative_attention_num_buckets = {buckets}"
-        yield Problem("relative_attention_max_distance", far, rule, f"Nearest: {buckets + 1}.")
+    elif far <= buckets // 2:
+        rule = f"must exceed half of relative_attention_num_buckets = {buckets}"
+        yield Problem("relative_attention_max_distance", far, rule, f"Nearest: {buckets // 2 + 1}.")

@@ -303,6 +303,9 @@ class PretrainConfig:
         elif runtime.device == "cuda" and (self.model.window_size or self.model.biases_scores):
             rule = "flash attention on CUDA takes no window and no bias on scores here"
             fix = "--attention-backend sdpa"
+        elif runtime.device == "cuda" and self.model.family != "gpt":
+            rule = "flash attention on CUDA takes no mask, which padded samples need"
+            fix = "--attention-backend sdpa"
         else:
             return
         fix = f"Use {fix}, or --attention-backend auto."

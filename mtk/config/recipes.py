@@ -152,8 +152,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "min_lr": 3e-5,
         "precision": "bf16",
     },
-    # Megatron-LM's README: BERT-345M and T5-220M. Planned and costed; their models
-    # are not trained by this version.
+    # Megatron-LM's README: BERT-345M and T5-220M.
     "bert-345m": {
         "family": "bert",
         "num_layers": 24,
@@ -183,6 +182,26 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "train_iters": 1_000_000,
     },
     **MAMBA_RECIPES,
+}
+
+
+# Of the released weights, for counting where no tokenizer has said otherwise.
+VOCABULARIES: Mapping[str, int] = {
+    "llama2-7b": 32000,
+    "llama3-8b": 128_256,
+    "llama3.1-8b": 128_256,
+    "llama3.2-1b": 128_256,
+    "mistral-7b": 32000,
+    "qwen2.5-7b": 152_064,
+    "qwen3-8b": 151_936,
+    "gemma-7b": 256_000,
+    "pythia-6.9b": 50432,
+    "bloom-7b1": 250_880,
+    "mixtral-8x7b": 32000,
+    "qwen3-30b-a3b": 151_936,
+    "mamba2-130m": 50277,
+    "mamba2-2.7b": 50277,
+    "hybrid-8b": 256_000,
 }
 
 

@@ -1,19 +1,30 @@
 """BERT in the layouts of transformers: ``bert`` (norms last, Devlin et al. 2019) and
-``megatron-bert`` (norms first, Shoeybi et al. 2019)."""
+``megatron-bert`` (norms first, Shoeybi et al. 2019), with the heads of pretraining or of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear, training_length
+from mtk.convert.family import (
+    Family,
+    ForeignConfig,
+    first_architecture,
+    linear,
+    training_length,
+)
 from mtk.convert.gpt2 import ACTIVATIONS, SPELLINGS
+from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.convert.mapping import CutRows, Rename, Rule, TiedCopy, WeightTable, for_layers
 from mtk.convert.probe import SEGMENTS
 
 PREFIX = {"post": "Bert", "pre": "MegatronBert"}
 TYPES = {"post": "bert", "pre": "megatron-bert"}
+CLASSES = ("ForPreTraining", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice")
+PRETRAINING, MASKED, LABELLING, CHOOSING = CLASSES
+OF_NORMS = {"gamma": "weight", "beta": "bias"}
 
 
 def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
@@ -22,13 +33,11 @@ def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
         if config.family != "bert":
             return [f"family = {config.family}: {name} is an encoder"]
         listed = []
-        if config.task_head is not None:
-            listed.append(f"task_head = {config.task_head}: heads of tasks are not exported")
         if config.norm_placement != placement:
             listed.append(f"norm_placement = {config.norm_placement}: {name} has {placement}")
         if config.activation not in ACTIVATIONS:
             listed.append(f"activation = {config.activation}: {name}'s MLP has no gate")
-        if config.head_activation != config.activation:
+        if config.task_head is None and config.head_activation != config.activation:
             listed.append(
                 f"bert_head_activation = {config.head_activation} with activation = "
                 f"{config.activation}: {name} has one for both. Of Megatron's BERT, transformers "
@@ -45,12 +54,45 @@ def reasons(placement: str) -> Callable[[ModelConfig], list[str]]:
     return found
 
 
+def class_of(config: ModelConfig) -> str:
+    """What the class in transformers is called after its prefix."""
+    if config.task_head is None:
+        return PRETRAINING if config.bert_binary_head else MASKED
+    return CHOOSING if TASKS[config.task_head].choices > 1 else LABELLING
+
+
+def _labels(config: ModelConfig) -> dict[str, Any]:
+    labels = () if config.task_head is None else TASKS[config.task_head].labels
+    if not labels:
+        return {}
+    numbered = list(enumerate(labels))
+    return {
+        "id2label": {str(number): label for number, label in numbered},
+        "label2id": {label: number for number, label in numbered},
+    }
+
+
+def _task(found: ForeignConfig, kind: str) -> str | None:
+    """The task whose head a class ``kind`` has: told by its labels, in their order."""
+    if kind == CHOOSING:
+        return "RACE"
+    if kind != LABELLING:
+        return None
+    given = found.data.get("id2label")
+    given = given if isinstance(given, dict) else {"0": "LABEL_0", "1": "LABEL_1"}
+    for task in TASKS.values():
+        if task.labels and given == {str(k): label for k, label in enumerate(task.labels)}:
+            return task.name
+    known = "; ".join(f"{t.name}: {', '.join(t.labels)}" for t in TASKS.values() if t.labels)
+    found.complaints.append(f"id2label = {given}: labels of no task that mtk has ({known})")
+    return None
+
+
 def to_config(placement: str) -> Callable[[ModelConfig], dict[str, Any]]:
     def written(config: ModelConfig) -> dict[str, Any]:
-        task = "ForPreTraining" if config.bert_binary_head else "ForMaskedLM"
         return {
             "model_type": TYPES[placement],
-            "architectures": [PREFIX[placement] + task],
+            "architectures": [PREFIX[placement] + class_of(config)],
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_layers,
@@ -64,6 +106,7 @@ def to_config(placement: str) -> Callable[[ModelConfig], dict[str, Any]]:
             "initializer_range": config.init_method_std,
             "layer_norm_eps": config.norm_epsilon,
             "tie_word_embeddings": True,
+            **_labels(config),
             **training_length(config),
         }
 
@@ -78,15 +121,17 @@ def from_config(placement: str) -> Callable[[ForeignConfig], ModelConfig]:
             found.require(key, (False, None), "is not supported")
         names = {foreign: native for native, foreign in ACTIVATIONS.items()} | SPELLINGS
         found.require("hidden_act", tuple(names), f"supported are {', '.join(names)}")
-        tasks = [PREFIX[placement] + task for task in ("ForPreTraining", "ForMaskedLM")]
-        architecture = (found.data.get("architectures") or ["none"])[0]
-        if architecture not in tasks:
-            found.complaints.append(f"architecture {architecture}: supported are {tasks}")
+        classes = {PREFIX[placement] + kind: kind for kind in CLASSES}
+        architecture = first_architecture(found.data)
+        if architecture not in classes:
+            found.complaints.append(f"architecture {architecture}: supported are {list(classes)}")
+        kind = classes.get(architecture or "", PRETRAINING)
         positions = found.get("max_position_embeddings", int, 512)
         return found.model(
             family="bert",
             norm_placement=placement,
-            bert_binary_head=architecture == tasks[0],
+            bert_binary_head=kind == PRETRAINING,
+            task_head=_task(found, kind),
             num_layers=found.get("num_hidden_layers", int),
             hidden_size=found.get("hidden_size", int),
             num_attention_heads=found.get("num_attention_heads", int),
@@ -132,31 +177,63 @@ def weights(placement: str) -> Callable[[ModelConfig], WeightTable]:
                     *linear(f"{n}.mlp.down", f"{h}.output.dense", bias=True),
                 ],
             ),
-            *linear("transform.dense", f"{p}.transform.dense", bias=True),
-            *linear("transform.norm", f"{p}.transform.LayerNorm", bias=True),
-            CutRows("output_bias", f"{p}.bias", vocab, padded),
         ]
+        copies: tuple[TiedCopy, ...] = ()
         if post:
             rules += linear("embedding.norm", f"{e}.LayerNorm", bias=True)
         else:
             rules += linear("final_norm", "bert.encoder.ln", bias=True)
-        if config.bert_binary_head:
+        if config.bert_binary_head or config.task_head is not None:
             rules += linear("pooler.dense", "bert.pooler.dense", bias=True)
+        if config.bert_binary_head:
             rules += linear("order", "cls.seq_relationship", bias=True)
-        copies = (
-            TiedCopy(f"{p}.decoder.weight", f"{e}.word_embeddings.weight"),
-            TiedCopy(f"{p}.decoder.bias", f"{p}.bias"),
-        )
+        if config.task_head is not None:
+            rules += linear("classifier.dense", "classifier", bias=True)
+        else:
+            rules += linear("transform.dense", f"{p}.transform.dense", bias=True)
+            rules += linear("transform.norm", f"{p}.transform.LayerNorm", bias=True)
+            rules.append(CutRows("output_bias", f"{p}.bias", vocab, padded))
+            copies = (
+                TiedCopy(f"{p}.decoder.weight", f"{e}.word_embeddings.weight"),
+                TiedCopy(f"{p}.decoder.bias", f"{p}.bias"),
+            )
         return WeightTable(tuple(rules), copies, frozenset(_ignored(config)))
 
     return table
 
 
+def spelling(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Weights and biases of norms, also for the published files that call them gamma and beta,
+    as TensorFlow does."""
+    del config
+    places = {}
+    for name in tensors:
+        stem, _, kind = name.rpartition("LayerNorm.")
+        new = f"{stem}LayerNorm.{OF_NORMS[kind]}" if kind in OF_NORMS else name
+        # Where both are there, the old name is left over.
+        places[name if new in tensors else new] = name
+    return LazyTensors(places, lambda name: tensors[places[name]])
+
+
+def amended(placement: str) -> Callable[[dict[str, Any], Tensors], dict[str, Any]]:
+    """Published files for ``ForMaskedLM`` hold the whole model of pretraining: finetuning wants
+    its pooler."""
+    heads = ("bert.pooler.dense.weight", "cls.seq_relationship.weight")
+
+    def seen(foreign: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+        masked = first_architecture(foreign) == PREFIX[placement] + MASKED
+        if not masked or any(name not in tensors for name in heads):
+            return foreign
+        return foreign | {"architectures": [PREFIX[placement] + PRETRAINING]}
+
+    return seen
+
+
 def _ignored(config: ModelConfig) -> set[str]:
-    """A table of positions that old files have; heads that ``ForMaskedLM`` does not load, though
-    published files for it contain them."""
+    """A table of positions that old files have; one of two heads, which ``ForMaskedLM`` does not
+    load."""
     names = {"bert.embeddings.position_ids"}
-    if not config.bert_binary_head:
+    if class_of(config) == MASKED:
         for module in ("bert.pooler.dense", "cls.seq_relationship"):
             names |= {f"{module}.weight", f"{module}.bias"}
     return names
@@ -173,6 +250,9 @@ def _family(placement: str) -> Family:
         from_config=from_config(placement),
         weights=weights(placement),
         probe=SEGMENTS,
+        spelling=spelling,
+        amended=amended(placement),
+        classes=tuple(PREFIX[placement] + kind for kind in CLASSES[1:]),
     )
 
 

@@ -66,14 +66,12 @@ def from_config(found: ForeignConfig) -> ModelConfig:
     """The native configuration of a BLOOM's ``config.json``. Raises ConversionError."""
     after = "apply_residual_connection_post_layernorm"
     found.require(after, (False, None), "is not supported")
-    hidden = found.get("n_embed" if "n_embed" in found.data else "hidden_size", int, 64)
-    layers = "n_layer" if "n_layer" in found.data else "num_hidden_layers"
-    heads = "n_head" if "n_head" in found.data else "num_attention_heads"
+    hidden = found.get("hidden_size", int, 64)
     longest = found.get("seq_length", int, TRAINED)
     return found.model(
-        num_layers=found.get(layers, int, 2),
+        num_layers=found.get("n_layer", int, 2),
         hidden_size=hidden,
-        num_attention_heads=found.get(heads, int, 8),
+        num_attention_heads=found.get("n_head", int, 8),
         ffn_hidden_size=4 * hidden,
         seq_length=found.training_length(longest),
         max_position_embeddings=longest,
@@ -127,6 +125,12 @@ BLOOM = Family(
     to_config=to_config,
     from_config=from_config,
     weights=weights,
+    # The published files say n_embed and num_attention_heads.
+    aliases={
+        "n_embed": "hidden_size",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    },
     linears=(
         "self_attention.query_key_value",
         "self_attention.dense",

@@ -52,6 +52,12 @@ def as_they_are(tensors: Tensors, config: ModelConfig) -> Tensors:
     return tensors
 
 
+def as_it_is(foreign: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """The one meaning that most ``config.json`` have."""
+    del tensors
+    return foreign
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table of families; adding a family is adding one of these.
@@ -64,7 +70,9 @@ class Family:
     plain ``nn.Linear`` there, i.e. what quantisers treat; empty if they are not. probe: how
     the parity check runs models of the family. outside: names that never have the prefix.
     patterns: ``reasons`` knows models whose layers follow a pattern; to all others they are
-    refused.
+    refused. classes: others of transformers that ``architectures`` may name and that read the
+    same files. aliases: keys that transformers takes for the family's own ones. amended: what
+    ``config.json`` means, where it takes a look at the weights to know.
     """
 
     model_type: str
@@ -80,6 +88,9 @@ class Family:
     outside: tuple[str, ...] = ("lm_head.",)
     spelling: Callable[[Tensors, ModelConfig], Tensors] = as_they_are
     patterns: bool = False
+    classes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    amended: Callable[[dict[str, Any], Tensors], dict[str, Any]] = as_it_is
 
 
 def reasons_against(
@@ -176,6 +187,29 @@ class ForeignConfig:
                 self.complaints += [str(problem) for problem in error.problems] or [str(error)]
         listed = "\n".join(f"  - {complaint}" for complaint in self.complaints)
         raise ConversionError(f"{self.where} describes a model mtk cannot hold:\n{listed}")
+
+
+def own_keys(foreign: Mapping[str, Any], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
+    """``config.json`` with the family's own keys in place of their ``aliases``; null is absent.
+    Raises ConversionError where both are there and differ."""
+    found = dict(foreign)
+    for alias, key in aliases.items():
+        value = found.pop(alias, None)
+        if value is None:
+            continue
+        if found.get(key) not in (None, value):
+            raise ConversionError(
+                f"{where}: {alias} = {value!r} and {key} = {found[key]!r} are the same setting. "
+                f"Leave one of them out."
+            )
+        found[key] = value
+    return found
+
+
+def first_architecture(foreign: Mapping[str, Any]) -> str | None:
+    """The class that ``config.json`` names first, if any."""
+    stated = foreign.get("architectures")
+    return str(stated[0]) if isinstance(stated, list) and stated else None
 
 
 def training_length(config: ModelConfig) -> dict[str, Any]:

@@ -153,4 +153,5 @@ GLM4_MOE = Family(
     from_config=from_config,
     weights=weights,
     spelling=spelling,
+    aliases={"num_local_experts": "n_routed_experts"},
 )

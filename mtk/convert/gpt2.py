@@ -149,4 +149,10 @@ GPT2 = Family(
     to_config=to_config,
     from_config=from_config,
     weights=weights,
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
 )

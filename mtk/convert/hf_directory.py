@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtk.config.model import ModelConfig
 from mtk.convert.families import family_of
-from mtk.convert.family import Family, ForeignConfig
+from mtk.convert.family import Family, ForeignConfig, own_keys
 from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.errors import ConversionError
 from mtk.models.build import build_on_meta
@@ -27,7 +27,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class HfModel:
-    """A directory understood: its family, both configurations, and its tensors (lazy)."""
+    """A directory understood: its family, both configurations (the foreign one under the
+    family's own keys), and its tensors (lazy)."""
 
     folder: Path
     family: Family
@@ -84,9 +85,10 @@ def read_hf_model(folder: Path, tensors: Tensors | None = None) -> HfModel:
     foreign = read_hf_config(folder)
     where = str(folder / CONFIG)
     family = family_of(foreign.get("model_type"), where)
+    stored = _with_prefix(read_weights(folder) if tensors is None else tensors, family)
+    foreign = family.amended(own_keys(foreign, family.aliases, where), stored)
     config = family.from_config(ForeignConfig(foreign, where))
-    stored = read_weights(folder) if tensors is None else tensors
-    named = family.spelling(_with_prefix(stored, family), config)
+    named = family.spelling(stored, config)
     return HfModel(folder, family, config, foreign, named)
 
 
@@ -104,8 +106,13 @@ def read_weights(folder: Path) -> Tensors:
     """All tensors of ``model.safetensors`` or of the shards its index names.
 
     Raises ConversionError for missing or damaged files, names that point outside the
-    folder, and an index that disagrees with the files.
+    folder, an index that disagrees with the files, and one beside a whole file.
     """
+    if (folder / INDEX).is_file() and (folder / WEIGHTS).is_file():
+        raise ConversionError(
+            f"{folder} holds both {WEIGHTS} and {INDEX}: two sets of weights, of which readers "
+            f"take the first or the second. Move the one that is not meant away."
+        )
     if (folder / INDEX).is_file():
         files = _read_index(folder)
     elif (folder / WEIGHTS).is_file():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtk.config.mamba import MAMBA, mamba_sizes
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear
+from mtk.convert.family import Family, ForeignConfig, linear, reasons_against
 from mtk.convert.mapping import CutRows, Fuse, Rename, Rule, TiedCopy, WeightTable, for_layers
 
 # A published config.json names no length; that of the published models.
@@ -38,17 +38,17 @@ class FuseChannels(Fuse):
 
 def reasons(config: ModelConfig) -> list[str]:
     """Everything that keeps ``config`` from being a Mamba-2."""
-    found = []
-    if config.family != "gpt":
-        found.append(f"family = {config.family}: Mamba2 is a decoder")
+    own = [name for name in vars(config) if name.startswith("mamba_")]
+    takes = {name: ((getattr(config, name),), "") for name in (*own, "activation")}
+    takes |= {
+        "hybrid_layer_pattern": ((config.hybrid_layer_pattern,), ""),
+        "position_embedding_type": (("none",), "needs none"),
+        "normalization": (("RMSNorm",), "has RMSNorm"),
+    }
+    found = reasons_against(config, "Mamba2", takes)
     pattern = config.hybrid_layer_pattern
     if pattern is None or set(pattern) != {MAMBA}:
         found.append(f"hybrid_layer_pattern = {pattern}: every layer of Mamba2 is one (M)")
-    if config.position_embedding_type != "none":
-        kind = config.position_embedding_type
-        found.append(f"position_embedding_type = {kind}: Mamba2 needs none")
-    if config.normalization != "RMSNorm":
-        found.append(f"normalization = {config.normalization}: Mamba2 has RMSNorm")
     sizes = mamba_sizes(config)
     if config.has_mamba and sizes.width % config.hidden_size:
         found.append(

@@ -52,7 +52,8 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
 
 def from_config(found: ForeignConfig) -> ModelConfig:
     """The native configuration of a Mixtral's ``config.json``. Raises ConversionError."""
-    found = ForeignConfig({**DEFAULTS, **found.data}, found.where)
+    silent = {key: value for key, value in DEFAULTS.items() if found.data.get(key) is None}
+    found = ForeignConfig({**found.data, **silent}, found.where)
     found.require("hidden_act", ("silu", "swish"), "only silu makes a swiglu")
     found.require("router_jitter_noise", (0, None), "is not supported; 0 gives the same model")
     stated = found.data.get("sliding_window") is not None
@@ -93,4 +94,5 @@ MIXTRAL = Family(
     from_config=from_config,
     weights=weights,
     spelling=spelling,
+    aliases={"num_experts": "num_local_experts"},
 )

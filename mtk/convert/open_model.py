@@ -17,11 +17,14 @@ from mtk.convert.hf_directory import read_hf_model
 from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import check_complete
 from mtk.convert.source import Source, SourceKind, find_source
-from mtk.errors import ArtifactError, ConversionError
+from mtk.errors import ArtifactError, ConfigError, ConversionError, Problem
 from mtk.models.buffers import kept_tensors
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
+
+# What libraries without ``tokenizer.json`` leave beside weights.
+SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class OpenedModel:
                 f"files were left out. Text cannot be used with it."
             )
         return load_tokenizer(self.tokenizer_folder)
+
+    def require_decoder(self, option: str, found: object) -> None:
+        """Raises ConfigError, of ``option`` = ``found``, for a BERT or a T5."""
+        if self.config.family != "gpt":
+            kind = self.config.family.upper()
+            rule = f"needs a model that predicts the next token; {self.folder} is a {kind}"
+            raise ConfigError([Problem(option, found, rule)])
 
 
 def open_model(
@@ -123,3 +133,10 @@ def tokenizer_folder(kind: SourceKind, folder: Path) -> Path:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("mtk_tokenizer.json", "tokenizer.json"))
+
+
+def unread_tokenizer(folder: Path) -> list[str]:
+    """Files of a tokenizer that has no ``tokenizer.json``: nothing here reads them."""
+    if has_tokenizer(folder):
+        return []
+    return [name for name in SLOW_TOKENIZERS if (folder / name).is_file()]

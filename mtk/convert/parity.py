@@ -24,6 +24,10 @@ from mtk.errors import GateError
 PROMPTS, TOKENS, SEED = 8, 128, 20240229
 # Tokens after the first that a window of attention hides.
 BEYOND = 16
+# Logits that spread less say nothing of the layers under them, e.g. with an output matrix of
+# zeros: then the states have to agree too.
+QUIET = 1e-2
+LAST = "the final norm or the output matrix"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Parity:
     """Figures over all positions of all prompts; errors are absolute, in logits.
 
     limit: what the largest error may be: the tolerance, less for models whose logits
-    spread (standard deviation) less than 1, since there the same error means more.
+    spread (standard deviation) less than 1, since there the same error means more; under
+    ``QUIET`` the states are compared too, as shares of the largest.
     kl: mean of KL(reference || candidate) per position, in nats. loss: mean
     cross-entropy of each prompt's own next tokens. first_difference: the first part
     of the model whose output differs; None if all agree.
@@ -73,8 +78,9 @@ def past_the_window(
     vocab_size: int, positions: int, window: int | None, seed: int = SEED
 ) -> Tensor | None:
     """int64 [1, S]: a prompt that is longer than the ``window`` of attention, where those of
-    :func:`fixed_prompts` would not show a wrong one; None where they do."""
-    if window is None or window + BEYOND <= min(TOKENS, positions):
+    :func:`fixed_prompts` would not show a wrong one; None where they do, and where no sequence
+    is long enough for the window to matter."""
+    if window is None or window + BEYOND <= min(TOKENS, positions) or window >= positions:
         return None
     length = min(window + BEYOND, positions)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -91,14 +97,16 @@ def compare(
     longer: Tensor | None = None,
 ) -> Parity:
     """Run both on every prompt, one prompt at a time, and on the ``longer`` one [1, S]."""
-    sums = _Sums()
+    sums = _Sums(tolerance)
     prompts = [*torch.split(tokens_BS, 1), *([] if longer is None else [longer])]
     for index, prompt_1S in enumerate(prompts):
         sums.add(index, prompt_1S, candidate, reference)
     spread = sums.spread()
-    limit = tolerance * min(1.0, max(spread, 1e-2)) if math.isfinite(spread) else tolerance
+    limit = tolerance * min(1.0, max(spread, QUIET)) if math.isfinite(spread) else tolerance
     # Written so that NaN fails.
     passed = sums.shape_problem is None and sums.max_error <= limit
+    if passed and spread < QUIET and sums.parted is not None:
+        passed, sums.first_difference = False, sums.parted
     count = max(sums.positions, 1)
     predicted = max(sums.predicted, 1)
     return Parity(
@@ -131,21 +139,25 @@ def require(parity: Parity) -> None:
         raise GateError(
             f"{parity.candidate} and {parity.reference} differ on the converted model: largest "
             f"logit error {parity.max_abs_logit_error:.3g} ({parity.worst}), allowed "
-            f"{parity.limit:.3g}; same top token at {parity.top1_agreement:.1%} of positions; "
-            f"first difference: {parity.first_difference}. Nothing was published."
+            f"{parity.limit:.3g} (tolerance {parity.tolerance:g}); same top token at "
+            f"{parity.top1_agreement:.1%} of positions; first difference: "
+            f"{parity.first_difference}. Nothing was published."
         )
 
 
 class _Sums:
     """Running figures; float64, NaN is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.max_error, self.error_sum, self.values = 0.0, 0.0, 0
         self.agreed, self.kl, self.positions = 0, 0.0, 0
         self.loss_candidate, self.loss_reference, self.predicted = 0.0, 0.0, 0
         self.total, self.squares = 0.0, 0.0
         self.worst = "none"
         self.first_difference: str | None = None
+        # The first part whose states differ by more than the tolerance's share of them.
+        self.parted: str | None = None
         self.shape_problem: str | None = None
 
     def spread(self) -> float:
@@ -166,11 +178,13 @@ class _Sums:
             return
         error_SV = (ours_BSV - theirs_BSV)[0].double().abs()
         largest = error_SV.max().item()
-        if largest > self.max_error or math.isnan(largest):
+        if largest > self.max_error or (math.isnan(largest) and not math.isnan(self.max_error)):
             self.max_error = largest
             place = int(error_SV.amax(dim=1).argmax())
             self.worst = f"prompt {index}, position {place}"
             self.first_difference = first_difference(our_states, their_states)
+        parted = first_difference(our_states, their_states, self.tolerance)
+        self.parted = self.parted or (None if parted == LAST else parted)
         self.error_sum += error_SV.sum().item()
         self.values += error_SV.numel()
         self.total += theirs_BSV.double().sum().item()
@@ -182,13 +196,16 @@ class _Sums:
         self.positions += ours_SV.shape[0]
         our_logs, their_logs = ours_SV.log_softmax(-1), theirs_SV.log_softmax(-1)
         self.kl += F.kl_div(our_logs, their_logs, reduction="sum", log_target=True).item()
+        if len(ours_SV) != len(tokens_S):  # the head of a task predicts no tokens
+            return
         self.predicted += len(tokens_S) - 1
         self.loss_candidate += F.nll_loss(our_logs[:-1], tokens_S[1:], reduction="sum").item()
         self.loss_reference += F.nll_loss(their_logs[:-1], tokens_S[1:], reduction="sum").item()
 
 
-def first_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    """The first part whose output differs by more than rounding."""
+def first_difference(ours: list[Tensor], theirs: list[Tensor], share: float = 1e-5) -> str:
+    """The first part whose output differs by more than rounding, a ``share`` of its largest
+    value."""
     if len(ours) != len(theirs):
         return f"the numbers of layers, {len(ours) - 1} and {len(theirs) - 1}"
     for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
@@ -196,6 +213,6 @@ def first_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
         if our.shape != their.shape:
             return f"{part} (shapes {list(our.shape)} and {list(their.shape)})"
         scale = their.float().abs().max().item()
-        if not (our.float() - their.float()).abs().max().item() <= 1e-5 * max(scale, 1e-6):
+        if not (our.float() - their.float()).abs().max().item() <= share * max(scale, 1e-6):
             return part
-    return "the final norm or the output matrix"
+    return LAST

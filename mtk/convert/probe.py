@@ -50,11 +50,13 @@ class SegmentInputs:
     real: int
 
     @classmethod
-    def of(cls, tokens_BS: Tensor) -> SegmentInputs:
+    def of(cls, tokens_BS: Tensor, kinds: int = 2) -> SegmentInputs:
+        """kinds: of segments that the model tells apart; where it is one, both are of it."""
         length = tokens_BS.shape[1]
         places = torch.arange(length).expand_as(tokens_BS)
         real = length - max(1, length // 8)
-        return cls((places >= length // 3).long(), (places >= real).long(), real)
+        second = (places >= length // 3).long() * min(kinds - 1, 1)
+        return cls(second, (places >= real).long(), real)
 
 
 def with_order(logits_BSV: Tensor, order_B2: Tensor | None, real: int) -> Tensor:
@@ -69,21 +71,25 @@ def with_order(logits_BSV: Tensor, order_B2: Tensor | None, real: int) -> Tensor
 
 @dataclass(frozen=True)
 class SegmentProbe:
-    """An encoder reads two padded segments; both heads are compared."""
+    """An encoder reads two padded segments; both heads are compared, or that of a task, whose
+    logits [B, K] are those of one place."""
 
     def native(self, model: Any, tokens_BS: Tensor) -> Tensor:
-        inputs = SegmentInputs.of(tokens_BS)
+        inputs = SegmentInputs.of(tokens_BS, model.config.num_tokentypes)
         out = model(tokens_BS, types=inputs.types_BS, documents=inputs.padding_BS)
         logits, order = out if isinstance(out, tuple) else (out, None)
+        if logits.ndim == 2:
+            return logits[:, None]  # type: ignore[no-any-return]
         return with_order(logits, order, inputs.real)
 
-    def foreign(self, model: nn.Module, tokens_BS: Tensor) -> Tensor:
-        inputs = SegmentInputs.of(tokens_BS)
-        out = model(
-            input_ids=tokens_BS,
-            token_type_ids=inputs.types_BS,
-            attention_mask=1 - inputs.padding_BS,
-        )
+    def foreign(self, model: Any, tokens_BS: Tensor) -> Tensor:
+        inputs = SegmentInputs.of(tokens_BS, model.config.type_vocab_size)
+        given = (tokens_BS, inputs.types_BS, 1 - inputs.padding_BS)
+        if type(model).__name__.endswith("ForMultipleChoice"):  # one choice
+            given = (given[0][:, None], given[1][:, None], given[2][:, None])
+        out = model(input_ids=given[0], token_type_ids=given[1], attention_mask=given[2])
+        if "logits" in out and out.logits.ndim == 2:
+            return out.logits[:, None]  # type: ignore[no-any-return]
         if hasattr(out, "prediction_logits"):
             return with_order(out.prediction_logits, out.seq_relationship_logits, inputs.real)
         return with_order(out.logits, None, inputs.real)

@@ -16,7 +16,6 @@ from mtk.convert.adapters import apart, has_adapters
 from mtk.convert.families import family_for
 from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
-    read_hf_config,
     read_hf_model,
     read_weights,
     write_hf_directory,
@@ -162,15 +161,19 @@ def source_reference(source: Source, demands: Demands) -> Comparable:
     return reference_model(source.folder, demands)
 
 
-def reference_model(folder: Path, demands: Demands) -> Comparable:
-    """The independent implementation that runs a Hugging Face directory."""
-    if demands.reference == "transformers" and not transformers_installed():
+def check_reference(choice: ReferenceChoice) -> None:
+    """Before anything is written. Raises ConfigError for a reference that is not there."""
+    if choice == "transformers" and not transformers_installed():
         rule = "transformers is not installed"
         fix = "Install the extra hf, or use --reference plain."
         raise ConfigError([Problem("reference", "transformers", rule, fix)])
+
+
+def reference_model(folder: Path, demands: Demands) -> Comparable:
+    """The independent implementation that runs a Hugging Face directory."""
     if demands.reference == "plain" or not transformers_installed():
         found = read_hf_model(folder)
-        return PlainModel(read_hf_config(folder), found.tensors, demands.dtype)
+        return PlainModel(found.foreign_config, found.tensors, demands.dtype)
     return TransformersModel(folder, demands.dtype)
 
 

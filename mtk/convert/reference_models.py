@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mtk.convert.families import family_of
-from mtk.convert.hf_directory import read_hf_config
+from mtk.convert.family import first_architecture
+from mtk.convert.hf_directory import HfModel, read_hf_model
 from mtk.convert.lazy import EXACT, Tensors
 from mtk.convert.probe import CAUSAL, Probe
 from mtk.convert.reference_forward import reference_forward
@@ -69,29 +69,37 @@ class TransformersModel:
     offline.
 
     Raises ConversionError when transformers reports any weight that is missing, left
-    over or of another shape.
+    over (unless it is one without information) or of another shape.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         import transformers
 
-        foreign = read_hf_config(folder)
-        family = family_of(foreign.get("model_type"), str(folder))
+        found = read_hf_model(folder)
+        family = found.family
         name = "AutoModelForCausalLM"
         if family.probe != CAUSAL:
-            name = (foreign.get("architectures") or [family.architecture])[0]
+            stated = first_architecture(found.foreign_config)
+            name = stated if stated in family.classes else family.architecture
         self.name = f"transformers {metadata.version('transformers')}"
         with _silent_transformers():
-            model, report = getattr(transformers, name).from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-        complaints = {key: sorted(map(str, found)) for key, found in report.items() if found}
+            try:
+                model, report = getattr(transformers, name).from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                )
+            except Exception as error:  # what it finds wrong with a file has no common class
+                found_wrong = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ConversionError(
+                    f"transformers does not take {folder} as it is: {found_wrong}. --reference "
+                    f"plain asks mtk's own forward instead."
+                ) from error
+        complaints = _complaints(report, found)
         if complaints:
             raise ConversionError(f"transformers does not take {folder} as it is: {complaints}.")
         with torch.no_grad():
@@ -106,6 +114,18 @@ class TransformersModel:
         return _traced(
             self._blocks, lambda: self._probe.foreign(self._model, tokens_BS), self._probe
         )
+
+
+def _complaints(report: Mapping[str, Any], found: HfModel) -> dict[str, list[str]]:
+    """What transformers reports, but for what the table says is to be passed over: masks and
+    heads in published files, of which transformers knows only some."""
+    ignored = found.family.weights(found.config).ignored
+    known = {"unexpected_keys": ignored | {n.removeprefix(found.family.prefix) for n in ignored}}
+    listed = {
+        key: sorted({str(name) for name in names} - known.get(key, frozenset()))
+        for key, names in report.items()
+    }
+    return {key: names for key, names in listed.items() if names}
 
 
 def transformers_installed() -> bool:

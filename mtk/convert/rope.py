@@ -138,6 +138,9 @@ def _scaling_options(
     # Where stated at the top it counts before the object's own; without either nothing grew.
     own = nested.get("original_max_position_embeddings", int, positions)
     original = found.get("original_max_position_embeddings", int, own)
+    if original < 1:
+        nested.complaints.append(f"original_max_position_embeddings = {original}: must be above 0")
+        return {}
     default = positions / original if kind == "yarn" else None
     options: dict[str, Any] = {
         "rope_scaling_type": kind,

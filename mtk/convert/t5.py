@@ -7,8 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mtk.config.model import ModelConfig
-from mtk.convert.family import Family, ForeignConfig, linear, reasons_against
+from mtk.convert.family import (
+    Family,
+    ForeignConfig,
+    first_architecture,
+    linear,
+    reasons_against,
+)
+from mtk.convert.lazy import Tensors
 from mtk.convert.mapping import CutRows, Rename, Rule, TiedCopy, WeightTable
 from mtk.convert.probe import SEQ2SEQ
 
@@ -22,6 +31,10 @@ MLPS = {
 }
 LENGTH = 512  # tokens that published models were trained at; config.json does not say
 STACKS = ("encoder", "decoder")
+T5_CLASS = "T5ForConditionalGeneration"
+# What the class was called when the largest ones were published, and its part without the
+# output matrix, which tied models do not need.
+OLD_CLASSES = ("T5WithLMHeadModel", "T5Model")
 
 
 def reasons(config: ModelConfig) -> list[str]:
@@ -55,7 +68,7 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
     tied = not config.untie_embeddings_and_output_weights
     return {
         "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
+        "architectures": [T5_CLASS],
         "vocab_size": config.vocab_size,
         "d_model": config.hidden_size,
         "d_kv": config.head_size,
@@ -91,6 +104,18 @@ def from_config(found: ForeignConfig) -> ModelConfig:
     layers = found.get("num_layers", int)
     found.require("num_decoder_layers", (layers, None), "both stacks have equally many here")
     tied = found.get("tie_word_embeddings", bool, True)
+    # transformers derives these two, yet takes what a file says of them.
+    gate, _, kind = found.get("feed_forward_proj", str, "relu").rpartition("-")
+    derived = {
+        "is_gated_act": bool(gate),
+        "dense_act_fn": "gelu_new" if gate and kind == "gelu" else kind,
+    }
+    for key, value in derived.items():
+        found.require(key, (value, None), f"feed_forward_proj makes it {value!r}")
+    if first_architecture(found.data) not in (None, T5_CLASS, *OLD_CLASSES):
+        found.complaints.append(
+            f"architecture {first_architecture(found.data)}: supported is {T5_CLASS}"
+        )
     own = found.data.get("mtk")
     stated = own if isinstance(own, dict) else {}
     positions = found.get("n_positions", int, LENGTH)
@@ -113,13 +138,26 @@ def from_config(found: ForeignConfig) -> ModelConfig:
         activation=names.get(found.get("feed_forward_proj", str, "relu"), "relu"),
         add_bias_linear=False,
         softmax_scale=1.0,
-        scale_tied_output=found.get("scale_decoder_outputs", bool, tied),
+        # Null scales nothing, absent goes by what is tied.
+        scale_tied_output=found.get(
+            "scale_decoder_outputs", bool, tied and "scale_decoder_outputs" not in found.data
+        ),
         untie_embeddings_and_output_weights=not tied,
         hidden_dropout=dropout,
         attention_dropout=stated.get("attention_dropout", dropout),
         init_method_std=stated.get("init_method_std", 0.02),
         vocab_size=found.get("vocab_size", int),
     )
+
+
+def amended(foreign: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """transformers 5 writes of every T5 that its matrices are tied; of 1.1, whose are not, it
+    stores both."""
+    names = ("lm_head.weight", "shared.weight")
+    doubtful = foreign.get("scale_decoder_outputs") is False and all(n in tensors for n in names)
+    if not doubtful or torch.equal(*(tensors[name] for name in names)):
+        return foreign
+    return foreign | {"tie_word_embeddings": False}
 
 
 def weights(config: ModelConfig) -> WeightTable:
@@ -168,7 +206,7 @@ def _attention(native: str, foreign: str) -> list[Rename]:
 
 T5 = Family(
     model_type="t5",
-    architecture="T5ForConditionalGeneration",
+    architecture=T5_CLASS,
     blocks="encoder.block decoder.block",
     # No name lacks anything: the base class stores them alike.
     prefix="",
@@ -177,4 +215,11 @@ T5 = Family(
     from_config=from_config,
     weights=weights,
     probe=SEQ2SEQ,
+    aliases={
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+    amended=amended,
 )

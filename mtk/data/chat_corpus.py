@@ -47,6 +47,11 @@ class ChatCorpus:
         part = slice(int(self.starts_C[index]), int(self.starts_C[index + 1]))
         return self.ids_T[part], self.counted_T[part]
 
+    def ends(self, count: int) -> set[int]:
+        """The last id that counts in each of the first ``count`` conversations."""
+        first = map(self.conversation, range(min(count, len(self))))
+        return {int(ids[np.flatnonzero(counted)[-1]]) for ids, counted in first}
+
     @property
     def summary(self) -> str:
         share = float(self.counted_T.mean()) if len(self.counted_T) else 0.0

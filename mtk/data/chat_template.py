@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from mtk.tokenizers import Tokenizer
 # Private characters around what stands in a generation block; no text may hold them.
 START, END = "\ue000", "\ue001"
 Span = tuple[int, int]
+# Templates ask whether these are none, not only whether they are defined.
+NOT_GIVEN: Mapping[str, None] = {"tools": None, "documents": None}
 # What a template may raise while it runs.
 RENDERING = (
     TemplateError,
@@ -96,20 +99,21 @@ class ChatTemplate:
         messages = [{"role": m.role, "content": m.content} for m in conversation]
         try:
             return str(
-                self._template().render(
-                    messages=messages, add_generation_prompt=prompt, **self.tokens
+                self._compiled.render(
+                    messages=messages, add_generation_prompt=prompt, **NOT_GIVEN, **self.tokens
                 )
             )
         except RENDERING as error:
             raise RecordError("refused by the chat template", f"{self.name}: {error}") from None
 
-    def _template(self) -> Any:
+    @cached_property
+    def _compiled(self) -> Any:
         return _environment().from_string(self.source)
 
     def check(self) -> None:
         """Raises DataError if the template is no Jinja."""
         try:
-            self._template()
+            _ = self._compiled
         except TemplateError as error:
             raise DataError(f"the chat template {self.name} does not parse: {error}.") from error
 
@@ -118,8 +122,20 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]

@@ -31,6 +31,7 @@ SPEAKERS: Mapping[str, str] = {
 }
 QUESTIONS = ("prompt", "instruction", "question", "query")
 CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("response", "output", "completion", "answer")
 
 
@@ -47,6 +48,9 @@ T = TypeVar("T")
 def parse_conversations(raw: bytes) -> list[Conversation]:
     """The conversations of one JSON line. Raises RecordError."""
     record = _object(raw)
+    for key in ("tools", "functions"):
+        if record.get(key):
+            raise RecordError("not text", f"the record has {key}, which templates are not given")
     if "messages" in record:
         messages = _messages(record["messages"], "messages", ("role",), ("content",))
     elif "conversations" in record:
@@ -54,6 +58,9 @@ def parse_conversations(raw: bytes) -> list[Conversation]:
         messages = _messages(turns, "conversations", ("from", "role"), ("value", "content"))
     else:
         messages = _columns(record)
+    system = next((key for key in SYSTEMS if record.get(key)), None)
+    if system is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", _text(record[system], repr(system))))
     found = list(_split_at_system(messages))
     for conversation in found:
         _check(conversation)
@@ -156,10 +163,22 @@ def _columns(record: Mapping[str, Any]) -> list[Message]:
     context = next((key for key in CONTEXTS if record.get(key)), None)
     if context is not None:
         asked = f"{asked}\n\n{_text(record[context], repr(context))}"
-    messages = [Message("user", asked), Message("assistant", _text(record[answer], repr(answer)))]
-    if record.get("system"):
-        messages.insert(0, Message("system", _text(record["system"], "'system'")))
-    return messages
+    turns = [*_history(record), (asked, _text(record[answer], repr(answer)))]
+    return [
+        Message(role, text)
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _history(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Questions and answers before the last ones, as pairs."""
+    turns = record.get("history") or []
+    for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
+        where = f"turn {number} of 'history'"
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RecordError("not a turn", f"{where} is no pair of a question and an answer")
+        yield _text(turn[0], where), _text(turn[1], where)
 
 
 def _split_at_system(messages: Sequence[Message]) -> Iterator[Conversation]:

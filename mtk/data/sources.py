@@ -56,7 +56,9 @@ class Chunk:
 Record = tuple[int, int, bytes]  # number, start, content
 
 
-def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> list[Path]:
+def expand_inputs(
+    patterns: Sequence[str], output_prefix: str | None = None, option: str = "--input"
+) -> list[Path]:
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
     A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
@@ -76,7 +78,7 @@ def expand_inputs(patterns: Sequence[str], output_prefix: str | None = None) -> 
             raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
         found = [file for file in found if not file.is_dir()]
         if not found:
-            raise DataError(f"--input {pattern}: no such file, and no file matches it as a glob.")
+            raise DataError(f"{option} {pattern}: no such file, and no file matches it as a glob.")
         files.update(dict.fromkeys(found))
     for file in files:
         file_format(file)

@@ -24,7 +24,8 @@ RIGHT = ("acc", "exact_match")
 @dataclass
 class Answer:
     """What a run says of one document. log_likelihoods: of each choice, or of the text. correct:
-    None where the task knows no right answer. responses: texts that were generated."""
+    None where the task knows no right answer. responses: texts that were generated, or the class
+    that was chosen."""
 
     key: str
     log_likelihoods: list[float] = field(default_factory=list)
@@ -84,12 +85,12 @@ class Comparison:
         return out + [f"  {d.key}: {d.text}" for d in worst]
 
     def fields(self) -> dict[str, Any]:
-        """For machines."""
+        """For machines; a difference without a number is null, since JSON has no infinity."""
         return {
             "documents": self.documents,
             "only_first": list(self.only_a),
             "only_second": list(self.only_b),
-            "largest_difference": self.largest,
+            "largest_difference": self.largest if math.isfinite(self.largest) else None,
             "flipped": self.flipped,
             "accuracy": self.accuracy,
         }
@@ -100,7 +101,7 @@ def compare(first: Mapping[str, Answer], second: Mapping[str, Answer]) -> Compar
     both = [key for key in first if key in second]
     found = [_difference(first[key], second[key]) for key in both]
     found.sort(key=lambda d: (-d.size, not d.flipped, d.key))
-    judged = [key for key in both if first[key].correct is not None]
+    judged = [key for key in both if None not in (first[key].correct, second[key].correct)]
     rates = None
     if judged:
         rights = [sum(bool(run[key].correct) for key in judged) for run in (first, second)]
@@ -149,7 +150,11 @@ def read_run(path: str | Path) -> dict[str, Answer]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -191,6 +196,10 @@ def _add(answer: Answer, entry: Mapping[str, Any]) -> None:
         before = answer.log_likelihoods[0] if answer.log_likelihoods else 0.0
         answer.log_likelihoods = [before + float(entry["log_likelihood"])]
         answer.correct = entry.get("correct")
+    elif "probabilities" in entry:
+        answer.log_likelihoods = [-float(entry["loss"])]
+        answer.responses = [str(entry["predicted"])]
+        answer.correct = bool(entry["correct"])
     elif "log_likelihoods" in entry or "responses" in entry:
         answer.log_likelihoods = [float(value) for value in entry.get("log_likelihoods", ())]
         answer.responses = [str(text) for text in entry.get("responses", ())]

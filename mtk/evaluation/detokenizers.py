@@ -8,7 +8,10 @@ rules, their order and their oddities are part of the published numbers.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
+
+from mtk.errors import DataError
 
 Detokenizer = Literal["wikitext", "ptb", "none"]
 
@@ -76,6 +79,19 @@ def choose(path: str) -> Detokenizer:
     if "ptb" in path:
         return "ptb"
     return "wikitext" if "wiki" in path else "none"
+
+
+def choose_all(paths: Sequence[str], asked: Detokenizer | Literal["auto"]) -> Detokenizer:
+    """The rules that are asked for, or those that all paths suggest. Raises DataError if they do
+    not suggest the same."""
+    rules: set[Detokenizer] = {choose(path) if asked == "auto" else asked for path in paths}
+    if len(rules) > 1:
+        raise DataError(
+            f"the paths of --valid-data suggest different detokenizers "
+            f"({', '.join(sorted(rules))}). Evaluate the files apart, or choose one with "
+            f"--detokenizer."
+        )
+    return rules.pop()
 
 
 def detokenize(text: str, kind: Detokenizer) -> str:

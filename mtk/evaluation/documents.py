@@ -80,5 +80,10 @@ def _require_unicode(text: str, where: str) -> None:
 def read_documents(path: Path, key: str) -> list[Document]:
     """A ``.jsonl`` or ``.json`` file is one document a line, any other file is one document."""
     if path.suffix in (".jsonl", ".json"):
-        return list(read_records(path, key))
+        return read_passages(path, key)
     return [Document(read_text(path), str(path))]
+
+
+def read_passages(path: Path, key: str) -> list[Document]:
+    """A document of each line, as :func:`read_records`."""
+    return list(read_records(path, key))

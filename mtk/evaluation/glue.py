@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mtk.config.heads import TASKS
 from mtk.errors import DataError
 from mtk.evaluation.classification import LabelledText, clean_text
 from mtk.evaluation.documents import read_text
 
-MNLI_LABELS = {"contradiction": 0, "entailment": 1, "neutral": 2}
+MNLI_LABELS = {label: number for number, label in enumerate(TASKS["MNLI"].labels)}
 MNLI_FIRST, MNLI_SECOND, MNLI_TEST_COLUMNS = 8, 9, 10
 QQP_COLUMNS, QQP_TEST_COLUMNS = 6, 3
 
@@ -106,8 +107,11 @@ def _rows(path: Path) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
 
 
 def _number(text: str, origin: str, what: str) -> int:
-    if not text.strip().isdecimal():
-        raise DataError(f"{origin}: the {what} is {text.strip()[:40]!r}, not a whole number.")
+    # 18 digits always fit the 64 bits that a batch holds it in.
+    if not text.strip().isdecimal() or len(text.strip()) > 18:
+        raise DataError(
+            f"{origin}: the {what} is {text.strip()[:40]!r}, not a whole number of up to 18 digits."
+        )
     return int(text)
 
 

@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al. 2016): predict the last word of a passage.
 
 Not strict: the label is the last token of the text. Strict: the label is every token of
-the last word, and the passage in front of it is tokenised on its own. A passage counts
-if all label tokens are the most likely ones.
+the last word behind one space. A passage counts if all label tokens are the most likely
+ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def lambada(
 
     Raises DataError for one that is too short, or whose label alone exceeds the context.
     """
-    whole = [_request(text, document, strict) for document in documents]
+    whole = [passage_request(text, document, strict=strict) for document in documents]
     for request, document in zip(whole, documents, strict=True):
         check_ids(list(request.tokens), scorer.model, document.origin)
     requests = [
@@ -74,7 +74,13 @@ def lambada(
     return LambadaResult(figures, items)
 
 
-def _request(text: TextIds, document: Document, strict: bool) -> Request:
+def passage_request(text: TextIds, document: Document, *, strict: bool) -> Request:
+    """The passage as ids, its label scored.
+
+    The ids of the last word are what the passage with it has more than without it, as in
+    lm-evaluation-harness: some tokenizers put a space before every text, so that the word alone
+    would get a token that never stands there. Raises DataError for a passage of one word.
+    """
     front = len(text.front)
     if not strict:
         tokens = text.whole(document.text, document.origin)
@@ -83,7 +89,8 @@ def _request(text: TextIds, document: Document, strict: bool) -> Request:
         word = document.text.split()[-1]
         before = document.text[: document.text.rindex(word)].strip()
         context = text.whole(before, document.origin)
-        tokens = context + text.alone(f" {word}", document.origin)
+        whole = text.whole(f"{before} {word}", document.origin)
+        tokens = context + whole[len(context) :]
         first = len(context)
     if first < 1 + front or first == len(tokens):
         raise DataError(f"{document.origin} is too short: nothing stands before its last word.")

@@ -20,10 +20,11 @@ from lm_eval.api.registry import model_registry, register_model
 from mtk.convert.lazy import DTYPES
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ConfigError, DataError, Problem
+from mtk.evaluation.perplexity import check_ids
 from mtk.evaluation.scorer import Advance, Scorer
-from mtk.evaluation.scoring import Request
+from mtk.evaluation.scoring import PAD, Request
 from mtk.evaluation.text_ids import PrependBos, TextIds
-from mtk.evaluation.windows import rolling
+from mtk.evaluation.windows import context_length, rolling
 
 NAME = "mtk"
 # New tokens where a task does not say how many, as in the harness.
@@ -79,9 +80,10 @@ class MtkModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra, my
         """Ids of ``string``; None adds BOS (if it is added at all) unless it is spelled out."""
         del unused
         spelled = string.startswith(self.text.tokenizer.decode([self.prefix_token_id]))
-        if add_special_tokens is False or (add_special_tokens is None and spelled):
-            return self.text.alone(string)
-        return self.text.whole(string)
+        bare = add_special_tokens is False or (add_special_tokens is None and spelled)
+        ids = self.text.alone(string) if bare else self.text.whole(string)
+        check_ids(ids, self.scorer.model, f"the text {string[:40]!r}")
+        return ids
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True
@@ -188,10 +190,11 @@ def continuation(given: Mapping[str, Any]) -> Continuation:
     )
 
 
-def register(generator: Callable[[OpenedModel], Generate]) -> None:
+def register(generator: Callable[[OpenedModel, int | None], Generate]) -> None:
     """Make the harness know ``model="mtk"``, with ``model_args`` as of :class:`_Registered`.
 
-    generator: makes the ``generate`` of an opened model. A second call changes nothing.
+    generator: makes the ``generate`` of an opened model, for batches of at most so many rows. A
+    second call changes nothing.
     """
     if NAME in model_registry:
         return
@@ -213,11 +216,15 @@ def register(generator: Callable[[OpenedModel], Generate]) -> None:
         ) -> None:
             del max_batch_size
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            if dtype not in DTYPES:
+                rule = f"must be one of {', '.join(DTYPES)}"
+                raise ConfigError([Problem("dtype", dtype, rule)])
             opened = open_model(load, dtype=DTYPES[dtype], device=place)
-            limit = None if batch_size in (None, "auto") else int(str(batch_size))
-            scorer = Scorer(
-                opened.model, opened.tokenizer.eod, batch_tokens=batch_tokens, batch_size=limit
-            )
+            opened.require_decoder("load", load)
+            length = context_length(max_length, opened.config, opened.config.positions)
+            # The harness's "auto:4" too: a budget of tokens finds the size by itself.
+            found = "auto" if batch_size is None else str(batch_size)
+            limit = None if found.startswith("auto") else int(found)
+            scorer = Scorer(opened.model, PAD, batch_tokens=batch_tokens, batch_size=limit)
             text = TextIds(opened.tokenizer, prepend_bos)
-            length = max_length or opened.config.positions
-            super().__init__(scorer, text, generator(opened), max_length=length)
+            super().__init__(scorer, text, generator(opened, limit), max_length=length)

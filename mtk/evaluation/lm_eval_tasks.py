@@ -166,6 +166,11 @@ def _shots(task: Any, asked: int | None) -> None:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
+def without_examples(tasks: Mapping[str, Any], asked: int | None) -> list[str]:
+    """Tasks that say themselves that nothing stands in front of a question."""
+    return [name for name, task in tasks.items() if asked and not task.get_config("num_fewshot")]
+
+
 # -- running ------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ from mtk.models.gpt import GPT
 
 # Padded tokens of a forward pass, unless the user says otherwise.
 BATCH_TOKENS = 16_384
+# What rows are padded with: an id that every model has, and no prediction sees.
+PAD = 0
 # Logits of this many values are in memory at once (fp32: 64 MB).
 LOGITS_BUDGET = 2**24
 

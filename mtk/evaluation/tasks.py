@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from mtk.artifacts.hashing import sha256_file
 from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import OpenedModel
-from mtk.errors import ConfigError, DataError, GateError, Problem
+from mtk.errors import ConfigError, GateError, Problem
 from mtk.evaluation import detokenizers, lambada, perplexity
-from mtk.evaluation.documents import Document, read_documents
+from mtk.evaluation.documents import Document, read_documents, read_passages
 from mtk.evaluation.scorer import Scorer
+from mtk.evaluation.scoring import PAD
 from mtk.evaluation.text_ids import TextIds
+from mtk.evaluation.windows import context_length
 from mtk.log import Reporter
 from mtk.parallel.groups import Group
 
@@ -51,19 +53,18 @@ class Bench:
 
 def prepare(config: EvaluateConfig, opened: OpenedModel, world: Group, reporter: Reporter) -> Bench:
     """Read the data and check it against the model. Raises ConfigError, DataError."""
-    if opened.config.family != "gpt":
-        rule = f"needs a model that predicts the next token; {config.load} is a {{}}"
-        kind = opened.config.family.upper()
-        raise ConfigError([Problem("task", config.task, rule.format(kind))])
+    opened.require_decoder("task", config.task)
     scorer = Scorer(
         opened.model,
-        opened.tokenizer.eod,
+        PAD,
         batch_tokens=config.batch_tokens,
         batch_size=config.batch_size,
         world=world,
     )
     own = config.valid_data if not config.harness_tasks else ()
-    data = {path: read_documents(Path(path), config.text_key) for path in own}
+    # Whatever its name is: a text file would be one passage of many.
+    read = read_passages if config.task == "LAMBADA" else read_documents
+    data = {path: read(Path(path), config.text_key) for path in own}
     text = TextIds(opened.tokenizer, config.prepend_bos)
     return Bench(config, opened, scorer, text, _context(config, opened), reporter, data)
 
@@ -72,23 +73,19 @@ def _context(config: EvaluateConfig, opened: OpenedModel) -> int:
     """Tokens a window may have. Raises ConfigError beyond the model's positions."""
     limit = opened.config.positions
     as_trained = config.task == "WIKITEXT103" and config.windows == "megatron"
-    length = config.seq_length or (min(opened.config.seq_length, limit) if as_trained else limit)
-    problems = []
-    if length > limit and opened.config.positions_are_limited:
-        rule = f"exceeds the {limit} positions of the model"
-        problems.append(Problem("seq_length", length, rule, f"Nearest: {limit}."))
-    elif config.overlapping_eval is not None and config.overlapping_eval > length:
+    usual = min(opened.config.seq_length, limit) if as_trained else limit
+    length = context_length(config.seq_length, opened.config, usual)
+    if config.overlapping_eval is not None and config.overlapping_eval > length:
         rule = f"exceeds the context of {length}: tokens in between would not be scored"
         found = config.overlapping_eval
-        problems.append(Problem("overlapping_eval", found, rule, f"Nearest: {length}."))
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([Problem("overlapping_eval", found, rule, f"Nearest: {length}.")])
     return length
 
 
 def perplexity_task(bench: Bench) -> Outcome:
     """WIKITEXT103: perplexity of any text."""
-    config, chosen = bench.config, _detokenizer(bench.config)
+    config = bench.config
+    chosen = detokenizers.choose_all(config.valid_data, config.detokenizer)
     bench.reporter.info(f"detokenizer: {chosen}")
     settings = perplexity.Settings(bench.length, config.overlapping_eval, chosen, config.windows)
     with bench.reporter.progress("evaluate", None, "tokens") as bar:
@@ -111,20 +108,6 @@ def perplexity_task(bench: Bench) -> Outcome:
         "definitions": perplexity.DEFINITIONS,
     }
     return Outcome(figures, result.items, summary, details)
-
-
-def _detokenizer(config: EvaluateConfig) -> detokenizers.Detokenizer:
-    rules = {
-        detokenizers.choose(path) if config.detokenizer == "auto" else config.detokenizer
-        for path in config.valid_data
-    }
-    if len(rules) > 1:
-        raise DataError(
-            f"the paths of --valid-data suggest different detokenizers "
-            f"({', '.join(sorted(rules))}). Evaluate the files apart, or choose one with "
-            f"--detokenizer."
-        )
-    return rules.pop()
 
 
 def lambada_task(bench: Bench) -> Outcome:
@@ -173,6 +156,11 @@ def harness_task(bench: Bench, generate: Generate) -> Outcome:
             bench.scorer, bench.text, generate, max_length=bench.length, advance=bar.advance
         )
         tasks = harness.load_tasks(config, folder, data)
+        if unchanged := harness.without_examples(tasks, config.num_fewshot):
+            bench.reporter.warn(
+                f"--num-fewshot {config.num_fewshot} is not for {', '.join(unchanged)}, which "
+                f"allow no examples, and was left out there"
+            )
         found = harness.run_tasks(model, tasks, config.limit, first=first)
         result = harness_result(found, config.limit)
     require_finite(result.log_likelihoods, config.dtype)

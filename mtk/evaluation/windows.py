@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mtk.config.model import ModelConfig
+from mtk.errors import ConfigError, Problem
+
 
 @dataclass(frozen=True)
 class Window:
@@ -20,6 +23,16 @@ class Window:
     @property
     def scored(self) -> int:
         return self.length - self.first
+
+
+def context_length(asked: int | None, model: ModelConfig, usual: int) -> int:
+    """Tokens of a window: ``asked``, or else ``usual``. Raises ConfigError for more than the
+    model has positions for."""
+    limit = model.positions
+    if asked is not None and asked > limit and model.positions_are_limited:
+        rule = f"exceeds the {limit} positions of the model"
+        raise ConfigError([Problem("seq_length", asked, rule, f"Nearest: {limit}.")])
+    return asked or usual
 
 
 def windows(targets: int, length: int, overlap: int | None) -> Iterator[Window]:

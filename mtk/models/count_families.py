@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from mtk.config.heads import TASKS
 from mtk.config.model import ModelConfig
+from mtk.config.recipes import VOCABULARIES
 from mtk.models import count
 from mtk.models.count import Flops, layer_matrices
 
 # Vocabularies of the published models, used where none is given.
 ASSUMED_VOCAB_SIZE = {"gpt": 50257, "bert": 30522, "t5": 32128}
+
+
+def assumed_vocab_size(recipe: str | None, family: str) -> int:
+    """That of the weights a recipe is named after, else of the family."""
+    return VOCABULARIES.get(recipe or "", ASSUMED_VOCAB_SIZE[family])
 
 
 def parameters(config: ModelConfig, vocab_size: int | None = None) -> int:
@@ -61,7 +67,7 @@ def _bert(config: ModelConfig, vocab: int) -> int:
 
 def _t5(config: ModelConfig, vocab: int) -> int:
     encoder = count.parameter_count(config, vocab)
-    decoder = _blocks(config) + _norm(config) + config.num_layers * _cross_attention(config)
+    decoder = _blocks(config) + _norm(config) + config.num_layers * cross_attention(config)
     if config.position_embedding_type == "relative":  # a table for each stack
         decoder += config.relative_attention_num_buckets * config.num_attention_heads
     return encoder + decoder + (vocab if config.add_bias_linear else 0)
@@ -73,7 +79,7 @@ def _blocks(config: ModelConfig) -> int:
     return with_layers - count.parameter_count(replace(config, num_layers=0), 0)
 
 
-def _cross_attention(config: ModelConfig) -> int:
+def cross_attention(config: ModelConfig) -> int:
     """Query, key, value and output of the attention to the encoder, and its norm."""
     hidden, head = config.hidden_size, config.head_size
     heads, groups = config.num_attention_heads, config.query_groups

@@ -243,7 +243,8 @@ class GPT(nn.Module):
         bias = None
         if self.config.biases_scores:
             bias = self._score_bias(positions, mask, documents, key_positions).to(x_BSE.dtype)
-            mask = documents = None
+            # Attention finds both in the bias; states of Mamba layers end with their document.
+            mask, documents = None, documents if self.config.has_mamba else None
         elif mask is not None and self.config.window_size is not None:
             gaps = self._distances(positions, mask, key_positions)
             mask = mask & (gaps < self.config.window_size)

@@ -58,6 +58,8 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         if self.attention is not None:
             normed = self.attention_norm(x_BSE)
+            # A bias has them in it.
+            documents = documents if bias is None else None
             branch = self.attention(normed, rotary, mask, cache, documents, bias)
         elif self.mamba is not None:
             branch = self.mamba(self.mamba_norm(x_BSE), cache, documents)

@@ -127,7 +127,6 @@ class MoE(nn.Module):
         assert config.num_experts is not None
         self.num_experts, self.k = config.num_experts, config.moe_router_topk
         self.routing = Routing.of(config)
-        self.assigned = config.moe_router_load_balancing_type == "sinkhorn"
         self.capacity_factor = config.moe_expert_capacity_factor
         self.router = Router(config)
         self.experts = Experts(config)
@@ -154,7 +153,7 @@ class MoE(nn.Module):
 
     def _shift(self, x: Tensor, logits_NX: Tensor) -> Tensor | None:
         """What is added to scores for the choice alone."""
-        if not (self.training and self.assigned):
+        if not (self.training and self.routing.assigned):
             return self.router.expert_bias
         length = self.region.sequence_length(x)
         shift_BX = sinkhorn(self.region.sequences(logits_NX.detach(), length))

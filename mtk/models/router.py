@@ -56,7 +56,10 @@ class Router(nn.Module):
 
 @dataclass(frozen=True)
 class Routing:
-    """How logits become a choice and weights; see :class:`mtk.config.moe.MoeOptions`."""
+    """How logits become a choice and weights; see :class:`mtk.config.moe.MoeOptions`.
+
+    assigned: in training by Sinkhorn's potentials, which are those of logits.
+    """
 
     k: int
     sigmoid: bool = False
@@ -64,6 +67,7 @@ class Routing:
     factor: float | None = None
     groups: int | None = None
     chosen_groups: int | None = None
+    assigned: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig) -> Routing:
@@ -75,13 +79,15 @@ class Routing:
             factor=config.moe_router_topk_scaling_factor,
             groups=config.moe_router_num_groups,
             chosen_groups=config.moe_router_group_topk,
+            assigned=config.moe_router_load_balancing_type == "sinkhorn",
         )
 
 
 def choose(logits_NX: Tensor, how: Routing, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights (fp32) and numbers (int64) of each token's experts, both [N, K].
 
-    shift: [X] or [N, X], added to what is compared (sigmoids, softmax: logits).
+    shift: [X] or [N, X], added to what is compared (sigmoids, but ``assigned`` and with softmax
+    logits).
     """
     with torch.no_grad():
         chosen_NK = _compared(logits_NX, how, shift).topk(how.k, dim=-1).indices
@@ -90,7 +96,8 @@ def choose(logits_NX: Tensor, how: Routing, shift: Tensor | None = None) -> tupl
 
 def _compared(logits_NX: Tensor, how: Routing, shift: Tensor | None) -> Tensor:
     """What the choice goes by. Logits where nothing is added to scores: they grow alike."""
-    scored = how.groups is not None or (how.sigmoid and shift is not None)
+    biased = shift is not None and not how.assigned
+    scored = how.groups is not None or (how.sigmoid and biased)
     compared_NX = logits_NX
     if scored:
         compared_NX = logits_NX.sigmoid() if how.sigmoid else logits_NX.softmax(-1)

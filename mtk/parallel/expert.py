@@ -178,7 +178,7 @@ def _cut(experts: Experts, name: str, ranks: Ranks, pieces: Pieces) -> None:
         piece = expert_piece(pieces[f"{name}.{part}"], dim, ranks)
         pieces[f"{name}.{part}"] = piece
         local = piece.cut(parameter.detach()).clone(memory_format=torch.contiguous_format)
-        setattr(experts, part, nn.Parameter(local))
+        setattr(experts, part, nn.Parameter(local, requires_grad=parameter.requires_grad))
 
 
 def _cut_shared(shared: SharedExpert, name: str, tp: Group, pieces: Pieces) -> None:
@@ -190,7 +190,7 @@ def _cut_shared(shared: SharedExpert, name: str, tp: Group, pieces: Pieces) -> N
         piece = replace(pieces[f"{name}.{part}.weight"], partial=()).sharded(dim, tp)
         pieces[f"{name}.{part}.weight"] = piece
         local = piece.cut(linear.weight.detach()).clone(memory_format=torch.contiguous_format)
-        linear.weight = nn.Parameter(local)
+        linear.weight = nn.Parameter(local, requires_grad=linear.weight.requires_grad)
     if shared.token_gate is not None:
         gate = f"{name}.token_gate.weight"
         pieces[gate] = _of_rows(pieces[gate], tp)

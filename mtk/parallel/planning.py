@@ -18,11 +18,13 @@ from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
 from mtk.config.plan import PlanConfig
 from mtk.models.count import expert_weights, instead_of_dense
-from mtk.models.count_families import layers_of, parameters
+from mtk.models.count_families import cross_attention, layers_of, parameters
 from mtk.parallel.planning_pattern import mamba_activations, pattern_parameters, scan_activations
 
 # Bytes a parameter: (weight, gradient, optimizer with main weights).
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12), "fp16": (2, 2, 16)}
+# A layer of T5's decoder, beside the kinds of a pattern.
+DECODER = "decoder"
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,12 @@ def stage_parameters(config: PlanConfig, stage: int) -> tuple[float, float]:
     share = sum(split[index] for index in placed) / sum(split)
     alike = parameters(model) - tables * table - expert_weights(model)
     alike -= model.moe_layers * instead_of_dense(model)
+    crossing = cross_attention(model) if model.family == "t5" else 0
+    alike -= model.num_layers * crossing
     moe_layers = _moe_layers(config, stage)
     in_experts = expert_weights(model) / max(model.moe_layers, 1) * moe_layers
     held = alike * share + moe_layers * instead_of_dense(model)
+    held += crossing * sum(kinds.count(DECODER) for kinds in kinds_of(config, stage))
     if model.hybrid_layer_pattern is not None:
         own = "".join(kind or "" for kinds in kinds_of(config, stage) for kind in kinds)
         layers, in_experts = pattern_parameters(model, own)
@@ -166,14 +171,14 @@ def layers_in_flight(config: PlanConfig, stage: int) -> float:
 
 def kinds_of(config: PlanConfig, stage: int) -> list[list[str | None]]:
     """The kinds of the layers of each (virtual) stage on a rank; None is attention and MLP."""
-    pattern, split = config.model.hybrid_layer_pattern, split_of(config)
-    starts = [sum(split[:index]) for index in range(len(split))]
-    return [
-        [None] * split[index]
-        if pattern is None
-        else list(pattern[starts[index] : starts[index] + split[index]])
-        for index in stages_of(config, stage)
-    ]
+    model, split = config.model, split_of(config)
+    kinds: list[str | None] = [None] * model.num_layers
+    if model.hybrid_layer_pattern is not None:
+        kinds = list(model.hybrid_layer_pattern)
+    elif model.family == "t5":
+        kinds += [DECODER] * model.num_layers
+    starts = [0, *accumulate(split)]
+    return [kinds[starts[index] : starts[index + 1]] for index in stages_of(config, stage)]
 
 
 def stage_activations(config: PlanConfig, stage: int) -> float:
@@ -218,8 +223,8 @@ def layer_activations(config: PlanConfig, kind: str | None = None) -> float:
 def whole_layer_activations(config: PlanConfig, kind: str | None = None) -> float:
     """Bytes that one layer keeps, or makes anew, without recomputation."""
     core = 0.0
-    if kind in (None, ATTENTION):
-        core = _scores(config) / _tp(config)
+    if kind in (None, ATTENTION, DECODER):
+        core = _scores(config, kind) / _tp(config)
     elif kind == MAMBA and config.runtime.mamba_backend == "torch":
         core = _tokens(config) * scan_activations(config.model, _element(config), _tp(config))
     return _projections(config, kind) + core
@@ -228,19 +233,22 @@ def whole_layer_activations(config: PlanConfig, kind: str | None = None) -> floa
 def _projections(config: PlanConfig, kind: str | None) -> float:
     """All of a layer but the attention matrix, or the scan."""
     model, parallel = config.model, config.parallel
-    tokens, size = _tokens(config), _element(config)
+    tokens, size = _tokens(config, kind), _element(config)
     norms_tp = _tp(config) if parallel.sequence_parallel else 1
     dropout = 1 if model.hidden_dropout else 0
     # Of each branch the norm's input, the input of what follows, and the dropout's mask.
-    branches = 2 if kind is None else 1
+    branches = {None: 2, DECODER: 3}.get(kind, 1)
     shared = branches * tokens * model.hidden_size * (2 * size + dropout) / norms_tp
     if kind == MAMBA:
         return shared + tokens * mamba_activations(model, size, _tp(config))
-    attends, feeds = kind in (None, ATTENTION), kind != ATTENTION
+    attends, feeds = kind in (None, ATTENTION, DECODER), kind != ATTENTION
     queries = model.num_attention_heads * model.head_size
     keys_values = 2 * model.query_groups * model.head_size
     # QK norms keep what comes into them.
     normed = queries + keys_values // 2 if model.qk_layernorm else 0
+    if kind == DECODER:  # keys and values of the encoder's tokens
+        crossed = 2 * queries * tokens + keys_values * _tokens(config)
+        shared += crossed * size / _tp(config)
     gates = 2 if model.gated else 1
     moe = model.moe_layers / model.num_layers if kind is None else float(kind == EXPERTS)
     width = (1 - moe) * model.ffn_size + moe * model.moe_router_topk * model.moe_ffn_size
@@ -268,13 +276,18 @@ def attention_matrix(config: PlanConfig) -> float:
     return 0.0 if config.parallel.recompute_granularity is not None else _scores(config)
 
 
-def _scores(config: PlanConfig) -> float:
+def _scores(config: PlanConfig, kind: str | None = None) -> float:
     model = config.model
+    if kind == DECODER:
+        decoded = model.decoder_seq_length
+        pairs = decoded * (decoded + model.seq_length)
+    else:
+        pairs = model.seq_length**2
     if config.runtime.attention_backend == "flash":
         return 0.0
     size = _element(config)
     kept = 2 * size + 1 if model.attention_dropout else size
-    scores = model.num_attention_heads * model.seq_length**2 * config.batch.micro_batch_size
+    scores = model.num_attention_heads * pairs * config.batch.micro_batch_size
     return scores * kept / config.parallel.context_parallel_size
 
 
@@ -290,11 +303,14 @@ def logits(config: PlanConfig) -> float:
     size = _element(config)
     each = 4 if size == 4 else size + 4
     shared = config.parallel.tensor_model_parallel_size
-    return _tokens(config) * config.model.padded_vocab_size * each / shared
+    tokens = _tokens(config, DECODER if config.model.family == "t5" else None)
+    return tokens * config.model.padded_vocab_size * each / shared
 
 
-def _tokens(config: PlanConfig) -> float:
-    per_rank = config.model.seq_length / config.parallel.context_parallel_size
+def _tokens(config: PlanConfig, kind: str | None = None) -> float:
+    model = config.model
+    length = model.decoder_seq_length if kind == DECODER else model.seq_length
+    per_rank = length / config.parallel.context_parallel_size
     return per_rank * config.batch.micro_batch_size
 
 

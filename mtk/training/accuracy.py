@@ -65,7 +65,8 @@ class AccuracyJudge:
         """Every sample in the order of its file, on every rank."""
         objective = stepper.passes.objective
         assert isinstance(objective, Classification)
-        batches = held_out(HeadSamples([data]), len(data), self.share)
+        samples = HeadSamples([data], stepper.placed.parts[0].config.vocab_size)
+        batches = held_out(samples, len(data), self.share)
         assert batches is not None
         found: list[Scored] = []
 

@@ -23,7 +23,14 @@ from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
-from mtk.training.objective import Classification, MaskedTokens, NextToken, Objective, TokenLosses
+from mtk.training.objective import (
+    Classification,
+    MaskedTokens,
+    NextToken,
+    Objective,
+    OfTokens,
+    TokenLosses,
+)
 from mtk.training.optimizer import Optimizer
 from mtk.training.passes import Accumulation, Overlap, Passes, Pipelined
 from mtk.training.schedule import Schedule
@@ -89,6 +96,7 @@ def make_passes(
     minimised = objective_of(config.model, ranks)
     if objective is not None:
         minimised = objective(cross_entropy(config.model, ranks))
+        minimised = OfTokens(minimised) if ranks.cp.size > 1 else minimised
     if placed.stages is None:
         each = parallel.data_parallel_sharding == "full" or parallel.shard_accumulated_gradients
         # Without FSDP there are no shards that could add up in fp32.
@@ -144,9 +152,14 @@ def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionK
     if device.type == "cuda" and config.precision.precision == "fp32":
         rule = "flash attention needs bf16 or fp16 on CUDA"
     if device.type == "cuda" and config.data.reset_attention_mask:
-        rule = "flash attention has no mask for --reset-attention-mask on CUDA"
+        rule = (
+            "flash attention has no mask for documents (--reset-attention-mask, packed "
+            "conversations) on CUDA"
+        )
     if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
         rule = "flash attention on CUDA takes no window and no bias on scores here"
+    elif device.type == "cuda" and config.model.family != "gpt":
+        rule = "flash attention on CUDA takes no mask, which padded samples need"
     if rule:
         fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
         raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])

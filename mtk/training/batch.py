@@ -12,7 +12,8 @@ from torch import Tensor
 class MicroBatch(Protocol):
     """Inputs, targets (int64) and loss mask (fp32), each [B, S]; with packed documents also
     the number of each token's document and its position (int64), else None. extra: what a
-    model family or task needs besides, by name, its first dimension B."""
+    model family or task needs besides, by name, its first dimension B. What begins with [B, S]
+    belongs to tokens, and context parallelism cuts it as it cuts them."""
 
     @property
     def tokens_BS(self) -> Tensor: ...

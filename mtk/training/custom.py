@@ -69,15 +69,18 @@ NOTHING_OWN = Custom()
 def logits_of(stepper: Stepper, batch: GlobalBatch) -> list[Tensor]:
     """Logits [B, S, V] of each of this rank's micro-batches, over the whole vocabulary.
 
-    Every rank must call it. Tensor-parallel ranks all get them; of a pipeline only the ranks
-    of its last stage, the others an empty list. Of a sequence cut by context parallelism each
-    rank gets those of its own tokens, in the order of its batch.
+    Every rank must call it; ``RunData.judge`` is given the stepper of a run. Tensor-parallel
+    ranks all get them; of a pipeline only the ranks of its last stage, the others an empty
+    list. Of a sequence cut by context parallelism each rank gets those of its own tokens, in
+    the order of its batch.
     """
     found: list[Tensor] = []
     tp = stepper.ranks.tp
 
-    def keep(outputs: Tensor, local: LocalBatch) -> None:
+    def keep(outputs: Any, local: LocalBatch) -> None:
         del local
+        # BERT's come with the order of its segments.
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         if tp.size == 1:
             found.append(outputs)
             return

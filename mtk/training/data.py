@@ -124,10 +124,11 @@ def run_data(
     reporter: Reporter,
     rank: int = 0,
     size: int = 1,
+    counted: int | None = None,
 ) -> RunData:
     """Datasets, loaders and the bytes-per-token table of a run, for one of ``size``
-    data-parallel ranks. Raises DataError, and ConfigError where an option needs an EOD that is
-    not known."""
+    data-parallel ranks. counted: samples after which the others only fill the last step. Raises
+    DataError, and ConfigError where an option needs an EOD that is not known."""
     schedule = batch_schedule(config)
     fixed = config.logging.eval_iters * schedule.full
     splits = build_splits(
@@ -145,7 +146,9 @@ def run_data(
     if config.model.family not in SPECIAL_TOKENS and data.tokenizer_folder is not None:
         bytes_V = token_bytes(load_tokenizer(data.tokenizer_folder), config.model.vocab_size)
     return RunData(
-        train=lambda consumed: training_batches(train, consumed, samples, schedule.at, share),
+        train=lambda consumed: training_batches(
+            train, consumed, samples, schedule.at, share, counted
+        ),
         valid=held_out(splits.valid, fixed, share),
         test=held_out(splits.test, fixed, share),
         train_samples=samples,
@@ -196,15 +199,24 @@ def held_out(dataset: SampleDataset | None, samples: int, share: Share) -> Batch
 
 
 def training_batches(
-    dataset: SampleDataset, start: int, stop: int, size_at: Callable[[int], int], share: Share
+    dataset: SampleDataset,
+    start: int,
+    stop: int,
+    size_at: Callable[[int], int],
+    share: Share,
+    counted: int | None = None,
 ) -> Iterator[GlobalBatch]:
-    """Global batches from a cursor on, read ahead by one thread."""
+    """Global batches from a cursor on, read ahead by one thread. Samples from ``counted`` on
+    count for nothing."""
     consumed = start
     order = micro_batches(start, stop, size_at, share.micro, share.rank, share.size)
     with closing(BatchLoader(dataset, order, packing=share.packing)) as loader:
         while (size := size_at(consumed)) <= stop - consumed:
             own = size // (share.micro * share.size)
             mine = [next(loader) for _ in range(own)]
+            if counted is not None and consumed + size > counted:
+                for batch in mine:
+                    batch.uncount(sum(k < counted for k in batch.indices_B))
             yield GlobalBatch(mine, samples=size, sequences=share.sequences)
             consumed += size
 

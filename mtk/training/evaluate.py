@@ -44,7 +44,7 @@ def held_out_loss(
         passes.evaluate(batch.micro_batches, score)
     *parts, text_bytes = all_reduce(totals, ranks.world, "evaluate.totals").tolist()
     nats, weights = parts[:count], parts[count:]
-    means = [n / max(w, 1) for n, w in zip(nats, weights, strict=True)]
+    means = [n / (w or 1) for n, w in zip(nats, weights, strict=True)]
     result = {"loss": sum(means), "perplexity": math.exp(min(means[0], 700.0))}
     result["tokens"] = weights[0]
     if count > 1:

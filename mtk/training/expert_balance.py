@@ -71,8 +71,9 @@ class ExpertBalance:
         return torch.stack(found).float()
 
     def move_biases(self) -> None:
-        """By the counts that the last :meth:`figures` saw."""
-        biases = {n: m.router.expert_bias for n, m in self._numbered()}
+        """By the counts that the last :meth:`figures` saw; those of a frozen router stay."""
+        trained = ((n, m) for n, m in self._numbered() if m.router.weight.requires_grad)
+        biases = {n: m.router.expert_bias for n, m in trained}
         own = {number: bias for number, bias in biases.items() if bias is not None}
         move_biases(own, self._chosen_LX, self.rate)
 

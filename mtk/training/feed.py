@@ -25,8 +25,14 @@ class Feed:
             loss_mask_BS=self._own(batch.loss_mask_BS),
             positions=positions,
             documents_BS=self._part(batch.documents_BS),
-            extra={k: x.to(self.device, non_blocking=True) for k, x in batch.extra.items()},
+            extra={k: self._extra(x, batch.tokens_BS) for k, x in batch.extra.items()},
         )
+
+    def _extra(self, value: Tensor, tokens_BS: Tensor) -> Tensor:
+        """What is given for each token is cut as the tokens are."""
+        if value.shape[:2] == tokens_BS.shape:
+            return self._own(value)
+        return value.to(self.device, non_blocking=True)
 
     def _own(self, whole_BS: Tensor) -> Tensor:
         return cut(whole_BS, self.cp).to(self.device, non_blocking=True)

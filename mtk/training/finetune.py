@@ -76,14 +76,15 @@ def _lm(config: FinetuneConfig, core: PretrainConfig, base: Pretrained, reporter
     if base.source.folder.is_dir():
         check_tokenizer(base.source.folder, data.tokenizer_folder)
     core = with_vocabulary(core, data)
-    epoch = None
+    epoch = counted = None
     if config.length.epochs is not None:
         epoch = _samples_of_epoch(core, data)
-        core = with_samples(core, config.length.epochs * epoch)
+        counted = config.length.epochs * epoch
+        core = with_samples(core, counted)
     samples = target_samples(core)
 
     def batches(reporter: Reporter, rank: int, size: int) -> RunData:
-        found = run_data(core, data, samples, reporter, rank, size)
+        found = run_data(core, data, samples, reporter, rank, size, counted)
         return dataclasses.replace(found, epoch=epoch)
 
     digest = data_identity(core, data, samples)

@@ -6,14 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mtk.data.token_source import Piece
+from mtk.errors import DataError
 from mtk.evaluation.classification import ClassificationData
 
 
 class HeadSamples:
-    """The samples of one or several files, one after the other."""
+    """The samples of one or several files, one after the other. vocab_size: of the model; ids
+    beyond it are refused when they are read (DataError)."""
 
-    def __init__(self, parts: list[ClassificationData]) -> None:
-        self._parts = parts
+    def __init__(self, parts: list[ClassificationData], vocab_size: int | None = None) -> None:
+        self._parts, self._vocab_size = parts, vocab_size
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -25,6 +27,12 @@ class HeadSamples:
         ``loss_mask`` are not used."""
         part, within = self._place(k)
         sample = self._parts[part][within]
+        highest = int(sample.text.max())
+        if self._vocab_size is not None and highest >= self._vocab_size:
+            raise DataError(
+                f"{self.source_of(k)} holds id {highest}, but the model has {self._vocab_size} "
+                f"ids: the checkpoint's tokenizer does not belong to its weights."
+            )
         documents_CS = 1 - sample.mask
         return {
             "tokens": sample.text,

@@ -7,6 +7,8 @@ from mtk.config.finetune import FinetuneConfig
 from mtk.config.heads import TASKS
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.epochs import ShuffledEpochs
+from mtk.errors import DataError
+from mtk.evaluation.classification import ClassificationData
 from mtk.evaluation.task_files import files_of, read_task, unique_names
 from mtk.log import Reporter
 from mtk.training.accuracy import AccuracyJudge
@@ -16,6 +18,17 @@ from mtk.training.job import Job, with_samples
 from mtk.training.loop import RunData
 from mtk.training.pretrained import Pretrained
 from mtk.training.task_data import TaskFiles
+
+
+def _require_labels(data: ClassificationData) -> None:
+    """Raises DataError for a file of one label: test files hold none, and are read as such."""
+    first = data.label(0)
+    if len(data) > 1 and all(data.label(k) == first for k in range(len(data))):
+        path = data.origin(0).rpartition(":")[0]
+        raise DataError(
+            f"all {len(data)} samples of {path} have the label {first}, so there is nothing to "
+            f"learn. The labels of test files are not published; train on train.tsv."
+        )
 
 
 def head_job(
@@ -31,7 +44,9 @@ def head_job(
         [read_task(task, path, tokenizer, length, reporter.warn) for path in paths]
         for paths in (config.train_data, config.valid_data)
     )
-    dataset = HeadSamples(train)
+    for data in train if task.choices == 1 else ():
+        _require_labels(data)
+    dataset = HeadSamples(train, core.model.vocab_size)
     reporter.info(
         f"{task.name}: {len(dataset)} samples to train on, {sum(map(len, valid))} held out"
     )

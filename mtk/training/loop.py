@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mtk.config.pretrain import PretrainConfig
-from mtk.errors import GateError, Interrupted
+from mtk.data.batch_schedule import BatchSchedule
+from mtk.errors import DataError, GateError, Interrupted
 from mtk.log import Progress, Reporter
 from mtk.parallel.collectives import all_reduce
 from mtk.training.batch import GlobalBatch
@@ -35,7 +36,8 @@ class RunData:
     """Batches of a run. train: from a cursor (samples) on; valid, test: always the same.
 
     epoch: samples after which the run evaluates and saves, besides the intervals. judge: what
-    an evaluation on ``valid`` does in place of the held-out loss; every rank calls it.
+    an evaluation on ``valid`` does in place of the held-out loss, with ``valid`` or without;
+    every rank calls it, and returns the same figures (for the log and the checkpoint).
     """
 
     train: Callable[[int], Iterator[GlobalBatch]]
@@ -78,7 +80,8 @@ class Loop:
         """Train to the end; returns the last metrics.
 
         Raises Interrupted after saving when ``stop`` is set, GateError when the loss is no
-        longer finite or copies on different ranks differ (the last good checkpoint stays).
+        longer finite or copies on different ranks differ (the last good checkpoint stays),
+        DataError when the batches end too early.
         """
         progress, target = self.progress, self.data.train_samples
         done = progress.consumed_samples
@@ -95,8 +98,25 @@ class Loop:
                         f"{cause} received: saved step {progress.step}. "
                         f"The same command continues from there."
                     )
+        self._check_end()
         self._finish()
         return self.metrics
+
+    def _check_end(self) -> None:
+        """Raises DataError, with the state saved, if the batches ended before the run does."""
+        done, target = self.progress.consumed_samples, self.data.train_samples
+        if done >= target:
+            return
+        batch = self.config.batch
+        step = BatchSchedule(batch.full, batch.rampup_batch_size).at(done)
+        if target - done < step:  # the batch was changed on the way
+            self.reporter.warn(f"{target - done} samples are left out: a step takes {step}")
+            return
+        self._save()
+        raise DataError(
+            f"the training batches ended after {done} of {target} samples (state saved). Give a "
+            f"length that they suffice for."
+        )
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop: all of them must save the same step."""
@@ -220,12 +240,10 @@ class Loop:
             self.evaluated_step = self.progress.step
         self.log.write(name, self.progress.step, result)
         self.reporter.event(name, step=self.progress.step, **result)
-        text = f"step {self.progress.step}: {name} loss {result['loss']:.4f}"
-        if "accuracy" in result:
-            text += f", accuracy {result['accuracy']:.4%}"
-        if "bits_per_byte" in result:
-            text += f", {result['bits_per_byte']:.3f} bits per byte"
-        self.reporter.info(text)
+        forms = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.4%}"}
+        forms["bits_per_byte"] = "{:.3f} bits per byte"
+        told = [form.format(result[key]) for key, form in forms.items() if key in result]
+        self.reporter.info(f"step {self.progress.step}: {name} {', '.join(told) or 'done'}")
         # Evaluation is not part of the training's throughput.
         self._interval_start += time.perf_counter() - started
 

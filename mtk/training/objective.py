@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtk.errors import LayoutError, Problem
 from mtk.training.batch import LocalBatch, MicroBatch
 
 # Losses in nats [B, S] from logits and labels.
@@ -93,6 +94,29 @@ class Classification:
     def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
         logits_BK = self.logits(outputs)
         return (F.cross_entropy(logits_BK, batch.extra["label"], reduction="none"),)
+
+
+@dataclass(frozen=True)
+class OfTokens:
+    """An objective where ranks share the tokens of a sequence (context parallelism): a loss of a
+    whole sample would be counted by each of them. Raises LayoutError for one."""
+
+    inner: Objective
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.inner.names
+
+    def weights(self, batch: MicroBatch | LocalBatch) -> tuple[Tensor, ...]:
+        found = self.inner.weights(batch)
+        for name, weight in zip(self.names, found, strict=True):
+            if weight.shape[:2] != batch.labels_BS.shape:
+                rule = f"shares the tokens of a sample, and {name} is no loss of tokens"
+                raise LayoutError([Problem("parallel.context_parallel_size", None, rule)])
+        return found
+
+    def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
+        return self.inner.losses(outputs, batch)
 
 
 def counts(objective: Objective, batch: MicroBatch | LocalBatch) -> Tensor:

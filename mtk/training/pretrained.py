@@ -22,7 +22,8 @@ from mtk.training.step import Stepper
 
 ROLE = "initial model"
 # Parameters of BERT's heads: of a task, and what only pretraining needs.
-HEADS = ("pooler.", "classifier.")
+POOLER = "pooler."
+HEADS = (POOLER, "classifier.")
 PRETRAINING_HEADS = ("transform.", "output_bias", "order.")
 
 
@@ -90,8 +91,9 @@ def _value(
     return initial_value(name, shape, model, seed)
 
 
-def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
-    """This rank's part of the weights. Raises CheckpointError where they are not the model's."""
+def restore_pretrained(stepper: Stepper, base: Pretrained) -> set[str]:
+    """This rank's part of the weights; returns the names of those that begin anew. Raises
+    CheckpointError where they are not the model's."""
     shapes = {**stepper.placed.shapes, **stepper.placed.buffer_shapes}
     fresh = {name for name in shapes if name not in base.tensors and base.adds(name)}
     missing = sorted(set(shapes) - set(base.tensors) - fresh)
@@ -114,3 +116,4 @@ def restore_pretrained(stepper: Stepper, base: Pretrained) -> None:
         else:
             stepper.main.restore(name, piece.cut(whole))
     stepper.passes.refresh()
+    return fresh

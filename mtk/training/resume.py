@@ -123,8 +123,8 @@ def _told(changed: Sequence[str]) -> list[str]:
 def changed_inputs(artifact: Artifact, job: Job) -> list[str]:
     """Inputs of a finished run that are no longer what they were."""
     found = []
-    used = {record.digest for record in artifact.inputs if record.role == "training data"}
-    if used != {record.digest for record in job.data.inputs()}:
+    used = {record.content for record in artifact.inputs if record.role == "training data"}
+    if used != {record.content for record in job.data.inputs()}:
         found.append("the training data have changed since")
     before = {record.digest for record in artifact.inputs if record.role == "initial model"}
     load = job.config.checkpoint.load

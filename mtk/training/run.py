@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mtk.artifacts import Artifact, InputRecord, open_artifact, verify
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.pretrain import PretrainConfig
 from mtk.convert.source import digest_of
-from mtk.errors import CheckpointError
+from mtk.errors import CheckpointError, DataError
 from mtk.log import Reporter
 from mtk.parallel.collectives import share_object
 from mtk.parallel.describe import describe_layout
@@ -35,7 +35,7 @@ from mtk.training.loop import Loop, RunData
 from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
 from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
-from mtk.training.pretrained import initial_values, restore_pretrained
+from mtk.training.pretrained import POOLER, initial_values, restore_pretrained
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver
@@ -70,12 +70,27 @@ def run_rank(
 
     def batches(reporter: Reporter, rank: int, size: int) -> RunData:
         if custom.batches is not None:
-            return custom.batches(config, rank, size)
-        return run_data(config, data, samples, reporter, rank, size)
+            found = custom.batches(config, rank, size)
+            _check_length(found.train_samples, samples)
+        else:
+            found = run_data(config, data, samples, reporter, rank, size)
+        if custom.objective is not None:
+            # The bytes behind labels belong to plain cross-entropy.
+            found = replace(found, token_bytes_V=None)
+        return found
 
     digest = custom.data_digest or digest
     job = Job("pretrain", config, config, samples, data, digest, batches, custom=custom)
     return run_job(job, session, ranks)
+
+
+def _check_length(own: int, samples: int) -> None:
+    """The schedule and the end of a run go by the configuration."""
+    if own != samples:
+        raise DataError(
+            f"batches() returned train_samples = {own}, but the configuration asks for {samples} "
+            f"samples. Give one length, e.g. train_samples={own}."
+        )
 
 
 def run_job(job: Job, session: Session, ranks: Ranks) -> Artifact:
@@ -162,8 +177,11 @@ def begin(run: Run) -> RunProgress:
     torch.manual_seed(stream_seed(seed, stepper.ranks, sequence_parallel))
     base = run.job.base
     if base is not None and (start.folder is None or stepper.placed.frozen):
-        restore_pretrained(stepper, base)
-        session.reporter.info(f"weights from {base.path}; fresh optimizer")
+        anew = restore_pretrained(stepper, base)
+        fresh = "; fresh optimizer" if start.folder is None else ""
+        session.reporter.info(f"weights from {base.path}{fresh}")
+        if start.folder is None and any(name.startswith(POOLER) for name in anew):
+            session.reporter.warn(f"{base.path} has no pooler: it begins anew")
     if start.folder is None:
         return RunProgress()
     for warning in start.warnings:
@@ -213,6 +231,9 @@ def train(run: Run, progress: RunProgress, base: list[InputRecord]) -> Artifact:
                 write_plots(save / "metrics.jsonl", save / "plots")
     if best is not None and best.text:
         session.reporter.info(best.text)
+    # Nothing is saved again where less than a step was left to train on.
+    if not saved and run.start.folder is not None:
+        return open_artifact(run.start.folder, "checkpoint")
     return saved[-1]
 
 

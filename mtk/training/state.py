@@ -152,9 +152,10 @@ def restore(stepper: Stepper, folder: Path, identity: Identity) -> RunProgress:
     training = read_training(folder)
     differences = identity.differences(training["identity"])
     if differences:
+        anew = "--finetune --load" if identity.base is None else "--pretrained-checkpoint"
         raise CheckpointError(
             f"{folder} cannot be continued with these settings: {'; '.join(differences)}. "
-            f"Use another --save, or --finetune --load {folder} to take over its weights only."
+            f"Use another --save, or that with {anew} {folder} to take over its weights only."
         )
     restore_weights(stepper, folder)
     restore_optimizer(stepper, folder)

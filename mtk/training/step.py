@@ -105,7 +105,9 @@ class Stepper:
         for a dense model); gradients stay on the main weights."""
         objective = self.passes.objective
         own = torch.stack([counts(objective, micro) for micro in batch.micro_batches]).sum(0)
-        valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens").clamp(min=1.0)
+        valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens")
+        # Weights of a custom loss may be of any size; without any there is nothing to divide.
+        valid = torch.where(valid == 0, torch.ones_like(valid), valid)
         scale = self.loss_scale.scale
         self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
         terms = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
@@ -135,7 +137,11 @@ class Stepper:
     def check_copies(self) -> None:
         """Compare the main weights, the optimizer's state and kept buffers with every copy of
         them on other ranks. Raises GateError, on all ranks together, naming tensors and ranks."""
+        compare_copies(*self.state(), self.ranks.world)
+
+    def state(self) -> tuple[dict[str, Piece], dict[str, Tensor]]:
+        """All that a step moves, and what of it is here."""
         tensors, pieces = {**self.main.weights, **self.buffers}, dict(self.pieces)
         for key, tensor in self.optimizer.state_tensors().items():
             tensors[key], pieces[key] = tensor, self.pieces[key.split(".", 1)[1]]
-        compare_copies(pieces, tensors, self.ranks.world)
+        return pieces, tensors

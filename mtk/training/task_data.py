@@ -35,20 +35,20 @@ class TaskFiles:
         """It is the model's own, so there is nothing to compare it with."""
 
     def inputs(self) -> list[InputRecord]:
-        return list({record.digest: record for record in self.records}.values())
+        return list({record.content: record for record in self.records}.values())
 
     def save_tokenizer(self, folder: Path) -> None:
         self.tokenizer.save(folder)
 
     @property
     def train_digests(self) -> list[str]:
-        return [record.digest for record in self.records[: len(self.train)]]
+        return [record.content for record in self.records[: len(self.train)]]
 
     @property
     def valid_digests(self) -> list[str]:
-        return [record.digest for record in self.records[len(self.train) :]]
+        return [record.content for record in self.records[len(self.train) :]]
 
 
-def named_files(patterns: Sequence[str]) -> list[Path]:
+def named_files(patterns: Sequence[str], option: str) -> list[Path]:
     """The files that paths and globs name. Raises DataError."""
-    return expand_inputs(patterns)
+    return expand_inputs(patterns, option=option)

@@ -37,6 +37,8 @@ class Difference:
     gradients, weights: error of each parameter by name, kept buffers among the weights (any
     difference there is too much); failures: what is over.
 
+    drifted: copies on ranks that are not the same bytes after the step, in words.
+
     vanishing: parameters whose gradient is zero but for rounding. Adam makes a step of up to
     lr from the sign of that rounding, so their updated weights are not compared.
     """
@@ -48,6 +50,7 @@ class Difference:
     tolerance: Tolerance
     vanishing: tuple[str, ...] = ()
     balance: float = 0.0
+    drifted: tuple[str, ...] = ()
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -69,7 +72,7 @@ class Difference:
             for name, error in sorted(getattr(self, f"{what}s").items()):
                 if not error <= limit:
                     found.append(f"{what} of {name}: error {error:.2e} > {limit:.0e}")
-        return found
+        return found + [f"copies that must be equal differ: {text}" for text in self.drifted]
 
 
 def compare(
@@ -104,6 +107,7 @@ def compare(
         tolerance=tolerance,
         vanishing=tuple(sorted(vanishing)),
         balance=max(map(_relative, ranks[0].balance, one.balance), default=0.0),
+        drifted=tuple(dict.fromkeys(text for rank in ranks for text in rank.drifted)),
     )
 
 

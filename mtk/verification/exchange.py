@@ -22,7 +22,8 @@ def write_observation(observation: Observation, path: Path) -> None:
             arrays[f"{part}.{name}"] = array
             offsets[f"{part}.{name}"] = list(offset)
     scalars = [observation.loss, observation.norm, *observation.balance]
-    save_file(arrays, path, {"offsets": json.dumps(offsets), "scalars": json.dumps(scalars)})
+    metadata = {"offsets": offsets, "scalars": scalars, "drifted": observation.drifted}
+    save_file(arrays, path, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def read_observation(path: Path) -> Observation:
@@ -35,5 +36,11 @@ def read_observation(path: Path) -> Observation:
             parts[part].append((name, tuple(offset), file.get_tensor(key)))
     loss, norm, *balance = json.loads(metadata["scalars"])
     return Observation(
-        loss, norm, parts["gradients"], parts["weights"], tuple(balance), parts["buffers"]
+        loss,
+        norm,
+        parts["gradients"],
+        parts["weights"],
+        tuple(balance),
+        parts["buffers"],
+        tuple(json.loads(metadata["drifted"])),
     )

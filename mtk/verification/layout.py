@@ -108,6 +108,7 @@ class LayoutProof:
             lines += [f"  {key:<{width}}  {error:.1e}" for key, error in worst]
         if found.vanishing:
             lines.append(f"weights not compared (no gradient): {', '.join(found.vanishing)}")
+        lines += [f"copies differ after the step: {text}" for text in found.drifted]
         return [*lines, "", f"verdict: {'DIFFERENT' if found.failures else 'equal'}"]
 
 

@@ -18,6 +18,7 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.data.packing import Packing
 from mtk.parallel.apply import Values
 from mtk.parallel.ranks import Ranks
+from mtk.parallel.watchdog import differences
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
 from mtk.training.step import Stepper
@@ -55,7 +56,8 @@ class Sample:
 @dataclass(frozen=True)
 class Observation:
     """What one rank saw. gradients, weights, buffers: the blocks it owns, the last two after the
-    step. balance: figures of the balance of experts (none without)."""
+    step. balance: figures of the balance of experts (none without). drifted: what to say of each
+    tensor whose copies are not the same bytes after the step on all ranks that hold it."""
 
     loss: float
     norm: float
@@ -63,6 +65,7 @@ class Observation:
     weights: Blocks
     balance: tuple[float, ...] = ()
     buffers: Blocks = field(default_factory=list)
+    drifted: tuple[str, ...] = ()
 
 
 def random_sample(config: PretrainConfig, seed: int = 0) -> Sample:
@@ -157,6 +160,7 @@ def observe(
         owned(stepper, stepper.main.weights),
         tuple(float(value) for value in balance),
         owned(stepper, stepper.buffers),
+        tuple(differences(*stepper.state())),
     )
 
 

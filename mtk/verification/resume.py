@@ -21,7 +21,7 @@ from torch import Tensor
 from mtk.artifacts import Artifact
 from mtk.checkpoint.steps import step_folder
 from mtk.checkpoint.tensors import read_index, read_tensors
-from mtk.config.masking import MASKING_OPTIONS
+from mtk.config.masking import MASKING_OPTIONS, WINDOW_OPTIONS
 from mtk.config.pretrain import LengthConfig, LoggingConfig, SaveConfig
 from mtk.config.verify import VerifyResumeConfig
 from mtk.log import Reporter
@@ -108,8 +108,7 @@ def _prepared(config: VerifyResumeConfig, device: str) -> tuple[VerifyResumeConf
     given = data.data_path or data.train_data_path
     if config.check.shrink or not given:
         # Its class asks for no rules: generated tokens exclude the paths.
-        names = ("reset_attention_mask", "reset_position_ids", *MASKING_OPTIONS)
-        keep = {name: getattr(data, name) for name in names}
+        keep = {name: getattr(data, name) for name in WINDOW_OPTIONS + MASKING_OPTIONS}
         data = dataclasses.replace(type(data)(mock_data=True), **keep)
     model = config.model
     if model.vocab_size is None and data.mock_data:

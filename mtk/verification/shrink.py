@@ -37,20 +37,29 @@ def shrink(config: Config) -> Config:
     """The small configuration; its layout is legal where that of ``config`` is."""
     layers, parallel = _layers(config.model, config.parallel)
     pattern = _pattern(config.model.hybrid_layer_pattern, layers)
-    model = dataclasses.replace(config.model, num_layers=layers, hybrid_layer_pattern=pattern)
+    each = layers // _stacks(config.model)
+    model = dataclasses.replace(config.model, num_layers=each, hybrid_layer_pattern=pattern)
     model = _sizes(model, parallel)
     return dataclasses.replace(
         config, model=model, parallel=parallel, batch=_batch(config, parallel)
     )
 
 
+def _stacks(model: ModelConfig) -> int:
+    """An encoder and a decoder have equally many layers."""
+    return 2 if model.family == "t5" else 1
+
+
 def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ParallelConfig]:
-    """Number of layers, and the layout's options that count them."""
+    """Number of layers of all stacks, and the layout's options that count them."""
     layers, stages = stacked_layers(model), parallel.pipeline_model_parallel_size
     # Room for each kind of a pattern.
     least = max(2, len(set(model.hybrid_layer_pattern or "")))
     if parallel.pipeline_split is not None and stages > 1:
         split = tuple(min(count, least) for count in parallel.pipeline_split)
+        if sum(split) % _stacks(model):
+            longest = max(range(len(split)), key=parallel.pipeline_split.__getitem__)
+            split = (*split[:longest], split[longest] + 1, *split[longest + 1 :])
         layers, changes = sum(split), {"pipeline_split": split}
     elif parallel.num_layers_per_virtual_pipeline_stage is not None and stages > 1:
         virtual = min(parallel.stages_per_rank(layers), 2)
@@ -59,7 +68,8 @@ def _layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, Parallel
         layers = stages * virtual
         changes = {"num_layers_per_virtual_pipeline_stage": 1}  # type: ignore[dict-item]
     else:
-        layers, changes = min(layers, max(least, stages * parallel.stages_per_rank(layers))), {}
+        least = _up(max(least, stages * parallel.stages_per_rank(layers)), _stacks(model))
+        layers, changes = min(layers, least), {}
     parallel = dataclasses.replace(parallel, **changes)  # type: ignore[arg-type]
     if parallel.recompute_num_layers is not None:
         most = longest_stage(parallel, layers)

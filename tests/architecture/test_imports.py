@@ -138,7 +138,10 @@ def test_no_global_state() -> None:
     ("code", "absent"),
     [
         ("import mtk", ("torch", "numpy", "typer")),
-        ("from mtk.cli.main import main; main(['--help'])", ("torch", "prefect", "flask", "numpy")),
+        (
+            "from mtk.cli.main import main; main(['--help'])",
+            ("torch", "prefect", "flask", "numpy", "mtk.config.model"),
+        ),
         ("from mtk.cli.main import main; main(['pretrain', '--help'])", ("torch", "prefect")),
         ("from mtk.cli.main import main; main(['verify', 'layout', '--help'])", ("torch", "numpy")),
     ],

@@ -293,3 +293,23 @@ def test_lineage_after_a_move_and_from_elsewhere(
     (tmp_path / "moved/runs/first/weights").write_text("FIRST")
     with pytest.raises(ArtifactError, match="changed after it was published"):
         verify_lineage(second)
+
+
+def test_files_of_one_artifact_are_different_inputs(tmp_path: Path) -> None:
+    """They share its digest; a stage that has read one has not read the other."""
+    with publish_prefix(
+        tmp_path / "my", kind="corpus", stage="corpus", config=CONFIG
+    ) as publication:
+        for name in ("my.jsonl", "my.heldout.txt"):
+            (publication.folder / name).write_text("same")
+    first, second = "my.jsonl", "my.heldout.txt"
+    inputs = [input_file(tmp_path / first, "corpus")]
+    directory(tmp_path / "out", inputs=inputs)
+    ask: dict[str, Any] = {"stage": "pretrain", "config": CONFIG}
+    assert completed(tmp_path / "out", **ask, inputs=inputs)
+    other = [input_file(tmp_path / second, "corpus")]
+    assert not completed(tmp_path / "out", **ask, inputs=other)
+    assert inputs[0].digest == other[0].digest and inputs[0].part == ".jsonl"
+    model = open_artifact(tmp_path / "out")
+    assert "(.jsonl)" in "\n".join(lineage_lines(model))
+    assert list(verify_lineage(model).values()) == ["verified"] * 2

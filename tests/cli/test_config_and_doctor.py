@@ -113,12 +113,22 @@ def test_doctor_exit_code_follows_its_findings(capsys: pytest.CaptureFixture[str
     assert checks["gloo"] == "ok"
 
 
-def test_plan_prints_an_estimate_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--recipe", "llama2-7b", "--vocab-size", "32000", "--gpus", "8"]
+@pytest.mark.parametrize(
+    ("recipe", "vocabulary", "size", "kernel"),
+    [
+        ("llama2-7b", "32000", "6,738,415,616", "--use-flash-attn"),
+        ("t5-220m", "32128", "223,578,496", "PyTorch's own for masks"),
+    ],
+)
+def test_plan_prints_an_estimate_and_says_so(
+    recipe: str, vocabulary: str, size: str, kernel: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", recipe, "--vocab-size", vocabulary, "--gpus", "8"]
     assert main(["plan", *arguments, "--use-distributed-optimizer"]) == 0
     out = capsys.readouterr().out
-    assert "6,738,415,616 parameters" in out and "nothing below was measured" in out
+    assert f"{size} parameters" in out and "nothing below was measured" in out
     assert "DP 8" in out and "assumed MFU of 40%" in out
+    assert kernel in out and "This version" not in out
 
 
 @pytest.mark.parametrize(
@@ -139,10 +149,19 @@ def test_plan_refuses_impossible_layouts(
 
 
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
-    from mtk.config.recipes import RECIPES
+    from mtk.config.recipes import RECIPES, VOCABULARIES
 
     assert main(["recipes", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["recipes"]) == set(RECIPES)
+    found = json.loads(capsys.readouterr().out)["recipes"]
+    assert set(found) == set(RECIPES) > set(VOCABULARIES)
+    # Of the released weights.
+    assert found["llama3-8b"]["parameters"] == 8_030_261_248
+    assert found["mixtral-8x7b"]["parameters"] == 46_702_792_704
+    assert found["mamba2-130m"]["parameters"] == 128_989_632
+    assert (
+        main(["plan", "--recipe", "llama3-8b", "--gpus", "64", "--use-distributed-optimizer"]) == 0
+    )
+    assert "8,030,261,248 parameters" in capsys.readouterr().out
 
 
 def test_flow_list_and_unknown_flow(capsys: pytest.CaptureFixture[str]) -> None:

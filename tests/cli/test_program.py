@@ -17,6 +17,8 @@ def test_help_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "pretrain" in out and "130 interrupted" in out
+    for told in ("or Megatron", "RACE, MNLI, QQP", "lm-evaluation-harness"):
+        assert told in " ".join(out.replace("│", " ").split())
 
 
 def test_help_is_fast() -> None:

@@ -107,6 +107,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
         config(model_type="rwkv"),
         "'rwkv'; this mtk reads gpt2, llama, mistral",
     ),
+    "an original": ("llama", config(model_type=None), "names no model_type: .*mamba_ssm"),
     "number as text": ("llama", config(num_hidden_layers="2"), "'2' is not of type int"),
     "no heads": ("llama", config(num_attention_heads=None), "num_attention_heads is missing"),
     "activation": ("llama", config(hidden_act="relu"), "only silu"),
@@ -136,6 +137,11 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "absolute path": ("shards", index(lambda m: m.update({NORM: "/x.safetensors"})), "outside"),
     "pickle in index": ("shards", index(lambda m: m.update({NORM: "x.bin"})), "not safetensors"),
     "index lacks a weight": ("shards", index(lambda m: m.pop(NORM)), "disagree"),
+    "two sets of weights": (
+        "shards",
+        lambda d: shutil.copy(first_shard(d), d / "model.safetensors"),
+        "holds both model.safetensors and model.safetensors.index.json",
+    ),
     "index is a list": (
         "shards",
         lambda d: (d / "model.safetensors.index.json").write_text("[]"),

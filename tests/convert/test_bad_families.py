@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtk.convert.families import family_for
+from mtk.convert.families import FAMILIES, family_for
 from mtk.convert.hf_directory import read_hf_model
 from mtk.convert.open_model import open_model
 from mtk.errors import ConfigError, ConversionError
@@ -36,6 +36,7 @@ CONFIGS = {
     "gpt_neox": neox(),
     "bloom": bloom(),
     "gpt2": gpt2_config(),
+    "mixtral": llama(num_experts=4, moe_ffn_hidden_size=16, rotary_base=1e6),
 }
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
@@ -104,6 +105,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", {"use_parallel_residual": "yes"}, "'yes' is not of type bool"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "not supported"),
     ("bloom", {"auto_map": {"AutoModel": "x.Y"}}, "never runs"),
+    ("bloom", {"num_hidden_layers": 3}, "num_hidden_layers = 3 and n_layer = 2 are the same"),
+    (
+        "llama",
+        scaled(rope_type="yarn", original_max_position_embeddings=0),
+        "original_max_position_embeddings = 0: must be above 0",
+    ),
 ]
 
 
@@ -158,6 +165,12 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rotary_base": 700.0, "rotary_percent": 1.0},
     ),
     ("bloom", {"n_head": ..., "num_attention_heads": 2}, {"num_attention_heads": 2}),
+    ("bloom", {"n_embed": None}, {"hidden_size": 32}),
+    (
+        "gpt2",
+        {"n_head": ..., "num_attention_heads": 2, "n_positions": ..., "max_position_embeddings": 9},
+        {"num_attention_heads": 2, "positions": 9},
+    ),
 ]
 
 
@@ -171,6 +184,30 @@ def test_other_spellings(
 ) -> None:
     config = read_hf_model(edited(exports(name), tmp_path / "foreign", changes)).config
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+SILENT: list[tuple[str, dict[str, Any]]] = [
+    ("gpt_neox", dict.fromkeys(("use_parallel_residual", "attention_bias", "layer_norm_eps"))),
+    ("bloom", {"n_layer": ..., "layer_norm_epsilon": None}),
+    ("mixtral", {"rms_norm_eps": None, "rope_theta": None, "rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SILENT, ids=str)
+def test_null_and_nothing_mean_the_same_to_both_sides(
+    name: str, changes: dict[str, Any], exports: Any, tmp_path: Path
+) -> None:
+    folder = edited(exports(name), tmp_path / "foreign", changes)
+    run(convert_config(folder, tmp_path / "native", to="native"), quiet())
+    assert read_hf_model(folder).config.norm_epsilon == 1e-5
+    if None in changes.values():
+        pytest.importorskip("transformers")
+        options = {"to": "native", "reference": "transformers"}
+        with pytest.raises(
+            ConversionError, match=r"transformers does not take .*--reference plain"
+        ):
+            run(convert_config(folder, tmp_path / "strict", **options), quiet())
+        assert not (tmp_path / "strict").exists()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -205,12 +242,29 @@ def test_the_wanted_family(tmp_path: Path) -> None:
         family_for(llama(), "qwen3")
     with pytest.raises(ConfigError, match="no family that mtk writes: gpt2, llama, mistral"):
         family_for(llama(), "rwkv")
+    with pytest.raises(ConfigError, match=r"Nearest: gpt_neox\."):
+        family_for(llama(), "gpt-neox")
     with pytest.raises(ConfigError, match="none is written"):
         convert_config(tmp_path, tmp_path, to="native", hf_family="llama")
 
 
 def test_an_option_no_family_knows_is_a_reason_against_all() -> None:
+    config, text = llama(activation="geglu", scale_embeddings=True), ""
+    for family in FAMILIES:
+        with pytest.raises(ConversionError) as caught:
+            family_for(config, family.model_type)
+        text += str(caught.value)
+    assert text.count("scale_embeddings = True") == 12 and text.count("activation = geglu") == 12
+
+
+def test_the_nearest_families_come_first() -> None:
+    """All reasons of all families were 69 lines; BERT is one reason away from any decoder."""
     with pytest.raises(ConversionError) as caught:
-        family_for(llama(activation="geglu", scale_embeddings=True))
-    text = str(caught.value)
-    assert text.count("scale_embeddings = True") == 11 and text.count("activation = geglu") == 12
+        family_for(llama(window_size=8, position_embedding_type="alibi"))
+    lines = str(caught.value).splitlines()
+    assert lines[1:3] == [
+        "  not MistralForCausalLM:",
+        "      - position_embedding_type = alibi: Mistral rotates (rope)",
+    ]
+    assert len(lines) < 12 and "not Bert" not in str(caught.value)
+    assert lines[-1].startswith("  Further from it: ") and "bert" in lines[-1]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from mtk.config.heads import TASKS
 from mtk.convert import families
 from mtk.convert.bert import BERT, MEGATRON_BERT
 from mtk.convert.family import Family
@@ -33,6 +34,8 @@ CASES = [
     ("Bert", "ForMaskedLM", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
     ("MegatronBert", "ForPreTraining", {"hidden_act": "relu"}),
     ("MegatronBert", "ForMaskedLM", {}),
+    ("Bert", "ForSequenceClassification", {"id2label": dict(enumerate(TASKS["MNLI"].labels))}),
+    ("MegatronBert", "ForMultipleChoice", {}),
 ]
 
 
@@ -71,11 +74,14 @@ def test_in_and_out_bit_equal(
     assert not any(report.values()) and caplog.text == ""
     x_BS = torch.randint(131, (2, 33), generator=torch.Generator().manual_seed(1))
     types = torch.randint(3, (2, 33))
+    if task == "ForMultipleChoice":
+        x_BS, types = x_BS[None], types[None]
     with torch.no_grad():
         expected = loaded.eval()(x_BS, token_type_ids=types)
-        found = open_model(native.path).model(x_BS, types=types)
-    pairs = [(found, expected.logits)] if task == "ForMaskedLM" else []
-    if not pairs:
+        found = open_model(native.path).model(x_BS.view(-1, 33), types=types.view(-1, 33))
+    if task != "ForPreTraining":
+        pairs = [(found.view_as(expected.logits), expected.logits)]
+    else:
         pairs = list(zip(found, (expected.prediction_logits, expected[1]), strict=True))
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -93,6 +99,41 @@ def test_the_plain_reference_agrees(
     parity = json.loads((path / "parity.json").read_text())
     assert parity["reference"] == "mtk reference forward"
     assert parity["max_abs_logit_error"] <= 1e-4
+
+
+@pytest.mark.parametrize("reference", ["transformers", "plain"])
+def test_files_as_they_were_published(reference: str, tmp_path: Path) -> None:
+    """bert-base-uncased: norms with gamma and beta, copies of what is tied, a table of positions,
+    and heads that the class named in config.json does not have, but finetuning wants."""
+    model = foreign("Bert", "ForPreTraining", type_vocab_size=1)
+    model.save_pretrained(tmp_path / "foreign")
+    path = tmp_path / "foreign" / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["bert.embeddings.word_embeddings.weight"].clone()
+    tensors |= {"cls.predictions.decoder.weight": embedding}
+    tensors |= {"bert.embeddings.position_ids": torch.arange(40)[None]}
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    described = tmp_path / "foreign" / "config.json"
+    config = json.loads(described.read_text()) | {"architectures": ["BertForMaskedLM"]}
+    described.write_text(json.dumps(config))
+    options = {"to": "native", "reference": reference}
+    native = run(convert_config(tmp_path / "foreign", tmp_path / "native", **options), quiet())
+    x_BS = torch.arange(2, 35)[None]
+    with torch.no_grad():
+        expected = model(x_BS)
+        found = open_model(native.path).model(x_BS)
+    torch.testing.assert_close(found[0], expected.prediction_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[1], expected.seq_relationship_logits, rtol=0, atol=1e-4)
+    half = {name: tensor for name, tensor in tensors.items() if "seq_relationship" not in name}
+    save_file(half, path, metadata={"format": "pt"})
+    assert not open_model(tmp_path / "foreign").config.bert_binary_head
+    tensors["bert.embeddings.LayerNorm.weight"] = tensors["bert.embeddings.LayerNorm.gamma"] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"without a place: .*LayerNorm\.gamma"):
+        open_model(tmp_path / "foreign")
 
 
 def swapped(rules: tuple[Rule, ...], one: str, other: str) -> tuple[Rule, ...]:
@@ -149,6 +190,16 @@ def test_wrong_placement_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_tasks_are_refused(tmp_path: Path) -> None:
-    foreign("Bert", "ForSequenceClassification").save_pretrained(tmp_path / "foreign")
-    with pytest.raises(ConversionError, match="architecture BertForSequenceClassification"):
-        open_model(tmp_path / "foreign")
+    foreign("Bert", "ForTokenClassification").save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ConversionError, match="architecture BertForTokenClassification"):
+        open_model(tmp_path / "tokens")
+    turned = dict(enumerate(reversed(TASKS["MNLI"].labels)))
+    for name, changes in (("nameless", {}), ("turned", {"id2label": turned})):
+        model = foreign("Bert", "ForSequenceClassification", **changes)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ConversionError, match=r"id2label = .*QQP: not_duplicate, duplicate"):
+            open_model(tmp_path / name)
+    path = tmp_path / "tokens" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": {"a": 1}}))
+    with pytest.raises(ConversionError, match="architecture None"):
+        open_model(tmp_path / "tokens")

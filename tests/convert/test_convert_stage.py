@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from mtk.artifacts import verify
 from mtk.checkpoint import load_model
 from mtk.config.model import ModelConfig
+from mtk.convert import publish_model
 from mtk.convert.families import family_for
 from mtk.convert.open_model import open_model, read_native
 from mtk.convert.source import find_source
-from mtk.errors import ArtifactError, ConversionError, GateError
+from mtk.errors import ArtifactError, ConfigError, ConversionError, GateError
+from mtk.session import Session
 from stages.convert import run
 from tests.convert.models import (
     convert_config,
@@ -98,6 +100,29 @@ def test_the_artifact_has_a_tokenizer_lineage_and_certificate(tmp_path: Path) ->
     assert opened.artifact is not None and opened.artifact.digest == artifact.digest
     config = json.loads((artifact.path / "config.json").read_text())
     assert config["eos_token_id"] == small_tokenizer().eod
+
+
+def test_a_tokenizer_that_is_left_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native = save_native(tmp_path / "native", llama(), tokenizer=False)
+    there = run(convert_config(native, tmp_path / "hf"), quiet()).path
+    (there / "artifact.json").unlink()
+    (there / "tokenizer.model").write_bytes(b"x")
+    run(convert_config(there, tmp_path / "back", to="native"), Session())
+    assert "has no tokenizer.json: its tokenizer (tokenizer.model)" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
+
+
+def test_a_reference_that_is_not_there_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish_model, "transformers_installed", lambda: False)
+    monkeypatch.setattr(publish_model, "read_native", lambda source: pytest.fail("was read"))
+    native = save_native(tmp_path / "native", llama(), tokenizer=False)
+    with pytest.raises(ConfigError, match="--reference plain"):
+        run(convert_config(native, tmp_path / "hf", reference="transformers"), quiet())
 
 
 def test_a_second_run_is_skipped_and_another_configuration_refused(tmp_path: Path) -> None:

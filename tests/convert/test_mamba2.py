@@ -271,6 +271,8 @@ def test_models_that_are_no_mamba2_are_refused_with_reasons() -> None:
         family_for(config(mamba_num_heads=9))
     with pytest.raises(ConversionError, match="Mamba2 needs none"):
         family_for(config(position_embedding_type="learned", normalization="LayerNorm"))
+    with pytest.raises(ConversionError, match="scale_embeddings = True: Mamba2 has nothing"):
+        family_for(config(scale_embeddings=True))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtk.checkpoint.save import CheckpointContent
 from mtk.convert import families
 from mtk.convert.families import family_for
 from mtk.convert.family import Family
 from mtk.convert.open_model import read_native
+from mtk.convert.parity import past_the_window
 from mtk.convert.source import find_source
 from mtk.errors import GateError
+from mtk.models.buffers import kept_tensors
 from stages.convert import run
+from tests.checkpoint.publish import save_checkpoint
 from tests.convert.family_faults import FAULTS, WRITING_ONLY
 from tests.convert.faults import Fault
 from tests.convert.models import (
@@ -26,6 +30,7 @@ from tests.convert.models import (
     gemma,
     gpt2_config,
     llama,
+    loud_model,
     neox,
     quiet,
     save_native,
@@ -135,6 +140,29 @@ def test_a_round_trip_alone_misses_most_faults(natives: dict[str, Path]) -> None
     ]
     assert len(FAULTS) == 47
     assert len(missed) >= 35, missed
+
+
+def test_logits_that_say_nothing_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an output matrix of zeros every fault gives the same logits."""
+    config = llama(untie_embeddings_and_output_weights=True)
+    model = loud_model(config)
+    assert model.output is not None
+    torch.nn.init.zeros_(model.output.weight)
+    native = tmp_path / "native"
+    content = CheckpointContent(config, kept_tensors(model))
+    save_checkpoint(native, content, stage="pretrain", config=config, inputs=[], metrics={})
+    run(convert_config(native, tmp_path / "right"), quiet())
+    fault = next(fault for model, name, fault in FAULTS if name == "gate and up swapped")
+    seed_fault(monkeypatch, "llama", fault)
+    with pytest.raises(GateError, match="first difference: layer 0"):
+        run(convert_config(native, tmp_path / "wrong"), quiet())
+
+
+def test_a_window_that_no_sequence_reaches_needs_no_longer_prompt() -> None:
+    assert past_the_window(300, 200, 150) is not None
+    assert past_the_window(300, 200, 200) is None
 
 
 def test_the_first_wrong_layer_is_named(

@@ -115,6 +115,45 @@ def test_an_output_matrix_of_its_own(tmp_path: Path) -> None:
     assert all(torch.equal(files(back)[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("reference", ["transformers", "plain"])
+def test_version_1_1_saved_again_by_transformers_5(reference: str, tmp_path: Path) -> None:
+    """Its config.json calls every T5 tied; the old name of the class is known too."""
+    folder = tmp_path / "foreign"
+    foreign(feed_forward_proj="gated-gelu", tie_word_embeddings=False).save_pretrained(folder)
+    tensors = files(folder) | {"lm_head.weight": torch.randn(131, 48)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] and not config["scale_decoder_outputs"]
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["T5WithLMHeadModel"]})
+    )
+    options = {"to": "native", "reference": reference}
+    native = run(convert_config(folder, tmp_path / "native", **options), quiet()).path
+    opened = open_model(native)
+    assert opened.model.output is not None and not opened.config.scale_tied_output
+    assert torch.equal(opened.model.output.weight[:131], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_act_fn": "gelu"}, "feed_forward_proj makes it 'gelu_new'"),
+        ({"is_gated_act": False}, "feed_forward_proj makes it True"),
+        ({"architectures": ["T5EncoderModel"]}, "supported is T5ForConditionalGeneration"),
+        ({"hidden_size": 47}, "hidden_size = 47 and d_model = 48 are the same setting"),
+    ],
+    ids=str,
+)
+def test_what_transformers_reads_otherwise(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    foreign(feed_forward_proj="gated-gelu").save_pretrained(tmp_path / "foreign")
+    path = tmp_path / "foreign" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConversionError, match=message):
+        open_model(tmp_path / "foreign")
+
+
 def renamed(rules: tuple[Rule, ...], one: str, other: str) -> tuple[Rule, ...]:
     """Two native names exchanged."""
 

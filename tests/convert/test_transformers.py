@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtk.config import make
 from mtk.config.evaluate import EvaluateConfig
@@ -180,6 +180,22 @@ def test_files_of_the_base_class_lack_the_prefix(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(x_BS).logits
     assert (open_model(tmp_path / "base").model(x_BS) - expected).abs().max() < 1e-4
+
+
+def test_masks_of_published_files_are_passed_over(tmp_path: Path) -> None:
+    """transformers knows one of the two buffers that it once saved."""
+    model = foreign_model("gpt2").eval()
+    model.save_pretrained(tmp_path / "foreign")
+    tensors = load_file(tmp_path / "foreign" / "model.safetensors")
+    for i in range(3):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "foreign" / "model.safetensors", metadata={"format": "pt"})
+    options = {"to": "native", "reference": "transformers"}
+    native = run(convert_config(tmp_path / "foreign", tmp_path / "native", **options), quiet())
+    x_BS = torch.arange(20)[None]
+    with torch.no_grad():
+        assert (open_model(native.path).model(x_BS) - model(x_BS).logits).abs().max() < 1e-4
 
 
 def test_dynamic_rope_is_refused(tmp_path: Path) -> None:

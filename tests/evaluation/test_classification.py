@@ -239,6 +239,7 @@ def test_qqp(tmp_path: Path) -> None:
         ([QQP_HEAD, "1\t1\t2\ta\tb\t2"], r"x\.tsv:2: the label is 2"),
         ([QQP_HEAD, "1\t1\t2\ta\tb\tyes"], "the label is 'yes'"),
         ([QQP_HEAD, "x\t1\t2\ta\tb\t1"], "the id is 'x'"),
+        ([QQP_HEAD, "9" * 5000 + "\t1\t2\ta\tb\t1"], "whole number of up to 18 digits"),
         ([QQP_HEAD, "1\t1"], "no sample besides its header"),
         (["id\tquestion1\tquestion2", "1\ta"], r"x\.tsv:2: 2 columns instead of 3"),
         (["id\tquestion1\tquestion2", "1\t \tb"], "an empty question"),

@@ -34,6 +34,13 @@ CHOICES = [
 TEXTS = [{"item": 0, "task": "g", "doc_id": 0, "filter": "none", "responses": ["42"],
           "metrics": {"exact_match": 1.0}}]  # fmt: skip
 
+CLASSES = [
+    {"item": 0, "data": "dev", "uid": 7, "label": 1, "predicted": 2, "correct": False,
+     "loss": 1.5, "probabilities": [0.2, 0.22, 0.58]},
+    {"item": 1, "data": "dev", "uid": 9, "label": 0, "predicted": 0, "correct": True,
+     "loss": 0.25, "probabilities": [0.78, 0.22, 0.0]},
+]  # fmt: skip
+
 
 def run_folder(path: Path, items: list[dict[str, Any]]) -> str:
     config = make(EvaluateConfig, load="x", task="LAMBADA", valid_data="y", output=str(path))
@@ -59,7 +66,7 @@ def sample(number: int, responses: list[Any], arguments: int, **metrics: Any) ->
     }
 
 
-@pytest.mark.parametrize("items", [LAMBADA, WINDOWS, CHOICES, TEXTS])
+@pytest.mark.parametrize("items", [LAMBADA, WINDOWS, CHOICES, TEXTS, CLASSES])
 def test_a_run_equals_itself(items: list[dict[str, Any]], tmp_path: Path) -> None:
     run = read_run(run_folder(tmp_path / "a", items))
     found = compare(run, run)
@@ -121,6 +128,8 @@ def changed(items: list[dict[str, Any]], number: int, **values: Any) -> list[dic
         (CHOICES, changed(CHOICES, 0, log_likelihoods=[-1.0]), "2 and 1 log-likelihoods"),
         (TEXTS, changed(TEXTS, 0, responses=["43"]), "texts differ"),
         (LAMBADA, TEXTS, "1 and 0 log-likelihoods"),
+        (CLASSES, changed(CLASSES, 0, predicted=0), "right: 50.0000% and 50.0000%; 1 answers"),
+        (CLASSES, changed(CLASSES, 1, loss=0.5), "largest difference 2.500e-01"),
     ],
 )
 def test_what_differs_is_told_and_refused(
@@ -133,6 +142,9 @@ def test_what_differs_is_told_and_refused(
     folders = [run_folder(tmp_path / name, items) for name, items in (("a", a), ("b", b))]
     assert main(["evaluation", "diff", *folders]) == 5
     assert text in capsys.readouterr().out
+    assert main(["evaluation", "diff", *folders, "--json"]) == 5
+    for line in capsys.readouterr().out.splitlines():
+        json.loads(line, parse_constant=pytest.fail)
     assert main(["evaluation", "diff", folders[0], folders[0], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["equal"] and found["flipped"] == 0
@@ -156,3 +168,9 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(DataError, match=message):
             read_run(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_run(file)
+    folder = run_folder(tmp_path / "a", LAMBADA)
+    for wrong in (["--tolerance", "nan"], ["--tolerance", "-1"], ["--top", "-1"]):
+        assert main(["evaluation", "diff", folder, folder, *wrong]) == 2

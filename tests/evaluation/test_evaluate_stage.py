@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import models, normalizers
 
 from mtk.artifacts import verify_lineage
 from mtk.cli.main import main
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ArtifactError, ConfigError, DataError, GateError
+from mtk.evaluation import lambada
+from mtk.evaluation.documents import Document
 from mtk.evaluation.scoring import Request, batches
+from mtk.evaluation.text_ids import TextIds
 from mtk.models.gpt import GPT
+from mtk.tokenizers.huggingface import from_folder
 from tests.convert.models import TEXT, VOCAB, llama, save_native
 from tests.evaluation.stage import CONTEXT, brute_force, evaluate, items, log_prob, results
 from tests.models.sizes import small_config
@@ -101,6 +107,36 @@ def test_lambada_is_the_brute_force_one(
     assert figures["accuracy"] == figures["correct"] / 3 and figures["strict"] is strict
 
 
+def test_a_last_word_is_tokenised_as_it_stands(tmp_path: Path) -> None:
+    """Tokenizers of Llama-2's kind put a space before every text; alone the last word would
+    begin with two. The harness cuts its label from the ids of the whole passage."""
+    merges = [("▁", "a"), ("▁", "b"), ("a", "t"), ("c", "at"), ("▁", "cat")]
+    pieces = ["<unk>", "</s>", *"▁abct", *("".join(pair) for pair in merges)]
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    library = Library(models.BPE(numbers, merges, unk_token="<unk>"))
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    text = TextIds(from_folder(tmp_path))
+    assert text.alone(" cat") == [numbers["▁"], numbers["▁cat"]]
+    request = lambada.passage_request(text, Document("a  b\ncat", "x:1"), strict=True)
+    assert request.tokens == [numbers[piece] for piece in ("▁a", "▁", "▁b", "▁cat")]
+    assert request.first == 3
+
+
+def test_padding_is_an_id_that_the_model_has(
+    native: Path, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may have got its end of document after the model was made."""
+    beyond = property(lambda tokenizer: 10**6, lambda tokenizer, value: None)
+    monkeypatch.setattr(type(opened.tokenizer), "eod", beyond, raising=False)
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "the quick brown fox"}\n{"text": "a test"}\n', encoding="utf-8")
+    assert len(items(evaluate(native, data, tmp_path, task="LAMBADA"))) == 2
+
+
 def test_lambada_counts_a_right_answer(native: Path, opened: OpenedModel, tmp_path: Path) -> None:
     """For some context the model's own most likely token survives tokenisation."""
     encode, decode = opened.tokenizer.encode, opened.tokenizer.decode
@@ -123,11 +159,19 @@ def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
     data.write_text(TEXT, encoding="utf-8")
     first = evaluate(native, data, tmp_path)
     found = results(first)
-    assert first.kind == "evaluation" and {i.role for i in first.inputs} == {"model", "data"}
+    assert first.kind == "evaluation" and {i.role for i in first.inputs} == {"model", "data a.txt"}
     assert found["definitions"]["adjusted_perplexity"] and found["detokenizer"] == "none"
     assert found["data"][0]["file"] == "a.txt" and len(found["data"][0]["sha256"]) == 64
     assert set(verify_lineage(first).values()) == {"verified"}
     assert evaluate(native, data, tmp_path).timings == first.timings
+    # The same bytes are another document elsewhere: a name decides how a file is read.
+    other = data.rename(tmp_path / "b.txt")
+    with pytest.raises(ArtifactError, match="--force"):
+        evaluate(native, other, tmp_path)
+    (tmp_path / "wiki").mkdir()
+    marked = other.rename(tmp_path / "wiki" / "a.txt")
+    with pytest.raises(ArtifactError, match="--force"):
+        evaluate(native, marked, tmp_path, detokenizer="auto")
     data.write_text(TEXT + "more", encoding="utf-8")
     with pytest.raises(ArtifactError, match="--force"):
         evaluate(native, data, tmp_path)
@@ -146,6 +190,7 @@ def test_the_artifact_and_skipping(native: Path, tmp_path: Path) -> None:
             {"task": "LAMBADA", "strict_lambada": True},
             "context of 24",
         ),
+        ("lambada.txt", "a passage of many\n", {"task": "LAMBADA"}, "lambada.txt:1 is not JSON"),
         ("missing/a.txt", None, {}, "does not exist"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mtk.config import make
 from mtk.config.evaluate import EvaluateConfig
 from mtk.errors import ConfigError, DataError
+from mtk.evaluation.lm_eval_tasks import without_examples
 from stages.evaluate import run
 from tests.convert.models import TEXT, llama, quiet, save_native
 from tests.evaluation.stage import evaluate
@@ -78,3 +80,12 @@ def test_files_of_harness_tasks_belong_to_the_digest(tmp_path: Path) -> None:
         inputs(plain + named.format(name="none.jsonl"))
     with pytest.raises(DataError, match="is not a task file"):
         inputs("task: [a")
+
+
+def test_examples_that_a_task_does_not_allow_are_told() -> None:
+    tasks = {
+        name: SimpleNamespace(get_config={"num_fewshot": shots}.get)
+        for name, shots in (("none", 0), ("own", 3))
+    }
+    assert without_examples(tasks, 3) == ["none"]
+    assert without_examples(tasks, None) == without_examples(tasks, 0) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,10 @@ from mtk.cli.main import main
 from mtk.config import make
 from mtk.config.evaluate import EvaluateConfig
 from mtk.convert.open_model import open_model
-from mtk.errors import ConfigError, DataError
+from mtk.errors import ConfigError, DataError, GateError
 from mtk.evaluation.comparison import compare, read_run
 from stages.convert import run as convert
-from stages.evaluate import register_with_harness, run
+from stages.evaluate import generator, register_with_harness, run
 from tests.convert.models import convert_config, gpt2_config, llama, quiet, save_native
 from tests.evaluation.harness_tasks import right_passages, sentence, write_jsonl, write_tasks
 
@@ -286,6 +287,15 @@ def test_settings_of_generation_that_do_not_exist_are_refused() -> None:
         continuation({"num_beams": 4})
 
 
+def test_texts_of_a_broken_model_are_refused(exported: dict[str, Path]) -> None:
+    from mtk.evaluation.lm_eval_model import Continuation
+
+    opened = open_model(exported["llama"])
+    opened.model.output_weight.data.fill_(math.nan)
+    with pytest.raises(GateError, match=r"NaN.*Nothing was published"):
+        generator(opened, 1)([[1, 2]], Continuation(3))
+
+
 def test_the_harness_knows_the_model_by_name(exported: dict[str, Path], tasks: Path) -> None:
     from contextlib import chdir
 
@@ -299,6 +309,9 @@ def test_the_harness_knows_the_model_by_name(exported: dict[str, Path], tasks: P
         f"load={exported['llama']},batch_tokens=100", {"device": "cpu", "batch_size": 2}
     )
     assert model.max_length == 24 and model.eot_token_id == model.prefix_token_id
+    for wrong, message in (("max_length=25", "24 positions"), ("dtype=bfloat16", "fp32, bf16")):
+        with pytest.raises(ConfigError, match=message):
+            get_model("mtk").create_from_arg_string(f"load={exported['llama']},{wrong}")
     with chdir(tasks):
         loaded = TaskManager(include_path=str(tasks), include_defaults=False).load(["own_lambada"])
     loaded["tasks"]["own_lambada"].set_config(key="num_fewshot", value=0)

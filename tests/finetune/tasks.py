@@ -20,7 +20,9 @@ SIGNS = ("good", "bad", "fair")
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *SIGNS, "?", "which", "."]
 
 
-def save_bert(folder: Path, *, binary: bool = True, tokenizer: bool = True) -> Path:
+def save_bert(
+    folder: Path, *, binary: bool = True, tokenizer: bool = True, vocab_size: int | None = None
+) -> Path:
     """A checkpoint of a BERT of two layers with initial weights."""
     home = folder.parent / f"{folder.name}-vocabulary"
     home.mkdir(parents=True)
@@ -36,7 +38,7 @@ def save_bert(folder: Path, *, binary: bool = True, tokenizer: bool = True) -> P
         hidden_size=32,
         num_attention_heads=4,
         seq_length=24,
-        vocab_size=words.vocab_size,
+        vocab_size=vocab_size or words.vocab_size,
         make_vocab_size_divisible_by=8,
         bert_binary_head=binary,
         init_method_std=0.1,

@@ -58,6 +58,19 @@ def test_first_match_wins_and_contexts_are_part_of_the_question() -> None:
     assert parsed(dolly) == [[("system", "s"), ("user", "q\n\nc"), ("assistant", "a")]]
 
 
+def test_systems_and_turns_in_columns_of_their_own() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    expected = [("system", "s"), ("user", "q"), ("assistant", "a")]
+    for record in (
+        {"conversations": turns, "system": "s"},
+        {"conversations": [{"from": "system", "value": "s"}, *turns], "system": "other"},
+        {"question": "q", "response": "a", "system_prompt": "s"},
+    ):
+        assert parsed(record) == [expected]
+    alpaca = {"instruction": "q", "output": "a", "history": [["q0", "a0"]]}
+    assert parsed(alpaca) == [[("user", "q0"), ("assistant", "a0"), *expected[1:]]]
+
+
 def test_a_system_message_begins_another_conversation() -> None:
     def turn(role: str) -> dict[str, str]:
         return {"role": role, "content": role}
@@ -83,6 +96,8 @@ BAD = [
     ('{"messages": ["a"]}', "message 1 is a str"),
     ('{"text": "a"}', "neither 'messages' nor 'conversations'.*the record has 'text'"),
     ('{"prompt": "a"}', "neither"),
+    ('{"prompt": "a", "response": "b", "tools": [1]}', "the record has tools"),
+    ('{"prompt": "a", "response": "b", "history": ["c"]}', "turn 1 of 'history' is no pair"),
     ('{"prompt": "a", "response": ""}', "empty answer"),
 ]
 
@@ -165,7 +180,10 @@ def test_templates_equal_transformers() -> None:
     render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": ""}
     messages = [{"role": m.role, "content": m.content} for m in TALK]
-    for name, source in BUILT_IN.items():
+    asks = "{% if tools is not none or documents is not none %}never{% endif %}"
+    lists = "{{ messages | tojson(indent=1, sort_keys=true, separators=(',', '=')) }}"
+    marked = "{% generation %}{{ tools }}{% endgeneration %}"
+    for name, source in {**BUILT_IN, "own": asks + lists + marked}.items():
         texts, spans = render(
             [messages], chat_template=source, return_assistant_tokens_mask=True, **tokens
         )

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtk.artifacts import open_artifact
 from mtk.checkpoint import load_model, read_model_config, read_tensors
 from mtk.config import make
 from mtk.config.convert import ConvertConfig
 from mtk.config.evaluate import EvaluateConfig
+from mtk.config.heads import TASKS
 from mtk.config.pretrain import PretrainConfig
-from mtk.errors import CheckpointError, ConfigError, ConversionError, DataError
+from mtk.convert.open_model import open_model
+from mtk.errors import CheckpointError, ConfigError, DataError
 from mtk.evaluation.classification import ClassificationData
-from mtk.evaluation.task_files import unique_names
+from mtk.evaluation.task_files import read_task, unique_names
+from mtk.log import Reporter
+from mtk.session import Session
 from stages import convert, evaluate
 from stages.finetune import run
 from tests.convert.models import gpt2_config, save_native
@@ -42,6 +47,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bert(folder / "bert")
     save_bert(folder / "bare", tokenizer=False)
     save_bert(folder / "poolerless", binary=False)
+    (folder / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ta\tb\n1\tc\td\n")
+    save_bert(folder / "narrow", vocab_size=12)
     save_native(folder / "gpt", gpt2_config())
     race(folder / "RACE" / "train" / "middle", SIZES["RACE"], 1)
     race(folder / "RACE" / "dev" / "middle", 42, 2)
@@ -183,9 +190,6 @@ def test_a_head_is_never_taken_for_something_else(
 ) -> None:
     with pytest.raises(ConfigError, match=r"has the head of MNLI.*--task MNLI"):
         run(config(home, "QQP", tmp_path / "a", base="tuned-MNLI"), QUIET)
-    wanted = make(ConvertConfig, load=str(tuned["MNLI"]), save=str(tmp_path / "hf"), to="hf")
-    with pytest.raises(ConversionError, match="task_head = MNLI"):
-        convert.run(wanted, QUIET)
     with pytest.raises(ConfigError, match="belongs to mtk finetune"):
         make(
             PretrainConfig,
@@ -198,6 +202,37 @@ def test_a_head_is_never_taken_for_something_else(
             save="x",
             **{"model.task_head": "RACE", "model.bert_binary_head": False},
         )
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_a_head_goes_to_hugging_face(
+    home: Path, tuned: dict[str, Path], tmp_path: Path, task: str
+) -> None:
+    """transformers computes the same on the task's samples, and mtk evaluates the export."""
+    transformers = pytest.importorskip("transformers")
+    wanted = make(ConvertConfig, load=str(tuned[task]), save=str(tmp_path / "hf"), to="hf")
+    exported = convert.run(wanted, QUIET)
+    kind = "MultipleChoice" if task == "RACE" else "SequenceClassification"
+    model, report = getattr(transformers, f"MegatronBertFor{kind}").from_pretrained(
+        exported.path, output_loading_info=True
+    )
+    assert not any(report.values())
+    if task == "MNLI":
+        assert model.config.id2label[1] == "entailment"
+    evaluate.run(evaluation(home, task, exported.path, tmp_path / "score"), QUIET)
+    lines = (tmp_path / "score" / "items.jsonl").read_text().splitlines()
+    opened = open_model(tuned[task])
+    path = files(home, task)["valid_data"][0]
+    data = read_task(TASKS[task], path, opened.tokenizer, opened.config.seq_length, pytest.fail)
+    for k in range(8):
+        sample = data[k]
+        mask = torch.from_numpy(sample.mask)
+        text, types = torch.from_numpy(sample.text), torch.from_numpy(sample.types) * mask
+        rows = [x[None] if task == "RACE" else x for x in (text, types, mask)]
+        with torch.no_grad():
+            found = model(rows[0], token_type_ids=rows[1], attention_mask=rows[2]).logits
+        expected = json.loads(lines[k])["probabilities"]
+        assert found.flatten().softmax(-1).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_goes_on_with_the_same_head(home: Path, tuned: dict[str, Path], tmp_path: Path) -> None:
@@ -216,7 +251,15 @@ def test_begins_from_a_hugging_face_directory(home: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_pooler_begins_anew(home: Path, tmp_path: Path) -> None:
-    artifact = run(config(home, "QQP", tmp_path, base="poolerless", train_iters=1), QUIET)
+    told: list[str] = []
+
+    class Listener(Reporter):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    wanted = config(home, "QQP", tmp_path, base="poolerless", train_iters=1)
+    artifact = run(wanted, Session(Listener(quiet=True)))
+    assert told == [f"{home / 'poolerless'} has no pooler: it begins anew"]
     assert "pooler.dense.weight" in read_tensors(artifact.folder, "model")
 
 
@@ -249,6 +292,13 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
         ("bare", "MNLI", {}, CheckpointError, "has no tokenizer"),
         ("bert", "MNLI", {"train_data": ["no.tsv"]}, DataError, "is not a file"),
         ("bert", "RACE", {"train_data": ["no"]}, DataError, "is not a folder"),
+        (
+            "bert",
+            "QQP",
+            {"train_data": ["test.tsv"]},
+            DataError,
+            "test.tsv have the label 0.*not pub",
+        ),
         ("bert", "MNLI", {"eval_iters": 3}, ConfigError, "that of all held-out samples"),
         ("bert", "MNLI", {"chat_template": "plain"}, ConfigError, "belongs to --task sft"),
         ("bert", "MNLI", {"train_iters": None, "train_tokens": 9}, ConfigError, "in tokens"),
@@ -258,12 +308,25 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
     ],
 )
 def test_refusals_leave_nothing(
-    home: Path, tmp_path: Path, base: str, task: str, changes: Any, error: Any, words: str
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    task: str,
+    changes: Any,
+    error: Any,
+    words: str,
 ) -> None:
     own = files(home, "MNLI" if task == "sft" else task)
+    monkeypatch.chdir(home)
     with pytest.raises(error, match=words):
         run(options(task, home / base, tmp_path / "save", **{**own, **changes}), QUIET)
     assert not (tmp_path / "save").exists()
+
+
+def test_ids_that_the_model_has_no_row_for(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train.tsv:\d+ holds id \d+, but the model has 12 ids"):
+        run(config(home, "QQP", tmp_path / "save", base="narrow"), QUIET)
 
 
 def test_names_of_held_out_data_are_told_apart() -> None:

@@ -16,7 +16,9 @@ from mtk.config import make
 from mtk.config.convert import ConvertConfig
 from mtk.config.finetune import FinetuneConfig
 from mtk.errors import ArtifactError, CheckpointError, ConfigError
+from mtk.training.data import run_data, with_vocabulary
 from mtk.training.metrics import read_metrics
+from mtk.training.opened_data import open_data
 from mtk.training.state import read_training
 from stages import convert, pretrain
 from stages.finetune import run
@@ -64,6 +66,16 @@ def test_step_zero_is_the_base_and_training_starts_anew(base: Path, tmp_path: Pa
     roles = {record.role: record for record in artifact.inputs}
     assert roles["initial model"].digest == open_artifact(base / "step_00000008").digest
     assert artifact.stage == "finetune"
+
+
+def test_what_fills_the_last_step_of_the_last_epoch_counts_nothing(tmp_path: Path) -> None:
+    """Nine samples, in steps of two ranks with two each."""
+    core = pretrain_config(tmp_path, global_batch_size=4, micro_batch_size=2)
+    data = open_data(core.data)
+    for rank in range(2):
+        found = run_data(with_vocabulary(core, data), data, 12, QUIET.reporter, rank, 2, counted=9)
+        masks = [m.loss_mask_BS.sum(1) > 0 for b in found.train(4) for m in b.micro_batches]
+        assert [m.tolist() for m in masks] == [[True] * 2, [rank == 0, False]]
 
 
 def test_epochs_are_counted_evaluated_and_saved(base: Path, tmp_path: Path) -> None:

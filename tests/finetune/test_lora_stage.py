@@ -74,6 +74,32 @@ def test_a_checkpoint_holds_adapters_only(home: Path) -> None:
         load_model(home / "tuned")
 
 
+def test_experts_and_their_biases_stay_as_they_are(home: Path, tmp_path: Path) -> None:
+    """Layouts, even that of one process, make the parameters of experts anew."""
+    moe = {"num_experts": 4, "moe_router_score_function": "sigmoid"}
+    model = llama(
+        seq_length=48,
+        max_position_embeddings=64,
+        num_layers=1,
+        moe_router_enable_expert_bias=True,
+        moe_shared_expert_intermediate_size=16,
+        **moe,
+    )
+    base = save_native(tmp_path / "moe", model)
+    changes = {"pretrained_checkpoint": str(base), "lora_targets": "attention", "train_iters": 2}
+    run(config(home, tmp_path / "run", **changes), QUIET)
+    before, after = (
+        read_tensors(base, "model"),
+        read_tensors(tmp_path / "run" / "step_00000002", "model"),
+    )
+    kept = [name for name in after if ".lora." not in name]
+    assert kept == ["layers.0.mlp.router.expert_bias"]
+    assert torch.equal(after[kept[0]], before[kept[0]])
+    merged_model = open_model(tmp_path / "run").model
+    assert torch.equal(merged_model.get_parameter("layers.0.mlp.experts.up"),
+                       before["layers.0.mlp.experts.up"])  # fmt: skip
+
+
 def test_opened_it_is_merged_and_equals_what_was_trained(home: Path) -> None:
     source = find_source(home / "tuned")
     beside = assemble(*apart(source, read_native), source.folder)

@@ -61,6 +61,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = kind(seq_length=48, max_position_embeddings=64, num_layers=2)
         save_native(folder / name, model)
     save_native(folder / "bare", gpt2_config(seq_length=48), tokenizer=False)
+    save_native(folder / "narrow", gpt2_config(seq_length=48, vocab_size=256))
+    # Without positions there are none to restart.
+    save_native(folder / "nope", llama(seq_length=48, position_embedding_type="none"))
     write_lines(folder / "talk.jsonl", talks(30))
     write_lines(folder / "held.jsonl", talks(7, seed=1))
     return folder
@@ -175,7 +178,7 @@ def test_every_figure_is_that_of_one_process(
     torch.testing.assert_close(models[0](tokens), models[1](tokens), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("base", ["gpt2", "llama"])
+@pytest.mark.parametrize("base", ["gpt2", "nope"])
 def test_packing_changes_no_answer(home: Path, tmp_path: Path, base: str) -> None:
     """All conversations in one step, packed or not: the same loss and norm."""
     steps = []
@@ -218,6 +221,17 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(home: Path, tmp_path: Pat
     assert weight_files(tmp_path / "straight") == weight_files(tmp_path / "stopped")
 
 
+def test_longer_sequences_than_the_checkpoint_was_made_for(home: Path, tmp_path: Path) -> None:
+    longer: dict[str, Any] = {"seq_length": 96, "max_position_embeddings": 128, "train_iters": 1}
+    rope = {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0, "rotary_base": 5e5}
+    run(config(home, tmp_path / "rope", **longer, **rope, lora_rank=2), QUIET)
+    model = open_model(tmp_path / "rope").config
+    assert {name: getattr(model, name) for name in rope} == rope
+    assert (model.seq_length, model.max_position_embeddings) == (96, 128)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings = 128: .* has"):
+        run(config(home, tmp_path / "learned", "gpt2", **longer), QUIET)
+
+
 def test_other_data_or_template_is_no_continuation(home: Path, tmp_path: Path) -> None:
     run(config(home, tmp_path, train_iters=2), QUIET)
     (tmp_path / "other.jinja").write_text(BUILT_IN["plain"].replace("Assistant:", "Bot:"))
@@ -229,9 +243,10 @@ def test_other_data_or_template_is_no_continuation(home: Path, tmp_path: Path) -
     ("base", "changes", "error", "words"),
     [
         ("bare", {}, CheckpointError, "has no tokenizer"),
+        ("narrow", {}, DataError, r"hold id \d+ \('.*'\), but the model in .* has 256 ids"),
         ("llama", {"chat_template": None}, ConfigError, "brings no chat template"),
         ("llama", {"chat_template": "chatlm"}, ConfigError, "Did you mean chatml"),
-        ("llama", {"train_data": ["no.jsonl"]}, DataError, "no such file"),
+        ("llama", {"train_data": ["no.jsonl"]}, DataError, "--train-data no.jsonl: no such file"),
         ("llama", {"seq_length": 2}, DataError, "no token is left"),
         ("llama", {"train_data": []}, ConfigError, "Give --train-data"),
         ("llama", {"vocab_size": 9}, ConfigError, "vocab_size = 9: .* has 300"),
@@ -257,11 +272,15 @@ def test_bad_lines_are_told_or_skipped(home: Path, tmp_path: Path) -> None:
         def info(self, message: str) -> None:
             told.append(message)
 
-    wanted = config(
-        home, tmp_path / "save", train_data=[str(path)], on_bad_line="skip", train_iters=1
-    )
-    run(wanted, Session(Listener(quiet=True)))
+        warn = info
+
+    changes = {"train_data": [str(path)], "on_bad_line": "skip", "train_iters": 1}
+    run(config(home, tmp_path / "save", **changes), Session(Listener(quiet=True)))
     text = "\n".join(told)
+    assert "answers end with" not in text
+    changes |= {"chat_template": "chatml", "seq_length": 64}
+    run(config(home, tmp_path / "other", **changes), Session(Listener(quiet=True)))
+    assert any("answers end with" in line and "end of text" in line for line in told)
     assert "1 lines are left out" in text and "line 31" in text and "30 conversations" in text
 
 

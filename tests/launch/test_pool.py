@@ -147,8 +147,8 @@ def test_a_rank_that_is_done_too_early(pool: RankPool, monkeypatch: pytest.Monke
 
 
 def test_a_job_over_its_limit(pool: RankPool) -> None:
-    with pytest.raises(WorkerError, match=r"longer than its limit of 0.5 s: [^$]*in fail"):
-        pool.run(misbehave, 0, "loop", world=1, limit=0.5)
+    with pytest.raises(WorkerError, match=r"longer than its limit of 1.5 s: [^$]*in fail"):
+        pool.run(misbehave, 0, "loop", world=1, limit=1.5)
     assert len(pool.run(seen, 1.0, world=2)) == 2
 
 

@@ -126,7 +126,16 @@ def test_what_decays() -> None:
 BOUNDS = (0, 3, 4, 11, 24)
 
 
-@pytest.mark.parametrize("config", [mamba_config(), hybrid_config()], ids=["mamba", "hybrid"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        mamba_config(),
+        hybrid_config(),
+        hybrid_config(position_embedding_type="alibi"),
+        hybrid_config(position_embedding_type="relative"),
+    ],
+    ids=["mamba", "hybrid", "alibi", "relative"],
+)
 def test_packed_documents_equal_separate_ones(config: ModelConfig) -> None:
     model = small_model(dataclasses.replace(config, init_method_std=0.3))
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -163,13 +163,16 @@ def megatron_sinkhorn(cost: Tensor, tolerance: float = 1e-6) -> Tensor:
     return columns * cost * rows[:, None]
 
 
-def test_sinkhorn_chooses_as_the_iteration_to_the_end() -> None:
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_sinkhorn_chooses_as_the_iteration_to_the_end(function: str) -> None:
+    """Its potentials are those of logits, whatever makes weights of them."""
     x_NX = logits(spread=1.5)
     shift_BX = sinkhorn(x_NX[None])
     plan = (x_NX + shift_BX[0]).softmax(-1)
     torch.testing.assert_close(plan.sum(0), torch.full((8,), 50 / 8), rtol=2e-3, atol=0)
     exact = megatron_sinkhorn(x_NX)
-    _, chosen = choose(x_NX, routing(), shift_BX)
+    kind = {"moe_router_load_balancing_type": "sinkhorn", "moe_router_score_function": function}
+    _, chosen = choose(x_NX, routing(**kind), shift_BX)
     same = (exact.topk(2).indices == chosen).all(-1).float().mean()
     assert same >= 0.98
 

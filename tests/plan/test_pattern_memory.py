@@ -11,7 +11,9 @@ from mtk.config import make
 from mtk.config.plan import PlanConfig
 from mtk.models.attention import sdpa_kernel
 from mtk.models.count import parameter_count
+from mtk.models.count_families import cross_attention
 from mtk.models.layer import SingleBlock
+from mtk.models.t5 import DecoderBlock
 from mtk.parallel import planning
 from mtk.parallel.recompute import _recompute_core
 from tests.parallel.saved_bytes import saved_bytes
@@ -64,6 +66,40 @@ def test_a_mamba_layer_keeps_what_the_formula_says(
     x_BSE = torch.randn(1, 256, 64, dtype=dtype, requires_grad=True)
     kept = saved_bytes(lambda: layer(x_BSE), list(layer.parameters()))
     assert planning.layer_activations(config, "M") == pytest.approx(kept, rel=0.08)
+
+
+T5: dict[str, Any] = {
+    "family": "t5",
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 256,
+    "decoder_seq_length": 64,
+    "vocab_size": 256,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "attention_backend": "flash",
+    "precision": "fp32",
+    "lr": 1e-4,
+}
+
+
+def test_a_layer_of_a_decoder_keeps_what_the_formula_says() -> None:
+    """Its own tokens, fewer than the encoder's, and keys and values of those."""
+    config = make(PlanConfig, **T5)
+    assert planning.kinds_of(config, 0) == [[None] * 2 + [planning.DECODER] * 2]
+    layer = DecoderBlock(config.model, sdpa_kernel)
+    x_BTE, memory_BSE = torch.randn(1, 64, 64, requires_grad=True), torch.randn(1, 256, 64)
+    kept = saved_bytes(
+        lambda: layer(x_BTE, memory=(memory_BSE, None)), [memory_BSE, *layer.parameters()]
+    )
+    formula = planning.layer_activations(config, planning.DECODER)
+    assert formula == pytest.approx(kept, rel=0.05)
+    assert planning.logits(config) == 64 * 256 * 4
+    stages = make(PlanConfig, **T5, pipeline_model_parallel_size=2, pipeline_split=(2, 2))
+    encoder, decoder = (planning.stage_parameters(stages, stage)[0] for stage in range(2))
+    assert decoder - encoder == pytest.approx(2 * cross_attention(config.model))
 
 
 def test_stages_hold_their_own_kinds() -> None:

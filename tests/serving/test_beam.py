@@ -13,8 +13,7 @@ from mtk.models.gpt import GPT
 from mtk.tokenizers.null import NullTokenizer
 from serving import beam
 from serving.generation import Decoder, Vocabulary
-from serving.megatron_api import MAX_PENALTY
-from serving.requests import BeamParams, GenerationRequest
+from serving.requests import MAX_PENALTY, BeamParams, GenerationRequest
 from tests.serving.models import tiny_model
 
 STOP, VOCAB = 4, 5

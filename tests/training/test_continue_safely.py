@@ -57,6 +57,15 @@ def test_finished_run_on_data_that_changed_is_not_passed_off_as_done(tmp_path: P
         run(config(save, data_path=[str(prefix)], train_iters=4), QUIET)
 
 
+def test_a_rest_that_is_no_whole_step_any_more_ends_the_run(tmp_path: Path) -> None:
+    changes = {"train_iters": None, "train_samples": 8, "lr_warmup_iters": None}
+    changes |= {"save_interval": 1, "keep_checkpoints": 0}
+    run(config(tmp_path, **changes), QUIET)
+    shutil.rmtree(tmp_path / "step_00000002")
+    artifact = run(config(tmp_path, **changes, global_batch_size=8), QUIET)
+    assert artifact.folder.name == "step_00000001"
+
+
 def test_load_of_a_run_that_is_already_longer_is_refused(short: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing is left"):
         run(config(tmp_path / "run", load=str(short), train_iters=8), QUIET)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import runpy
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtk.checkpoint import complete_steps
 from mtk.config import make
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.loader import MicroBatch
+from mtk.errors import DataError, LayoutError
 from mtk.log import Reporter
 from mtk.parallel.dims import Dims
 from mtk.parallel.pipeline import call_gpt
@@ -23,13 +27,13 @@ from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch, LocalBatch
 from mtk.training.custom import Custom, logits_of
+from mtk.training.evaluate import held_out_loss
 from mtk.training.loop import RunData
 from mtk.training.metrics import read_metrics
-from mtk.training.objective import TokenLosses
+from mtk.training.objective import OfTokens, TokenLosses
+from mtk.training.step import Stepper
 from mtk.verification.observe import random_sample, share
-from serving.generate_text import generate_text
 from stages.pretrain import run
-from tests.convert.models import TEXT, llama, save_native
 from tests.parallel.layouts import configure
 from tests.parallel.ranks import run_ranks
 
@@ -47,7 +51,8 @@ class Heavier:
 
     def weights(self, batch: Any) -> tuple[Tensor, ...]:
         heavier = 1.0 + 2.0 * torch.isin(batch.labels_BS, torch.tensor(KEYWORDS))
-        return batch.loss_mask_BS * heavier, batch.loss_mask_BS
+        given = batch.extra.get("given", 1.0)
+        return batch.loss_mask_BS * heavier * given, batch.loss_mask_BS
 
     def losses(self, outputs: Any, batch: LocalBatch) -> tuple[Tensor, ...]:
         nats = self.token_losses(outputs, batch.labels_BS)
@@ -68,7 +73,8 @@ def own_batches(config: PretrainConfig, rank: int, size: int) -> RunData:
         whole = [text[k : k + 1] for k in range(rank, 4, size)]
         for _ in range(consumed, 24, 4):
             micro = [MicroBatch(t[:, :-1], t[:, 1:], torch.ones(1, 24), (0,)) for t in whole]
-            yield GlobalBatch(micro, samples=4)
+            given = {"given": torch.arange(24.0)[None]}
+            yield GlobalBatch([dataclasses.replace(m, extra=given) for m in micro], samples=4)
 
     return RunData(batches, None, None, train_samples=24, token_bytes_V=None)
 
@@ -129,10 +135,20 @@ def test_own_parts_in_every_layout(layout: dict[str, Any], tmp_path: Path) -> No
     assert first[0] != pytest.approx(one[0][0], rel=1e-3)
 
 
-def test_a_term_is_the_formula() -> None:
+@dataclasses.dataclass(frozen=True)
+class Light(Heavier):
+    """A mean does not change with the unit of its weights."""
+
+    def weights(self, batch: Any) -> tuple[Tensor, ...]:
+        keywords, size = super().weights(batch)
+        return 1e-4 * keywords, 1e-4 * size
+
+
+@pytest.mark.parametrize("objective", [Heavier, Light])
+def test_a_term_is_the_formula(objective: type[Heavier]) -> None:
     options = configure()
     sample = random_sample(options)
-    stepper = make_stepper(options, 80, Ranks(), objective=Heavier)
+    stepper = make_stepper(options, 80, Ranks(), objective=objective)
     batch = share(sample, 2, 0, 1)
     logits = torch.cat(logits_of(stepper, batch))
     nats = torch.nn.functional.cross_entropy(
@@ -142,6 +158,58 @@ def test_a_term_is_the_formula() -> None:
     expected = (nats * weights).sum() / weights.sum()
     result = stepper.step(batch, 0)
     torch.testing.assert_close(result.terms["keyword_loss"], expected.detach())
+    stepper = make_stepper(options, 80, Ranks(), objective=objective)
+    held = held_out_loss(stepper.passes, [batch], Ranks(), None)
+    assert held["keyword_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def too_few(config: PretrainConfig, rank: int, size: int) -> RunData:
+    found = own_batches(config, rank, size)
+    return dataclasses.replace(found, train=lambda consumed: islice(found.train(consumed), 2))
+
+
+def another_length(config: PretrainConfig, rank: int, size: int) -> RunData:
+    return dataclasses.replace(own_batches(config, rank, size), train_samples=12)
+
+
+def test_batches_must_last_as_long_as_the_run(tmp_path: Path) -> None:
+    own = Custom(batches=too_few, data_digest="two steps")
+    with pytest.raises(DataError, match="ended after 8 of 24 samples"):
+        run(config(tmp_path / "short"), QUIET, custom=own)
+    assert complete_steps(tmp_path / "short") == [2]
+    with pytest.raises(DataError, match=r"train_samples = 12, but .* asks for 24"):
+        run(config(tmp_path), QUIET, custom=Custom(batches=another_length, data_digest="three"))
+
+
+def judge(stepper: Stepper, step: int) -> dict[str, Any]:
+    """Logits of the model that is being trained."""
+    text = torch.arange(24)[None]
+    batch = GlobalBatch([MicroBatch(text, text, torch.ones(1, 24), (0,))], samples=1)
+    (logits,) = logits_of(stepper, batch)
+    return {"shape": list(logits.shape), "at": step}
+
+
+def judged(config: PretrainConfig, rank: int, size: int) -> RunData:
+    return dataclasses.replace(own_batches(config, rank, size), judge=judge)
+
+
+def test_a_run_hands_out_its_logits(tmp_path: Path) -> None:
+    own = Custom(batches=judged, data_digest="judged")
+    metrics = run(config(tmp_path), QUIET, custom=own).metrics
+    assert metrics["eval"] == {"shape": [1, 24, 31], "at": 6}
+
+
+def with_bytes(config: PretrainConfig, rank: int, size: int) -> RunData:
+    found = own_batches(config, rank, size)
+    valid = partial(found.train, 20)
+    return dataclasses.replace(found, valid=valid, token_bytes_V=torch.ones(31))
+
+
+def test_bytes_of_text_belong_to_plain_cross_entropy(tmp_path: Path) -> None:
+    for objective, told in ((None, True), (Heavier, False)):
+        own = Custom(objective, batches=with_bytes, data_digest="bytes")
+        metrics = run(config(tmp_path / str(told)), QUIET, custom=own).metrics
+        assert ("bits_per_byte" in metrics["eval"]) == told
 
 
 def _logits(rank: int, options: PretrainConfig, whole: Tensor) -> None:
@@ -182,16 +250,14 @@ def test_the_example_is_a_program() -> None:
     assert loss.weights(batch)[0].tolist() == [[5.0, 0.0]]
 
 
-def test_text_from_python(tmp_path: Path) -> None:
-    folder = save_native(tmp_path / "native", llama())
-    prompts = [TEXT[:9], TEXT[4:19]]
-    greedy = generate_text(folder, prompts, max_new_tokens=6, temperature=0)
-    assert len(greedy) == 2 and generate_text(folder, prompts, max_new_tokens=6, top_k=1) == greedy
-    sampled = {"max_new_tokens": 6, "top_p": 0.9, "top_p_decay": 0.9, "top_p_bound": 0.2}
-    assert generate_text(folder, prompts, seed=1, **sampled) == generate_text(
-        folder, prompts, seed=1, **sampled
-    )
-    beams = generate_text(folder, prompts, max_new_tokens=6, num_beams=3, length_penalty=0.7)
-    assert len(beams) == 2 and all(isinstance(text, str) for text in beams)
-    begun = generate_text(folder, prompts, max_new_tokens=6, temperature=0, add_BOS=True)
-    assert begun != greedy
+@dataclasses.dataclass(frozen=True)
+class OfSamples(Heavier):
+    def weights(self, batch: Any) -> tuple[Tensor, ...]:
+        return torch.ones(1), batch.loss_mask_BS
+
+
+def test_losses_of_samples_are_refused_where_ranks_share_a_sample() -> None:
+    batch = LocalBatch(torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, 4), None, None)
+    assert OfTokens(Heavier(torch.sub)).weights(batch)[1].sum() == 4
+    with pytest.raises(LayoutError, match="keyword_loss is no loss of tokens"):
+        OfTokens(OfSamples(torch.sub)).weights(batch)

@@ -100,4 +100,4 @@ def test_low_precision(tmp_path: Path, precision: str) -> None:
 def test_no_foreign_family_takes_it_for_dense() -> None:
     model = {k: v for k, v in MOE.items() if k in ModelConfig.__dataclass_fields__}
     with pytest.raises(ConversionError, match="num_experts = 8: Llama is dense"):
-        family_for(make(ModelConfig, **model, num_experts=8, add_bias_linear=False))
+        family_for(make(ModelConfig, **model, num_experts=8, add_bias_linear=False), "llama")

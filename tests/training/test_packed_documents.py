@@ -160,6 +160,13 @@ def test_flash_attention_is_refused_where_it_has_no_masks(tmp_path: Path) -> Non
     with pytest.raises(LayoutError, match="reset-attention-mask"):
         attention_kernel(options, torch.device("cuda"))
     attention_kernel(options, CPU)
+    plain = config(tmp_path, **changes)
+    encoder = dataclasses.replace(plain, model=dataclasses.replace(plain.model, family="bert"))
+    with pytest.raises(LayoutError, match="padded samples"):
+        attention_kernel(encoder, torch.device("cuda"))
+    device = dataclasses.replace(encoder.runtime, device="cuda")
+    found = list(dataclasses.replace(encoder, runtime=device).problems())
+    assert "padded samples" in " ".join(problem.rule for problem in found)
 
 
 def test_the_model_takes_positions_of_each_row() -> None:

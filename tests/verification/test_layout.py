@@ -121,6 +121,9 @@ def test_what_is_no_number_is_no_success() -> None:
 
 def test_observations_travel_as_files(tmp_path: Path) -> None:
     one = observation()
+    write_observation(dataclasses.replace(one, drifted=("a (rank 1)",)), tmp_path / "drifted")
+    drifted = compare(one, [read_observation(tmp_path / "drifted")])
+    assert drifted.failures == ["copies that must be equal differ: a (rank 1)"]
     write_observation(one, tmp_path / "one")
     back = read_observation(tmp_path / "one")
     assert (back.loss, back.norm, back.balance) == (one.loss, one.norm, one.balance)

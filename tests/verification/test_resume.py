@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from mtk.config import make
+from mtk.config.verify import VerifyResumeConfig
+from mtk.verification.resume import _prepared
 from tests.verification.runs import DENSE, verify
 
 
@@ -18,6 +21,12 @@ def test_two_ranks_continue_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> N
     assert found["compared"]["optimizer"] == 3 * found["compared"]["model"]
     assert found["compared"]["random"] >= 2
     assert "continuing from step 2" in text
+
+
+def test_generated_data_keeps_the_options_of_windows() -> None:
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
+    config = make(VerifyResumeConfig, **model, vocab_size=9, lr=1e-3, eod_mask_loss=True)
+    assert _prepared(config, "cpu")[0].data.eod_mask_loss
 
 
 def test_forgotten_random_states_are_found(

@@ -40,12 +40,17 @@ HYBRID = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, MOE, HYBRID], ids=["dense", "moe", "hybrid"])
+T5 = {"family": "t5", "num_layers": 8, "num_query_groups": None, "decoder_seq_length": 256}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, MOE, HYBRID, T5], ids=["dense", "moe", "hybrid", "encoder-decoder"]
+)
 @pytest.mark.parametrize("world", [2, 8])
 def test_every_layout_stays_legal(world: int, changes: dict[str, Any]) -> None:
-    config = make(PretrainConfig, **VALUES, **changes)
+    config = make(PretrainConfig, **(VALUES | changes))
     layouts = list(legal_layouts(world, config.model, config.batch))
-    assert len(layouts) > 20
+    assert len(layouts) > 10
     for layout in layouts[:: 1 + len(layouts) // 60]:
         shrunk, _ = small(dataclasses.replace(config, parallel=layout))
         model = shrunk.model
@@ -64,6 +69,19 @@ def test_what_counts_layers_shrinks_with_them() -> None:
     assert shrunk.parallel.pipeline_split == (2, 1, 2, 2) and shrunk.model.num_layers == 7
     assert shrunk.parallel.recompute_num_layers == 2
     assert "7 layers" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "made"), [((6, 10), (2, 2)), ((1, 15), (1, 3)), ((5, 1, 10), (2, 1, 3))]
+)
+def test_a_split_of_both_stacks_stays_one_of_equal_stacks(
+    given: tuple[int, ...], made: tuple[int, ...]
+) -> None:
+    pipeline = {"pipeline_model_parallel_size": len(given), "pipeline_split": given}
+    config = make(PretrainConfig, **(VALUES | T5), **pipeline, nproc=len(given))
+    shrunk, _ = small(config)
+    assert shrunk.parallel.pipeline_split == made
+    assert shrunk.model.num_layers == sum(made) // 2
 
 
 def test_a_small_model_is_not_made_larger() -> None:

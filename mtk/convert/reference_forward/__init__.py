@@ -26,6 +26,22 @@ from mtk.convert.reference_forward.plain import Weights
 from mtk.convert.reference_forward.t5 import t5
 from mtk.errors import ConversionError
 
+# Sizes that files may leave out; the formulas themselves know the other settings' defaults.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt_neox": {"hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64},
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 8},
+    "mamba2": {
+        "num_hidden_layers": 64,
+        "num_heads": 128,
+        "head_dim": 64,
+        "n_groups": 8,
+        "state_size": 128,
+        "conv_kernel": 4,
+    },
+}
+# Where null is not the same as nothing said.
+MEANT = ("sliding_window", "head_dim", "num_key_value_heads", "scale_decoder_outputs")
 Forward = Callable[[Mapping[str, Any], Weights, Tensor], tuple[Tensor, list[Tensor]]]
 
 
@@ -56,6 +72,8 @@ def reference_forward(
         "t5": t5,
     }
     kind = config.get("model_type")
+    stated = {key: value for key, value in config.items() if value is not None or key in MEANT}
+    config = {**DEFAULTS.get(str(kind), {}), **stated}
     if kind not in forwards:
         raise ConversionError(f"no reference forward for model_type {kind!r}")
     with torch.no_grad():

@@ -18,7 +18,7 @@ def bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tens
     act = activation(str(config.get("hidden_act", "gelu")))
     first = config["model_type"] == "megatron-bert"
     epsilon = float(config.get("layer_norm_eps", 1e-12))
-    inputs = SegmentInputs.of(tokens_BS)
+    inputs = SegmentInputs.of(tokens_BS, int(config.get("type_vocab_size", 2)))
 
     def norm(x: Tensor, name: str) -> Tensor:
         return layer_norm(x, w, name, epsilon)
@@ -59,11 +59,15 @@ def bert(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tens
             x_BSE = norm(x_BSE + mlp(x_BSE, h), f"{h}.output.LayerNorm")
         states.append(x_BSE)
     x_BSE = norm(x_BSE, "bert.encoder.ln") if first else x_BSE
+    states = [x[:, : inputs.real] for x in states]
+    task = str(config["architectures"][0])
+    pooled = None
+    if not task.endswith("ForMaskedLM"):
+        pooled = torch.tanh(project(x_BSE[:, 0], "bert.pooler.dense"))
+    if pooled is not None and not task.endswith("ForPreTraining"):
+        return project(pooled, "classifier")[:, None], states
     p = "cls.predictions"
     hidden = norm(act(project(x_BSE, f"{p}.transform.dense")), f"{p}.transform.LayerNorm")
     logits = hidden @ w[f"{e}.word_embeddings.weight"].T + w[f"{p}.bias"]
-    order = None
-    if str(config["architectures"][0]).endswith("ForPreTraining"):
-        pooled = torch.tanh(project(x_BSE[:, 0], "bert.pooler.dense"))
-        order = project(pooled, "cls.seq_relationship")
-    return with_order(logits, order, inputs.real), [x[:, : inputs.real] for x in states]
+    order = None if pooled is None else project(pooled, "cls.seq_relationship")
+    return with_order(logits, order, inputs.real), states

@@ -29,14 +29,13 @@ def slope(head: int, heads: int) -> float:
 
 
 def bloom(config: Mapping[str, Any], w: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-    width = int(config.get("hidden_size") or config["n_embed"])
-    heads = int(config.get("n_head") or config["num_attention_heads"])
+    width, heads = int(config["hidden_size"]), int(config["n_head"])
     epsilon = float(config.get("layer_norm_epsilon", 1e-5))
     depth = width // heads
     x_BSE = w["transformer.word_embeddings.weight"][tokens_BS]
     x_BSE = layer_norm(x_BSE, w, "transformer.word_embeddings_layernorm", epsilon)
     states = [x_BSE]
-    for i in range(int(config.get("n_layer") or config["num_hidden_layers"])):
+    for i in range(int(config["n_layer"])):
         h = f"transformer.h.{i}"
         y = layer_norm(x_BSE, w, f"{h}.input_layernorm", epsilon)
         mixed = affine(y, w, f"{h}.self_attention.query_key_value", bias=True)

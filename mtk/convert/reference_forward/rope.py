@@ -24,8 +24,8 @@ class Rotation:
         )
         theta = config.get("rope_theta", config.get("rotary_emb_base"))
         self._theta = float(self._rope.get("rope_theta") or theta or 10000.0)
-        if "rotary_pct" in config:
-            share = float(config["rotary_pct"])
+        top = "rotary_pct" if config["model_type"] == "gpt_neox" else "partial_rotary_factor"
+        share = float(config.get(top, share))
         share = float(self._rope.get("partial_rotary_factor") or share)
         self._channels = int(depth * share)
         self._longest = int(config.get("max_position_embeddings") or 2048)
