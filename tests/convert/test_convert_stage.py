@@ -198,7 +198,7 @@ def test_every_reason_is_listed(tmp_path: Path) -> None:
     text = str(caught.value)
     for field in ("normalization = LayerNorm", "activation = relu", "add_qkv_bias", "add_bias"):
         assert field in text
-    assert "GPT2LMHeadModel" in text and "LlamaForCausalLM" in text
+    assert "not Qwen2ForCausalLM" in text and "--hf-family NAME says why" in text
 
 
 @pytest.mark.parametrize(
