@@ -155,7 +155,7 @@ def test_versions_and_layouts(
         ({"bias_gelu_fusion": False, "onnx_safe": True}, {"mlp": exact, "head": exact}),
         ({"openai_gelu": True, "bias_gelu_fusion": False}, {"mlp": tanh, "head": tanh}),
     ],
-    ids=str,
+    ids=["exact", "tanh"],
 )
 def test_which_gelu(args: dict[str, Any], gelus: Any, tmp_path: Path) -> None:
     model = megatron_bert()
