@@ -18,6 +18,7 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
         OptimizerMemoryConfig,
         RecomputeBenchConfig,
     )
+    from mtk.config.bench_families import FamiliesBenchConfig
 
     bench = parents["bench"]
     help = "The same training in one layout after the other: tokens/s, memory, MFU, speed-up."
@@ -26,6 +27,8 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     add_command(bench, "recompute", RecomputeBenchConfig, _recompute, help=help)
     help = "Bytes a parameter of every data-parallel rank, counted on CPU ranks, beside theory."
     add_command(bench, "optimizer-memory", OptimizerMemoryConfig, _optimizer_memory, help=help)
+    help = "Every family learns a text by heart, trains on two ranks as on one, and resumes."
+    add_command(bench, "families", FamiliesBenchConfig, _families, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -33,7 +36,8 @@ def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptio
     from stages.registry import Stage
 
     # A benchmark resolves as a stage does (recipe lowest) without being one.
-    return Stage(name, f"mtk.config.bench:{config}", "", "").resolve(layers_from(given, common))
+    path = config if ":" in config else f"mtk.config.bench:{config}"
+    return Stage(name, path, "", "").resolve(layers_from(given, common))
 
 
 def _layouts(given: dict[str, Any], common: CommonOptions) -> None:
@@ -67,6 +71,26 @@ def _optimizer_memory(given: dict[str, Any], common: CommonOptions) -> None:
     rows = bench_optimizer_memory(config, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])
     reporter.result(table, rows=[plain(row) for row in rows], output=config.output)
+
+
+def _families(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.families.corpus import Stages
+    from mtk.benchmarks.families.program import COLUMNS, bench_families, cells, plain
+    from mtk.errors import GateError
+    from mtk.log import Reporter
+    from stages import preprocess, pretrain, tokenizer
+
+    path = "mtk.config.bench_families:FamiliesBenchConfig"
+    config = _resolved("families", path, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    functions = Stages(tokenizer.run, preprocess.run, pretrain.run)
+    rows = bench_families(config, functions, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, families=[plain(row) for row in rows], output=config.output)
+    failed = [f"{row.sample.name}: {text}" for row in rows for text in row.failures]
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise GateError(f"{'; '.join(failed[:3])}{more}.")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
