@@ -26,7 +26,9 @@ class FamiliesBenchConfig:
     steps: int | None = option(None, help="Steps of the overfit (default: the family's own).")
     seed: int = option(1234, help="Seed of weights, data order and dropout.")
     output: str = option(
-        help="Folder of families.json, curves.png and a curve of each family.", runtime=True
+        help="Folder of families.json, curves.png and a curve of each family; what it holds of "
+        "other families stays.",
+        runtime=True,
     )
 
     @property

@@ -140,12 +140,15 @@ _SAMPLES = (
         _EXPERTS,
         changes={"moe_router_load_balancing_type": "sinkhorn", "moe_router_pre_softmax": True},
     ),
-    FamilySample("mamba2", "mamba2-130m", _MAMBA, "mamba2", {"hybrid_layer_pattern": "MM"}),
+    FamilySample(
+        "mamba2", "mamba2-130m", _MAMBA, "mamba2", {"hybrid_layer_pattern": "MM"}, steps=150
+    ),
     FamilySample(
         "hybrid",
         "hybrid-8b",
         {**_MAMBA, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 128},
         changes={"hybrid_layer_pattern": "M-*M-", "mamba_num_groups": 2},
+        steps=150,
     ),
     FamilySample(
         "bert_post", "bert-345m", _ATTENTION, "bert", {"norm_placement": "post"}, **_MASKED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,33 +106,41 @@ def _row(
 
 
 def _write(config: FamiliesBenchConfig, corpus: Corpus, rows: Sequence[Row]) -> None:
+    """Rows of families that are not asked for stay as an earlier run on the same text left
+    them."""
     folder = Path(config.output)
-    curves = {row.sample.name: row.curve for row in rows if row.curve is not None}
-    write_json(str(folder / JSON_FILE), content(config, corpus, rows))
+    records = {row.sample.name: plain(row) for row in rows}
+    kept = {k: v for k, v in _earlier(folder, corpus).items() if k not in config.families}
+    known = kept | records
+    ordered = [known[name] for name in FAMILY_SAMPLES if name in known]
+    head = {"benchmark": "families", "corpus": corpus.fields()}
+    write_json(str(folder / JSON_FILE), {**head, "families": ordered})
+    curves = {r["family"]: Curve.of(r["overfit"]) for r in ordered if r["overfit"]}
     write_curves(folder / FIGURE, curves)
     last = rows[-1].sample.name
     if last in curves:
         write_curves(folder / f"{last}.png", {last: curves[last]})
 
 
-def content(config: FamiliesBenchConfig, corpus: Corpus, rows: Sequence[Row]) -> dict[str, Any]:
-    """All figures as plain data."""
-    return {
-        "benchmark": "families",
-        **surroundings(),
-        "config": to_dict(config),
-        "corpus": corpus.fields(),
-        "families": [plain(row) for row in rows],
-    }
+def _earlier(folder: Path, corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Records of ``families.json`` by name; none where it is of another text."""
+    try:
+        found = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        if found["corpus"]["sha256"] != corpus.sha256:
+            return {}
+        return {record["family"]: record for record in found["families"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def plain(row: Row) -> dict[str, Any]:
-    """A row for machines."""
+    """A row for machines, with what it was measured on."""
     layouts = row.layouts or {}
     return {
         "family": row.sample.name,
         "recipe": row.sample.recipe,
         "hf": row.sample.hf,
+        **surroundings(),
         "parameters": parameters(row.config.model),
         "config_digest": config_digest(row.config),
         "model": to_dict(row.config.model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,21 @@ class Curve:
         step = self.points[-1][0]
         return [f"overfit: loss {self.last:.3f} after {step} steps, bound {self.bound:g}"]
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Curve:
+        """What :meth:`fields` gave."""
+        points = [(step, loss) for step, loss in fields["curve"]]
+        return cls(points, fields["bound"], fields["seconds"])
+
     def fields(self) -> dict[str, Any]:
         """For machines."""
         points = [[step, round(loss, 5)] for step, loss in self.points]
-        return {"bound": self.bound, "last": self.last, "seconds": self.seconds, "curve": points}
+        return {
+            "bound": self.bound,
+            "last": self.last,
+            "seconds": round(self.seconds, 1),
+            "curve": points,
+        }
 
 
 def training(sample: FamilySample, corpus: Corpus, save: Path, **changes: Any) -> PretrainConfig:
