@@ -60,7 +60,6 @@ def bench_families(config: FamiliesBenchConfig, stages: Stages, reporter: Report
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mtk-families-") as folder, make_pool() as pool:
         corpus = make_corpus(Path(folder), stages, Session(Reporter(quiet=True)))
-        reporter.info(f"text: {corpus.text_bytes:,} bytes of Python's language reference")
         for name in config.families:
             row = _row(FAMILY_SAMPLES[name], corpus, Path(folder, name), config, stages, pool)
             rows.append(row)
