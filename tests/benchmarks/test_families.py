@@ -30,20 +30,17 @@ def bench(output: Path, *words: str) -> tuple[int, dict[str, Any]]:
 def test_a_loss_above_the_bound_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, row = bench(tmp_path, "--family", "sinkhorn", "--steps", "10")
+    words = ["--family", "gpt2", "--steps", "10", "--checks", "overfit", "resume"]
+    code, row = bench(tmp_path, *words)
     assert code == 5
     [failure] = row["failures"]
     assert failure.startswith("overfit: loss 5.") and "after 10 steps, bound 0.3" in failure
-    assert list(row["layouts"]) == ["tp2", "pp2", "dp2", "ep2"]
-    for cell in row["layouts"].values():
-        assert len(cell["losses_on_text"]) == 20
-        assert cell["loss_on_text"] < LOSS_TOLERANCE and cell["worst_gradient"][1] < 1e-5
     assert row["resume"]["sha256"] == row["resume"]["sha256_continued"]
     assert any(name.startswith("optimizer-") for name in row["resume"]["sha256"])
-    for name in ("curves.png", "sinkhorn.png"):
+    for name in ("curves.png", "gpt2.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr()
-    assert "same bytes" in said.out and "sinkhorn: overfit: loss 5." in said.err
+    assert "same bytes" in said.out and "gpt2: overfit: loss 5." in said.err
 
 
 @pytest.mark.slow
@@ -53,6 +50,21 @@ def test_a_family_learns_its_text(tmp_path: Path) -> None:
     losses = [loss for _, loss in row["overfit"]["curve"]]
     assert losses[0] > 4.5 and losses[-1] < 0.3
     assert row["layouts"] == {} and row["resume"] is None
+
+
+@pytest.mark.slow
+def test_experts_on_two_ranks_and_what_stays(tmp_path: Path) -> None:
+    for name in ("sinkhorn", "glm4_moe"):
+        words = ["--family", name, "--checks", "layouts"]
+        assert main(["bench", "families", "--output", str(tmp_path), *words]) == 0
+    found = json.loads((tmp_path / "families.json").read_text())["families"]
+    # In the order of the table, whichever came first.
+    assert [row["family"] for row in found] == ["glm4_moe", "sinkhorn"]
+    for row in found:
+        assert list(row["layouts"]) == ["tp2", "pp2", "dp2", "ep2"]
+        for cell in row["layouts"].values():
+            assert len(cell["losses_on_text"]) == 20
+            assert cell["loss_on_text"] < LOSS_TOLERANCE and cell["worst_gradient"][1] < 1e-5
 
 
 def test_forgotten_random_states_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

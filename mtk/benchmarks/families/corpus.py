@@ -78,8 +78,7 @@ def make_corpus(folder: Path, stages: Stages, session: Session) -> Corpus:
         ("wordpiece", sentence_text, WORDPIECE_SIZE),
     ):
         words = {"input": [str(source)], "type": kind, "vocab_size": size}
-        config = make(TrainTokenizerConfig, **words, output=str(folder / kind))
-        stages.tokenizer(config, session)
+        stages.tokenizer(make(TrainTokenizerConfig, **words, output=str(folder / kind)), session)
     documents = {"tokenizer_model": str(folder / "bpe"), "append_eod": True}
     sentences = {
         "tokenizer_type": "BertWordPieceLowerCase",
@@ -92,8 +91,9 @@ def make_corpus(folder: Path, stages: Stages, session: Session) -> Corpus:
         ("encoders", sentence_text, sentences),
     ):
         given = {**own, "input": [str(source)], "workers": 1}
-        config = make(PreprocessConfig, **given, output_prefix=str(folder / prefix))
-        stages.preprocess(config, session)
+        stages.preprocess(
+            make(PreprocessConfig, **given, output_prefix=str(folder / prefix)), session
+        )
     return Corpus(
         folder / "decoders_text_document", folder / "encoders_text_sentence", text, sentence_text
     )

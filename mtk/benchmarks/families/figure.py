@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,6 @@ def write_curves(path: Path, curves: Mapping[str, Curve]) -> None:
     figure.supylabel("training loss (nats per predicted token); dashed: bound", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A temporary name, so that a kill never leaves half a picture.
-    temporary = path.with_suffix(".tmp.png")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=90, metadata={"Software": "mtk"})
     temporary.replace(path)
