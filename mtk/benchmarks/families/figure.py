@@ -23,7 +23,7 @@ def write_curves(path: Path, curves: Mapping[str, Curve]) -> None:
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(2.6 * columns + 0.6, 2.0 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axes, (name, curve) in zip(panels, curves.items(), strict=False):
         steps, losses = zip(*curve.points, strict=True)
         axes.semilogy(steps, losses, linewidth=1.2)
@@ -31,7 +31,7 @@ def write_curves(path: Path, curves: Mapping[str, Curve]) -> None:
         axes.set_title(f"{name}: {curve.last:.3f}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in panels:
+    for axes in panels[len(curves) :]:
         axes.remove()
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("training loss (nats per predicted token); dashed: bound", fontsize=9)
