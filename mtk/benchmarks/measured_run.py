@@ -6,11 +6,13 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mtk.config.bench import BenchConfig
+from mtk.config.pretrain import PretrainConfig
 from mtk.launch.process import Place
 from mtk.log import Reporter
 from mtk.parallel.ranks import Ranks
@@ -21,6 +23,8 @@ from mtk.training.data import run_data, with_vocabulary
 from mtk.training.join import training_ranks
 from mtk.training.opened_data import open_data
 from mtk.training.step import Stepper
+
+Config = TypeVar("Config", bound=PretrainConfig)
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ def run_steps(place: Place, config: BenchConfig) -> list[RankRun]:
 
 
 def prepare(
-    config: BenchConfig, ranks: Ranks, steps: int
-) -> tuple[BenchConfig, Stepper, Iterator[GlobalBatch]]:
+    config: Config, ranks: Ranks, steps: int
+) -> tuple[Config, Stepper, Iterator[GlobalBatch]]:
     """The stepper with initial weights and the batches of ``steps`` steps."""
     length = dataclasses.replace(
         config.length, train_iters=steps, train_samples=None, train_tokens=None

@@ -12,6 +12,7 @@ from mtk.cli.options import CommonOptions, add_command
 LAYOUTS = "mtk.config.bench:LayoutsBenchConfig"
 RECOMPUTE = "mtk.config.bench:RecomputeBenchConfig"
 OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
+FAMILIES = "mtk.config.bench_families:FamiliesBenchConfig"
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
@@ -24,6 +25,8 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     add_command(bench, "recompute", RECOMPUTE, _recompute, help=help)
     help = "Bytes a parameter of every data-parallel rank, counted on CPU ranks, beside theory."
     add_command(bench, "optimizer-memory", OPTIMIZER_MEMORY, _optimizer_memory, help=help)
+    help = "Every family learns a text by heart, trains on two ranks as on one, and resumes."
+    add_command(bench, "families", FAMILIES, _families, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -65,6 +68,25 @@ def _optimizer_memory(given: dict[str, Any], common: CommonOptions) -> None:
     rows = bench_optimizer_memory(config, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])
     reporter.result(table, rows=[plain(row) for row in rows], output=config.output)
+
+
+def _families(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.families.corpus import Stages
+    from mtk.benchmarks.families.program import COLUMNS, bench_families, cells, plain
+    from mtk.errors import GateError
+    from mtk.log import Reporter
+    from stages import preprocess, pretrain, tokenizer
+
+    config = _resolved("families", FAMILIES, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    functions = Stages(tokenizer.run, preprocess.run, pretrain.run)
+    rows = bench_families(config, functions, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, families=[plain(row) for row in rows], output=config.output)
+    failed = [f"{row.sample.name}: {text}" for row in rows for text in row.failures]
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise GateError(f"{'; '.join(failed[:3])}{more}.")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
