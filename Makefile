@@ -18,10 +18,10 @@ demo: setup
 	echo "make demo: the pipeline took $$(( $$(date +%s) - start )) s"
 
 test: setup-dev lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: setup-dev lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

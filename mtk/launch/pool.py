@@ -31,13 +31,19 @@ class RankPool:
         self._spare: list[Child] = []
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, world: int, limit: float = 120.0
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        world: int,
+        limit: float = 120.0,
+        joined: bool = True,
     ) -> list[Any]:
         """``function(rank, *arguments)`` on ``world`` ranks; their values in order.
 
-        The gloo process group exists when world > 1. limit: seconds for the job. Raises what
-        :func:`~mtk.launch.local.launch` raises; an MtkError has the labelled traceback as
-        its cause. The pool goes on after that.
+        The gloo process group exists when world > 1. joined: False for functions that join by
+        themselves; as with ``launch`` they are given their place. limit: seconds for the job.
+        Raises what :func:`~mtk.launch.local.launch` raises; an MtkError has the labelled
+        traceback as its cause. The pool goes on after that.
         """
         if not 1 <= world <= self.ranks:
             raise ValueError(f"world = {world}: this pool has up to {self.ranks} ranks")
@@ -46,7 +52,7 @@ class RankPool:
         crew = Crew(server, self._take(server, world), self._timeout)
         finished = False
         try:
-            crew.start(call, "cpu", joined=True)
+            crew.start(call, "cpu", joined=joined)
             values = crew.wait(limit)
             finished = True
         finally:

@@ -12,10 +12,12 @@ place in the pipeline is called its stage, though it may hold several virtual on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 
 from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
+from mtk.config.parallel import ParallelConfig
 from mtk.config.plan import PlanConfig
 from mtk.models.count import expert_weights, instead_of_dense
 from mtk.models.count_families import cross_attention, layers_of, parameters
@@ -88,7 +90,13 @@ def _state(config: PlanConfig, held: float, ranks: int) -> tuple[float, float, f
 
 def split_of(config: PlanConfig) -> tuple[int, ...]:
     """Layers of each (virtual) stage, exactly those that training gives it."""
-    parallel, layers = config.parallel, layers_of(config.model)
+    return _split(config.model, config.parallel)
+
+
+@lru_cache(maxsize=8)
+def _split(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Every formula asks for it; the cut by cost takes long for many stages."""
+    layers = layers_of(model)
     if parallel.pipeline_split is not None:
         return parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * parallel.stages_per_rank(layers)
@@ -96,7 +104,7 @@ def split_of(config: PlanConfig) -> tuple[int, ...]:
         return (layers,)
     from mtk.parallel.stages import plan_stages  # loads torch, which other plans do without
 
-    return tuple(len(part) for part in plan_stages(config.model, parallel).layers)
+    return tuple(len(part) for part in plan_stages(model, parallel).layers)
 
 
 def stages_of(config: PlanConfig, rank: int) -> tuple[int, ...]:

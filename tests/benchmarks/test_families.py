@@ -54,17 +54,18 @@ def test_a_family_learns_its_text(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_experts_on_two_ranks_and_what_stays(tmp_path: Path) -> None:
-    for name in ("sinkhorn", "glm4_moe"):
-        words = ["--family", name, "--checks", "layouts"]
+    for name, check in (("sinkhorn", "layouts"), ("glm4_moe", "resume")):
+        words = ["--family", name, "--checks", check]
         assert main(["bench", "families", "--output", str(tmp_path), *words]) == 0
     found = json.loads((tmp_path / "families.json").read_text())["families"]
     # In the order of the table, whichever came first.
     assert [row["family"] for row in found] == ["glm4_moe", "sinkhorn"]
-    for row in found:
-        assert list(row["layouts"]) == ["tp2", "pp2", "dp2", "ep2"]
-        for cell in row["layouts"].values():
-            assert len(cell["losses_on_text"]) == 20
-            assert cell["loss_on_text"] < LOSS_TOLERANCE and cell["worst_gradient"][1] < 1e-5
+    assert found[0]["resume"] is not None and found[0]["layouts"] == {}
+    layouts = found[1]["layouts"]
+    assert list(layouts) == ["tp2", "pp2", "dp2", "ep2"]
+    for cell in layouts.values():
+        assert len(cell["losses_on_text"]) == 20
+        assert cell["loss_on_text"] < LOSS_TOLERANCE and cell["worst_gradient"][1] < 1e-5
 
 
 def test_forgotten_random_states_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from mtk.config.pretrain import PretrainConfig
 from mtk.errors import MtkError
 from mtk.launch.pool import RankPool
+from mtk.log import Reporter
+from mtk.session import Session
+from mtk.training.custom import NOTHING_OWN, Custom
+from stages import pretrain
 
 RANKS = 8
 TIMEOUT = 120.0
+QUIET = Session(Reporter(quiet=True))
 
 
 @lru_cache(maxsize=1)
@@ -20,6 +26,16 @@ def _pool() -> RankPool:
     pool = RankPool(RANKS, preload=[__name__], timeout=TIMEOUT / 2)
     atexit.register(pool.close)
     return pool
+
+
+def run_pretrain(config: PretrainConfig, custom: Custom = NOTHING_OWN) -> None:
+    """``mtk pretrain`` on as many ranks as it asks for, without starting a launcher: that is
+    most of the time of a small run. Raises what a rank raised."""
+    if config.parallel.nproc == 1:
+        pretrain.run(config, QUIET, custom=custom)
+        return
+    arguments = (pretrain.train_here, config, QUIET, custom)
+    _pool().run(*arguments, world=config.parallel.nproc, limit=TIMEOUT, joined=False)
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -26,10 +26,9 @@ from mtk.session import Session
 from mtk.training.assemble import make_stepper
 from mtk.training.metrics import read_metrics
 from mtk.verification.observe import random_sample, share
-from stages.pretrain import run
 from tests.launch.test_launch import members_of, wait_for
 from tests.parallel.layouts import configure
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import run_pretrain, run_ranks
 
 slow = pytest.mark.slow
 QUIET = Session(Reporter(quiet=True))
@@ -104,11 +103,11 @@ def losses(folder: Path) -> dict[int, float]:
 )
 def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     """All that a run goes on from is on disk: what step 3 left there leads to the same step 6."""
-    run(config(tmp_path, **LAYOUTS[name]), QUIET)
+    run_pretrain(config(tmp_path, **LAYOUTS[name]))
     assert complete_steps(tmp_path) == [3, 6]
     straight, curve = files(tmp_path, 6), losses(tmp_path)
     shutil.rmtree(tmp_path / "step_00000006")
-    run(config(tmp_path, **LAYOUTS[name]), QUIET)
+    run_pretrain(config(tmp_path, **LAYOUTS[name]))
     assert files(tmp_path, 6) == straight
     assert losses(tmp_path) == curve
 
@@ -116,23 +115,23 @@ def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
 @slow
 def test_continues_in_another_layout(tmp_path: Path) -> None:
     """Losses go on as in the run that was not interrupted."""
-    run(config(tmp_path / "run", **LAYOUTS["tp2"] | NO_DROPOUT), QUIET)
+    run_pretrain(config(tmp_path / "run", **LAYOUTS["tp2"] | NO_DROPOUT))
     straight = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step_00000006")
     assert sorted(straight) == [1, 2, 3, 4, 5, 6]
     for name in ("pp2.zbv", "cp2", "dp2.full", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
         layout = LAYOUTS.get(name, {"nproc": 1})
-        run(config(tmp_path / name, **layout | NO_DROPOUT), QUIET)
+        run_pretrain(config(tmp_path / name, **layout | NO_DROPOUT))
         assert losses(tmp_path / name) == pytest.approx(straight, rel=1e-5)
 
 
 @slow
 def test_continues_without_sequence_parallelism(tmp_path: Path) -> None:
     """Ranks that drew dropout for rows of their own now hold copies, and must draw alike."""
-    run(config(tmp_path, **LAYOUTS["tp2.sp"]), QUIET)
+    run_pretrain(config(tmp_path, **LAYOUTS["tp2.sp"]))
     shutil.rmtree(tmp_path / "step_00000006")
-    run(config(tmp_path, **LAYOUTS["tp2"], replica_check_interval=1), QUIET)
+    run_pretrain(config(tmp_path, **LAYOUTS["tp2"], replica_check_interval=1))
     assert complete_steps(tmp_path) == [3, 6]
 
 
@@ -141,7 +140,7 @@ def test_continues_without_sequence_parallelism(tmp_path: Path) -> None:
 def test_killed_and_started_again(tmp_path: Path, victim: str) -> None:
     """kill -9 at an arbitrary moment; the same command then ends with the same bytes."""
     changes = {"train_iters": 60, "save_interval": 10, "eval_interval": 100, SHARDING: "optimizer"}
-    run(config(tmp_path / "straight", **changes), QUIET)
+    run_pretrain(config(tmp_path / "straight", **changes))
     arguments = [repr(BASE | changes | {"save": str(tmp_path / "run")})]
     program = "import sys, ast; from stages.pretrain import run; from mtk.config import make; "
     program += "from mtk.config.pretrain import PretrainConfig; "
@@ -155,7 +154,7 @@ def test_killed_and_started_again(tmp_path: Path, victim: str) -> None:
     done = complete_steps(tmp_path / "run")
     assert 10 in done and 60 not in done
     time.sleep(2.0 if victim == "launcher" else 0.0)  # ranks that lost their launcher end
-    run(config(tmp_path / "run", **changes), QUIET)
+    run_pretrain(config(tmp_path / "run", **changes))
     assert files(tmp_path / "run", 60) == files(tmp_path / "straight", 60)
 
 

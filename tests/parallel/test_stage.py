@@ -261,7 +261,7 @@ def test_one_voice(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2", "dp2-full"])
+@pytest.mark.parametrize("name", ["dp2-full"])
 def test_stopped_launcher_saves_and_the_same_command_continues(home: Path, name: str) -> None:
     """The launcher alone is told, at an arbitrary moment."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in LAYOUTS[name].items()]

@@ -35,7 +35,7 @@ from mtk.training.step import Stepper
 from mtk.verification.observe import random_sample, share
 from stages.pretrain import run
 from tests.parallel.layouts import configure
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import run_pretrain, run_ranks
 
 ROOT = Path(__file__).parents[2]
 QUIET = Session(Reporter(quiet=True))
@@ -124,7 +124,7 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_own_parts_in_every_layout(layout: dict[str, Any], tmp_path: Path) -> None:
     run(config(tmp_path / "one"), QUIET, custom=CUSTOM)
-    run(config(tmp_path / "two", nproc=2, **layout), QUIET, custom=CUSTOM)
+    run_pretrain(config(tmp_path / "two", nproc=2, **layout), CUSTOM)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == 6 and one[-1][0] < one[0][0]
     for alone, together in zip(one, two, strict=True):
