@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,17 @@ def training_ranks(place: Place, config: PretrainConfig) -> Iterator[Ranks]:
     set_deterministic(config.runtime)
     with join(place, config.parallel.timeout_seconds) as trace:
         yield ranks_of(place, config, trace)
+
+
+def ranks_in_turn(
+    rank: int, runs: Sequence[PretrainConfig], world: int
+) -> Iterator[tuple[PretrainConfig, Ranks]]:
+    """Each run with the groups of its layout, on the CPU ranks of one job. Equal groups are made
+    once: connecting them costs more than a step."""
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for run in runs:
+        place = Place(rank=rank, world=world)
+        yield run, Ranks() if world == 1 else ranks_of(place, run, made=made)
 
 
 def ranks_of(

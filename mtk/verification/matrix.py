@@ -13,16 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import groupby
 from queue import SimpleQueue
 
-import torch
-
 from mtk.config.pretrain import PretrainConfig
 from mtk.config.verify import MOST_RANKS, VerifyMatrixConfig
 from mtk.errors import MtkError
 from mtk.launch.pool import RankPool
-from mtk.launch.process import Place
 from mtk.log import Progress, Reporter
-from mtk.parallel.ranks import Ranks
-from mtk.training.join import ranks_of
+from mtk.training.join import ranks_in_turn
 from mtk.verification.compare import compare
 from mtk.verification.layout import in_one_process
 from mtk.verification.matrix_models import Case, cases
@@ -143,13 +139,8 @@ def _run(batch: list[Case], seed: int, pool: RankPool, references: References) -
 
 
 def observe_in_turn(rank: int, runs: Sequence[PretrainConfig], world: int) -> list[Observation]:
-    """A step of each run on the ranks of one job. Equal groups are made once: connecting
-    them costs more than the step."""
-    made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
-    found = []
-    for run in runs:
-        ranks = Ranks()
-        if world > 1:
-            ranks = ranks_of(Place(rank=rank, world=world), run, made=made)
-        found.append(observe(run, random_sample(run, run.runtime.seed), ranks))
-    return found
+    """A step of each run on the ranks of one job."""
+    return [
+        observe(run, random_sample(run, run.runtime.seed), ranks)
+        for run, ranks in ranks_in_turn(rank, runs, world)
+    ]

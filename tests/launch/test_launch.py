@@ -22,6 +22,8 @@ from mtk.launch.local import launch
 from mtk.launch.verdict import Record, verdict
 from tests.parallel import jobs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -201,7 +203,6 @@ def test_fewer_gpus_than_ranks() -> None:
         launch(jobs.add_up, (1.0,), 99, device="cuda")
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_from_the_checkpoint(tmp_path: Path) -> None:
     done = torchrun("--max-restarts", "1", "restart_once", 0, 20, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -210,7 +211,6 @@ def test_torchrun_restarts_from_the_checkpoint(tmp_path: Path) -> None:
     assert "RuntimeError: a node was lost" in done.stderr
 
 
-@pytest.mark.slow
 def test_torchrun_names_the_missing_rank() -> None:
     done = torchrun("misbehave", 0, 5, 1, "stop")
     assert done.returncode != 0

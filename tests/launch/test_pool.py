@@ -19,6 +19,8 @@ from mtk.launch.pool import RankPool
 from mtk.launch.process import find_place
 from tests.parallel import jobs
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 4.0
 
 

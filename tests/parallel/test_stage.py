@@ -33,6 +33,8 @@ from tests.convert.models import convert_config
 from tests.parallel.ranks import run_ranks
 from tests.training.test_tokenizer_identity import dataset, write_corpus
 
+pytestmark = pytest.mark.slow
+
 QUIET = Session(Reporter(quiet=True))
 FORCE = Session(Reporter(quiet=True), force=True)
 BASE: dict[str, Any] = {
@@ -260,7 +262,6 @@ def test_one_voice(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sum("eval loss" in line for line in lines) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dp2-full"])
 def test_stopped_launcher_saves_and_the_same_command_continues(home: Path, name: str) -> None:
     """The launcher alone is told, at an arbitrary moment."""

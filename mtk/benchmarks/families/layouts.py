@@ -12,16 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from mtk.benchmarks.measured_run import prepare
 from mtk.config.pretrain import BatchConfig, PretrainConfig
 from mtk.errors import GateError, MtkError
 from mtk.launch.pool import RankPool
-from mtk.launch.process import Place
 from mtk.parallel.layout_names import parse
-from mtk.parallel.ranks import Ranks
-from mtk.training.join import ranks_of
+from mtk.training.join import ranks_in_turn
 from mtk.verification.compare import Difference, Tolerance, compare
 from mtk.verification.layout import in_one_process
 from mtk.verification.matrix import observe_in_turn
@@ -119,12 +115,8 @@ def _in_layout(config: PretrainConfig, layout: str) -> PretrainConfig:
 
 def train_in_turn(rank: int, runs: Sequence[PretrainConfig], world: int) -> list[list[float]]:
     """The losses of each run's first steps, on the ranks of one job."""
-    made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
     found = []
-    for run in runs:
-        ranks = Ranks()
-        if world > 1:
-            ranks = ranks_of(Place(rank=rank, world=world), run, made=made)
+    for run, ranks in ranks_in_turn(rank, runs, world):
         run, stepper, batches = prepare(run, ranks, STEPS)
         steps = (stepper.step(batch, run.batch.full * k) for k, batch in enumerate(batches))
         found.append([step.loss.sum().item() for step in steps])
