@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mtk.config.float8 import Float8Options
 from mtk.config.schema import option
 from mtk.errors import Problem
 
@@ -115,7 +116,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Float8Options):
     """Number format of parameters and activations; main weights are always fp32."""
 
     precision: Literal["fp32", "bf16", "fp16"] = option(
@@ -132,6 +133,7 @@ class PrecisionConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 yield Problem(name, value, "must be greater than 0 and finite")
+        yield from self.float8_problems(self.precision)
         if self.min_loss_scale > self.initial_loss_scale:
             rule = f"must not exceed initial_loss_scale = {self.initial_loss_scale:g}"
             yield Problem("min_loss_scale", self.min_loss_scale, rule)

@@ -190,7 +190,14 @@ class RuntimeConfig:
     seed: int = option(1234, help="Seed of weights, data order and dropout.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where to train.")
     num_threads: int | None = option(None, help="CPU threads of torch (default: all cores).")
-    compile: bool = option(False, help="Compile each transformer block.")
+    compile: bool | None = option(
+        None, help="Compile each transformer block (default: on CUDA, where that works)."
+    )
+    loss_chunk_tokens: int | None = option(
+        None,
+        help="Tokens whose logits exist at a time; backward makes them again (default: all, or "
+        "on CUDA as many as take 16 GiB).",
+    )
     attention_backend: Literal["auto", "sdpa", "flash"] = option(
         "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
     )
@@ -209,6 +216,9 @@ class RuntimeConfig:
             yield Problem("seed", self.seed, "must lie in 0..2^32 - 1", f"Nearest: {nearest}.")
         if self.num_threads is not None and self.num_threads < 1:
             yield Problem("num_threads", self.num_threads, "must be at least 1", "Nearest: 1.")
+        if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
+            found, rule = self.loss_chunk_tokens, "must be at least 1"
+            yield Problem("loss_chunk_tokens", found, rule, "Nearest: 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

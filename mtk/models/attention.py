@@ -227,9 +227,7 @@ class Attention(nn.Module):
         """mask, documents, bias: as for :class:`AttentionKernel`. memory: [B, T, E] that keys
         and values come from instead of ``x_BSE``."""
         source = x_BSE if memory is None else memory
-        q_BHSD = self._heads(self.query(x_BSE))
-        k_BGSD = self._heads(self.key(source))
-        v_BGSD = self._heads(self.value(source))
+        q_BHSD, k_BGSD, v_BGSD = map(self._heads, self.project(x_BSE, source))
         if self.query_scale is not None:
             q_BHSD = q_BHSD * self.query_scale
         if self.query_norm is not None and self.key_norm is not None:
@@ -250,6 +248,10 @@ class Attention(nn.Module):
             bias=bias,
         )
         return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def project(self, x_BSE: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x_BSE``, keys and values of ``source``, all heads side by side."""
+        return self.query(x_BSE), self.key(source), self.value(source)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)

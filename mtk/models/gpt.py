@@ -17,6 +17,7 @@ from mtk.config.model import ModelConfig
 from mtk.models.attention import AttentionKernel, Form, LayerCache, sdpa_kernel
 from mtk.models.balance import BalanceLosses
 from mtk.models.layer import make_layer
+from mtk.models.linear_loss import linear_losses
 from mtk.models.mamba import StateCache
 from mtk.models.norm import make_norm
 from mtk.models.relative import RelativeBias
@@ -94,16 +95,23 @@ class Embedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """States times the output matrix, without the columns of the padded vocabulary."""
+    """States times the output matrix, without the columns of the padded vocabulary.
+
+    chunk: tokens whose logits :meth:`losses` holds at a time (default: all)."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.product: Product = F.linear
+        self.chunk: int | None = None
 
     def forward(self, x: Tensor, weight_VE: Tensor) -> Tensor:
         logits = self.product(x, weight_VE)
         return logits if weight_VE.shape[0] == self.vocab_size else logits[..., : self.vocab_size]
+
+    def losses(self, x_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy in nats of the labels, fp32 [B, S]; needs the whole matrix."""
+        return linear_losses(x_BSE, weight_VE, labels_BS, self.vocab_size, self.chunk)
 
 
 class GPT(nn.Module):
@@ -196,8 +204,10 @@ class GPT(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         documents: Tensor | None = None,
         key_positions: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, S, V] of the token after each input token.
+        """Logits [B, S, V] of the token after each input token; with ``labels`` (int64 [B, S])
+        their losses instead, fp32 [B, S] in nats.
 
         inputs: token ids [B, S]; on a later pipeline stage the states of the stage before.
         positions: int64 [S] or [B, S], default 0..S-1 (later stages must be told). mask:
@@ -218,7 +228,11 @@ class GPT(nn.Module):
             documents=documents,
             key_positions=key_positions,
         )
-        return self.logits(x) if self.last else x
+        if not self.last:
+            return x
+        if labels is not None:
+            return self.head.losses(x, self.output_weight, labels)
+        return self.logits(x)
 
     def hidden(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +13,12 @@ from mtk.config.model import ModelConfig
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # The same function; what the compiler makes of a sigmoid is faster than of a tanh.
+    wide = x.float()
+    turn = 2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide * torch.sigmoid(turn)).to(x.dtype)
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From a plain model to this rank's part of it, in one fixed order.
 
 Pipeline stages are cut first; then for each stage: tensor and sequence parallelism, experts,
-the context-parallel kernel, recomputation, compilation of each block, FSDP. All of it on the
+the context-parallel kernel, FP8, recomputation, compilation of each block, FSDP. All of it on the
 meta device: only what a rank holds is ever allocated.
 """
 
@@ -38,6 +38,8 @@ from mtk.parallel.tensor import shard_tensors
 
 # The whole values of a parameter, by its name and shape.
 Values = Callable[[str, tuple[int, ...]], Tensor]
+# Makes layers of a stage compute in another way (FP8); they are cut over ranks already.
+Convert = Callable[[GPT], None]
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,12 @@ def place(
     ranks: Ranks,
     kernel: AttentionKernel,
     dtype: torch.dtype,
+    convert: Convert | None = None,
 ) -> Placed:
     """Build the model under this layout; weights have no values yet (see :func:`fill`).
 
     kernel: for whole sequences; context parallelism wraps it. dtype: of the computation;
-    without FSDP the weights are made in fp32 all the same.
+    without FSDP the weights are made in fp32 all the same. convert: changes how layers compute.
     """
     kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
     whole = build_on_meta(config, kernel)
@@ -124,7 +127,7 @@ def place(
     deferred = []
     for part in parts:
         own = {name: pieces[name] for name in kept_tensors(part)}
-        deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays))
+        deferred.append(_apply(part, parallel, runtime, ranks, dtype, own, delays, convert))
         held |= own
     delayed = tuple(found for found in deferred if found is not None)
     return Placed(tuple(parts), held, shapes, stages, delayed, buffers, frozen)
@@ -155,6 +158,7 @@ def _apply(
     dtype: torch.dtype,
     pieces: dict[str, Piece],
     delays: bool,
+    convert: Convert | None,
 ) -> Deferred | None:
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
     use_kernels(part, runtime.mamba_backend)
@@ -162,6 +166,8 @@ def _apply(
     shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
+    if convert is not None:
+        convert(part)
     apply_recompute(part, parallel)
     _store_frozen(part, dtype)
     if runtime.compile:

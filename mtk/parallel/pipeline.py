@@ -54,11 +54,23 @@ Boundary = Callable[[int, Any], tuple[Spec, ...]]
 
 def call_gpt(module: nn.Module, received: Tensors, batch: MicroBatch) -> Any:
     """Run a stage of ``mtk.models.gpt.GPT``."""
+    return _call_gpt(module, received, batch)
+
+
+def call_gpt_losses(module: nn.Module, received: Tensors, batch: Any) -> Any:
+    """As :func:`call_gpt`; in training the last stage returns losses in place of logits."""
+    return _call_gpt(module, received, batch, batch.labels_BS if module.training else None)
+
+
+def _call_gpt(
+    module: nn.Module, received: Tensors, batch: MicroBatch, labels: Tensor | None = None
+) -> Any:
     positions = batch.positions
     if positions is None:
         positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     inputs = received[0] if received else batch.tokens_BS
-    return module(inputs, positions, documents=batch.documents_BS)
+    more = {} if labels is None else {"labels": labels}
+    return module(inputs, positions, documents=batch.documents_BS, **more)
 
 
 def call_bert(module: nn.Module, received: Tensors, batch: Any) -> Any:

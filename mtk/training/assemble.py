@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mtk.config.heads import TASKS
 from mtk.config.layout_rules import stacked_layers
@@ -15,12 +17,22 @@ from mtk.errors import LayoutError, Problem
 from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, Values, fill, place
-from mtk.parallel.pipeline import Call, Pipeline, call_bert, call_gpt, call_t5, states_boundary
+from mtk.parallel.pipeline import (
+    Call,
+    Pipeline,
+    call_bert,
+    call_gpt,
+    call_gpt_losses,
+    call_t5,
+    states_boundary,
+)
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
+from mtk.precision.float8_layers import use_float8
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
+from mtk.training.compiled import compiles
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
 from mtk.training.objective import (
@@ -37,6 +49,8 @@ from mtk.training.schedule import Schedule
 from mtk.training.step import Stepper
 
 MakeObjective = Callable[[TokenLosses], Objective]
+# Logits of a micro-batch that take more bytes than this are made in chunks.
+LOGITS_BYTES = 16 << 30
 # How a module of each family is called.
 CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
@@ -61,7 +75,11 @@ def make_stepper(
     copies = ranks.tp.size > 1 and not config.parallel.sequence_parallel
     if copies and config.model.attention_dropout:
         kernel = own_heads_dropout(kernel, ranks.tp)
-    placed = place(config.model, config.parallel, config.runtime, ranks, kernel, dtype)
+    convert = None
+    if config.precision.fp8:
+        convert = partial(use_float8, options=config.precision, device=ranks.device)
+    runtime = dataclasses.replace(config.runtime, compile=compiles(config, ranks.device))
+    placed = place(config.model, config.parallel, runtime, ranks, kernel, dtype, convert)
     values = values or partial(_initial, config.model, config.runtime.seed)
     fill(placed, values, ranks.device)
     main = MainWeights(placed.named_parameters(), dtype)
@@ -94,6 +112,9 @@ def make_passes(
     overlap = Overlap(parallel.overlap_param_gather, parallel.overlap_grad_reduce)
     feed, call = Feed(ranks), forward or CALLS[config.model.family]
     minimised = objective_of(config.model, ranks)
+    if objective is None and forward is None and fuses_loss(config, placed, ranks):
+        call, minimised = call_gpt_losses, NextToken(_given)
+        placed.parts[-1].head.chunk = loss_chunk(config)
     if objective is not None:
         minimised = objective(cross_entropy(config.model, ranks))
         minimised = OfTokens(minimised) if ranks.cp.size > 1 else minimised
@@ -122,6 +143,30 @@ def make_passes(
         call=call,
     )
     return Pipelined(pipeline, minimised, feed, overlap)
+
+
+def _given(losses_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """Losses that the model has computed itself."""
+    del labels_BS
+    return losses_BS
+
+
+def fuses_loss(config: PretrainConfig, placed: Placed, ranks: Ranks) -> bool:
+    """Whether the loss is taken together with the output matrix: on CUDA, or where chunks are
+    asked for, by decoders whose vocabulary is not shared out and whose weight gradients are not
+    delayed."""
+    model, wanted = config.model, config.runtime.loss_chunk_tokens is not None
+    possible = model.family == "gpt" and ranks.tp.size == 1 and not placed.deferred
+    return possible and (wanted or ranks.device.type == "cuda")
+
+
+def loss_chunk(config: PretrainConfig) -> int | None:
+    """Tokens whose logits are held at a time, None for all of a micro-batch."""
+    if config.runtime.loss_chunk_tokens is not None:
+        return config.runtime.loss_chunk_tokens
+    model, tokens = config.model, config.batch.micro_batch_size * config.model.seq_length
+    bytes_each = 2 * model.padded_vocab_size
+    return None if tokens * bytes_each <= LOGITS_BYTES else max(1, LOGITS_BYTES // bytes_each)
 
 
 def objective_of(model: ModelConfig, ranks: Ranks) -> Objective:

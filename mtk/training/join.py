@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from mtk.parallel.deterministic import set_deterministic
 from mtk.parallel.dims import Dims
 from mtk.parallel.groups import Trace
 from mtk.parallel.ranks import Ranks, make_ranks
+from mtk.training.compiled import compiles, keep_compiled
 
 
 @contextmanager
@@ -24,7 +26,10 @@ def training_ranks(place: Place, config: PretrainConfig) -> Iterator[Ranks]:
     """
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
-    set_deterministic(config.runtime)
+    compile = compiles(config, place.device)
+    set_deterministic(dataclasses.replace(config.runtime, compile=compile))
+    if compile:
+        keep_compiled()
     with join(place, config.parallel.timeout_seconds) as trace:
         yield ranks_of(place, config, trace)
 

@@ -1,0 +1,108 @@
+"""Output matrix and cross-entropy as one operation that keeps no logits in fp32.
+
+Logits are made, and at once replaced by the gradient of their loss (softmax - one-hot); the
+gradient that arrives later for each token's loss is a factor of its row, which is cheap to bring
+in with the states. With ``chunk`` only that many tokens' logits exist at a time, and backward
+makes them again (as in Liger Kernel, Hsu et al. 2024, and Cut Cross-Entropy, Wijmans et al.
+2024, whose order of computation differs).
+
+Shape suffixes: B batch, S sequence, N = B x S tokens, E hidden size, V rows of the matrix, C
+tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtk.kernels import fused_on
+
+
+def linear_losses(
+    x_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor, used: int, chunk: int | None = None
+) -> Tensor:
+    """Cross-entropy in nats of each token, fp32 [B, S].
+
+    used: columns of the vocabulary that count; the matrix may be padded. chunk: tokens whose
+    logits are held at a time (default: all, kept until backward in the states' type).
+    """
+    losses_N: Tensor = _LinearLosses.apply(  # type: ignore[no-untyped-call]
+        x_BSE.flatten(0, 1), weight_VE, labels_BS.flatten(), used, chunk
+    )
+    return losses_N.view_as(labels_BS)
+
+
+class _LinearLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, used: int, chunk: int | None
+    ) -> Tensor:
+        ctx.used, ctx.chunk = used, chunk
+        if chunk is None or chunk >= x_NE.shape[0]:
+            logits_NV = x_NE @ weight_VE.t()
+            losses_N = softmax_minus_target_(logits_NV, labels_N, used)
+            ctx.save_for_backward(x_NE, weight_VE, labels_N, logits_NV)
+            return losses_N
+        ctx.save_for_backward(x_NE, weight_VE, labels_N)
+        return torch.cat(
+            [
+                softmax_minus_target_(x_NE[part] @ weight_VE.t(), labels_N[part], used)
+                for part in _parts(x_NE.shape[0], chunk)
+            ]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x_NE, weight_VE, labels_N, *kept = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_N1 = grad_N[:, None]
+        if kept:
+            (delta_NV,) = kept
+            x_grad = (delta_NV @ weight_VE).mul_(grad_N1) if wants_x else None
+            scaled_NE = (x_NE * grad_N1).to(x_NE.dtype)
+            return x_grad, delta_NV.t() @ scaled_NE if wants_weight else None, None, None, None
+        x_grad = torch.empty_like(x_NE) if wants_x else None
+        total_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+        for part in _parts(x_NE.shape[0], ctx.chunk):
+            x_CE = x_NE[part]
+            delta_CV = x_CE @ weight_VE.t()
+            softmax_minus_target_(delta_CV, labels_N[part], ctx.used)
+            if x_grad is not None:
+                x_grad[part] = (delta_CV @ weight_VE).mul_(grad_N1[part])
+            if total_VE is not None:
+                _add_product(total_VE, delta_CV.t(), (x_CE * grad_N1[part]).to(x_CE.dtype))
+        own = None if total_VE is None else total_VE.to(weight_VE.dtype)
+        return x_grad, own, None, None, None
+
+
+def _parts(tokens: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, tokens, chunk))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (fp32) += a @ b without rounding the product."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+def softmax_minus_target_(logits_NV: Tensor, labels_N: Tensor, used: int) -> Tensor:
+    """Losses in nats, fp32 [N]; ``logits_NV`` becomes the gradient of each row's loss, 0 from
+    column ``used`` on."""
+    if fused_on(logits_NV.device):
+        from mtk.kernels import cross_entropy  # imports Triton
+
+        return cross_entropy.softmax_minus_target_(logits_NV, labels_N, used)
+    counted = logits_NV[:, :used].float()
+    log_sum_N = counted.logsumexp(-1)
+    target_N1 = labels_N[:, None]
+    losses_N = log_sum_N - counted.gather(-1, target_N1)[:, 0]
+    delta = (counted - log_sum_N[:, None]).exp_()
+    delta.scatter_add_(-1, target_N1, delta.new_full(target_N1.shape, -1.0))
+    logits_NV[:, :used] = delta
+    logits_NV[:, used:] = 0.0
+    return losses_N
