@@ -16,6 +16,7 @@ from mtk.parallel.ranks import Ranks
 from mtk.parallel.watchdog import compare_copies
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
+from mtk.training.attention_choice import Chosen
 from mtk.training.batch import GlobalBatch
 from mtk.training.expert_balance import ExpertBalance
 from mtk.training.objective import counts
@@ -43,7 +44,7 @@ class StepResult:
 class Stepper:
     """Passes, main weights and optimizer, moved one step at a time.
 
-    placed: what this rank holds of the model.
+    placed: what this rank holds of the model. attention: its kernel, for reports.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Stepper:
         ranks: Ranks,
         placed: Placed,
         sequence_parallel: bool = False,
+        attention: Chosen | None = None,
     ) -> None:
         self.passes, self.main, self.optimizer = passes, main, optimizer
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
+        self.attention = attention
         self.balance = ExpertBalance(placed, ranks)
         self.buffers = placed.kept_buffers()
 
