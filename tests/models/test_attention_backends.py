@@ -32,6 +32,8 @@ from mtk.parallel.recompute import RecomputedKernel, recomputed
 from tests.models.sizes import llama_config, small_model
 
 CPU = torch.device("cpu")
+# The compiler warns about its own look-ups; nothing of it is ours.
+COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 PACKAGES: tuple[AttentionBackend, ...] = ("flash-attn", "transformer-engine")
 
 
@@ -77,13 +79,14 @@ def test_groups_are_spread_for_the_kernel_that_knows_none() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_one_that_refuses_is_an_error_and_leaves_torch_as_it_was() -> None:
     before = torch._C._get_sdp_priority_order(), torch.backends.cuda.flash_sdp_enabled()
-    with pytest.raises(RuntimeError, match="No available kernel|No viable backend"):
+    with pytest.raises(RuntimeError, match=r"No available kernel|No viable backend"):
         run(ordered("cudnn"))
     run(ordered("cudnn", "math", "flash"))
     after = torch._C._get_sdp_priority_order(), torch.backends.cuda.flash_sdp_enabled()
     assert before == after
 
 
+@COMPILER
 @pytest.mark.parametrize(
     "kernel",
     [ordered("cudnn", "flash", "efficient", "math"), ordered("efficient", "math")],
@@ -104,6 +107,7 @@ def test_a_block_is_traced_whole(kernel: TorchKernel) -> None:
         torch.testing.assert_close(traced.get_parameter(name).grad, parameter.grad)
 
 
+@COMPILER
 def test_the_order_reaches_the_compiler() -> None:
     """What is traced is the implementation that comes first, not the one torch prefers."""
     graphs: list[str] = []
@@ -232,6 +236,7 @@ def test_packages_know_no_masks_and_keep_no_scores(backend: AttentionBackend) ->
 
 
 @pytest.mark.usefixtures("packages")
+@COMPILER
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_a_model_with_a_package_compiles_around_it(backend: AttentionBackend) -> None:
     config = llama_config(seq_length=12, hidden_size=32)
