@@ -62,8 +62,10 @@ PACKAGES = (
     Package("zstandard", "0.22", extra="formats"),
     Package("pyarrow", "16", extra="formats"),
     Package("tensorboard", "2.16", extra="track"),
-    Package("flash-attn", extra="the CUDA kernels; needs nvcc to build"),
-    Package("transformer-engine", extra="the CUDA kernels"),
+    Package("flash-attn", extra="for --attention-backend flash-attn; needs nvcc to build"),
+    Package("flash-attn-3", extra="for --attention-backend flash3; needs nvcc to build"),
+    Package("flash-attn-4", extra="for --attention-backend flash4"),
+    Package("transformer-engine", extra="for --attention-backend transformer-engine"),
     Package("mamba-ssm", extra="the CUDA kernels; needs nvcc to build"),
     Package("causal-conv1d", extra="the CUDA kernels; needs nvcc to build"),
 )

@@ -122,6 +122,7 @@ def _memory_lines(config: PlanConfig, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(config: PlanConfig) -> list[str]:
+    from mtk.config.attention_rules import surely_fused
     from mtk.parallel.planning import attention_matrix
 
     notes = ["", "Not counted: fragmentation, workspaces, communication buffers, CUDA context."]
@@ -133,8 +134,8 @@ def _notes(config: PlanConfig) -> list[str]:
             f"Attention matrices are counted as kept ({kept / 1e9:.2f} GB a layer before TP); a "
             f"fused kernel ({fused}) does not keep them."
         )
-    flash = config.runtime.attention_backend == "flash"
-    if flash and config.parallel.recompute_granularity == "selective":
+    never_kept = surely_fused(config.runtime.attention_backend)
+    if never_kept and config.parallel.recompute_granularity == "selective":
         notes.append(
             "Selective recomputation saves nothing beside a fused attention kernel, which never "
             "keeps its matrices; full recomputation saves more."

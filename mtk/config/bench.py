@@ -77,8 +77,8 @@ class RecomputeBenchConfig(BenchConfig):
 
     attention: tuple[str, ...] = option(
         ("auto", "math"),
-        help="Attention kernels to measure under: auto (PyTorch's choice, or that of "
-        "--attention-backend) and math, which keeps its scores.",
+        help="Attention kernels to measure under: auto (what --attention-backend says) and "
+        "math, which keeps its scores.",
     )
 
     def problems(self) -> Iterator[Problem]:

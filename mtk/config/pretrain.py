@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from mtk.config.attention_rules import AttentionBackend, attention_problems
 from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_multiple
@@ -198,8 +199,13 @@ class RuntimeConfig:
         help="Tokens whose logits exist at a time; backward makes them again (default: all, or "
         "on CUDA as many as take 16 GiB).",
     )
-    attention_backend: Literal["auto", "sdpa", "flash"] = option(
-        "auto", help="Attention kernel.", shortcuts=(("--use-flash-attn", "flash"),)
+    attention_backend: AttentionBackend = option(
+        "auto",
+        help="Attention kernel: auto measures PyTorch's fused ones at the start and takes the "
+        "fastest (CPU, --deterministic-mode: sdpa); sdpa is PyTorch's own choice; flash, cudnn, "
+        "efficient and math are one of its kernels, flash3 and flash4 newer ones in the place of "
+        "its flash; flash-attn and transformer-engine are packages.",
+        shortcuts=(("--use-flash-attn", "flash"),),
     )
     mamba_backend: Literal["torch", "mamba-ssm"] = option(
         "torch",
@@ -304,22 +310,7 @@ class PretrainConfig:
             rule = "compiled layers of experts differ from run to run; deterministic_mode does not"
             fix = "Leave out --compile, or --deterministic-mode."
             yield Problem("runtime.compile", True, rule, fix)
-        if runtime.attention_backend != "flash":
-            return
-        if runtime.device == "cpu" and self.model.attention_dropout:
-            rule, fix = "flash attention has no dropout on the CPU", "--attention-dropout 0"
-        elif runtime.device == "cuda" and self.precision.precision == "fp32":
-            rule, fix = "flash attention needs bf16 or fp16 on CUDA", "--bf16"
-        elif runtime.device == "cuda" and (self.model.window_size or self.model.biases_scores):
-            rule = "flash attention on CUDA takes no window and no bias on scores here"
-            fix = "--attention-backend sdpa"
-        elif runtime.device == "cuda" and self.model.family != "gpt":
-            rule = "flash attention on CUDA takes no mask, which padded samples need"
-            fix = "--attention-backend sdpa"
-        else:
-            return
-        fix = f"Use {fix}, or --attention-backend auto."
-        yield Problem("runtime.attention_backend", "flash", rule, fix)
+        yield from attention_problems(self, runtime.device)
 
     def _mamba_kernel(self) -> Iterator[Problem]:
         if self.runtime.mamba_backend != "mamba-ssm":

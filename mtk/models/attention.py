@@ -12,8 +12,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
-from torch.nn.attention import sdpa_kernel as sdpa_backend
 
 from mtk.config.model import ModelConfig
 from mtk.models.norm import make_norm
@@ -76,7 +74,7 @@ def sdpa_kernel(
     form: Form = CAUSAL,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, which picks the fastest implementation."""
+    """PyTorch's scaled_dot_product_attention, which picks an implementation itself."""
     mask = score_mask(q_BHSD, mask, documents, form, bias)
     if spreads_groups(q_BHSD, k_BGTD, mask):
         repeats = q_BHSD.shape[1] // k_BGTD.shape[1]
@@ -97,31 +95,6 @@ def spreads_groups(q_BHSD: Tensor, k_BGTD: Tensor, mask: Tensor | None) -> bool:
     """On CUDA the fused kernel that takes a mask knows no groups of heads; PyTorch's own way out
     repeats keys and values too, and keeps all scores besides."""
     return q_BHSD.is_cuda and mask is not None and q_BHSD.shape[1] != k_BGTD.shape[1]
-
-
-def flash_kernel(
-    q_BHSD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
-    *,
-    mask: Tensor | None,
-    dropout: float,
-    documents: Tensor | None = None,
-    form: Form = CAUSAL,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """As :func:`sdpa_kernel`, but flash attention or an error (no slower fallback)."""
-    with sdpa_backend(SDPBackend.FLASH_ATTENTION):
-        return sdpa_kernel(
-            q_BHSD,
-            k_BGTD,
-            v_BGTD,
-            mask=mask,
-            dropout=dropout,
-            documents=documents,
-            form=form,
-            bias=bias,
-        )
 
 
 def reference_kernel(

@@ -25,6 +25,7 @@ from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 from mtk.models.mamba_kernels import use_kernels
 from mtk.parallel.context import context_kernel
+from mtk.parallel.context_fused import named_chunks
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
 from mtk.parallel.expert import shard_experts
 from mtk.parallel.fsdp import local_tensor, shard_data
@@ -110,7 +111,8 @@ def place(
     kernel: for whole sequences; context parallelism wraps it. dtype: of the computation;
     without FSDP the weights are made in fp32 all the same. convert: changes how layers compute.
     """
-    kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel)
+    chunks = named_chunks(runtime.attention_backend, ranks.device)
+    kernel = context_kernel(parallel.cp_comm_type, ranks.cp, kernel, chunks)
     whole = build_on_meta(config, kernel)
     shapes, buffers = _shapes(whole)
     frozen = _frozen(whole)

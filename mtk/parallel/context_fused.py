@@ -132,6 +132,18 @@ def chunk_kernel(q: Tensor, k: Tensor, v: Tensor, documents: bool) -> ChunkKerne
     return MathChunks()
 
 
+def named_chunks(backend: str, device: torch.device) -> ChunkKernel | None:
+    """The kernel of an attention back-end that has one for blocks (other ones are refused by
+    the configuration's rules); None: :func:`chunk_kernel` picks."""
+    if backend == "math":
+        return MathChunks()
+    if device.type != "cuda":
+        return None
+    if backend == "cudnn":
+        return CudnnChunks()
+    return FlashChunks() if backend == "flash" else None
+
+
 def _no_documents(documents: Documents | None) -> None:
     if documents is not None:
         raise ValueError("this kernel knows no packed documents; use MathChunks")

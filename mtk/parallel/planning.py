@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
+from mtk.config.attention_rules import surely_fused
 from mtk.config.mamba import ATTENTION, EXPERTS, MAMBA
 from mtk.config.model import ModelConfig
 from mtk.config.parallel import ParallelConfig
@@ -291,7 +292,7 @@ def _scores(config: PlanConfig, kind: str | None = None) -> float:
         pairs = decoded * (decoded + model.seq_length)
     else:
         pairs = model.seq_length**2
-    if config.runtime.attention_backend == "flash":
+    if surely_fused(config.runtime.attention_backend):
         return 0.0
     size = _element(config)
     kept = 2 * size + 1 if model.attention_dropout else size

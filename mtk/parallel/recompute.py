@@ -35,7 +35,6 @@ from mtk.models.attention import (
     CAUSAL,
     AttentionKernel,
     Form,
-    flash_kernel,
     score_mask,
     sdpa_kernel,
     spreads_groups,
@@ -140,8 +139,8 @@ def _checkpointed(function: Any, *inputs: Any, random: bool) -> Any:
 
 def recomputed(kernel: AttentionKernel) -> AttentionKernel:
     """``kernel`` without its scores kept. A dataclass that wraps another (``inner``) keeps its
-    own collectives outside; one that never keeps scores says so by ``keeps_scores = False``."""
-    if kernel is flash_kernel or not getattr(kernel, "keeps_scores", True):
+    own collectives outside; one that keeps no scores says so by ``keeps_scores = False``."""
+    if not getattr(kernel, "keeps_scores", True):
         return kernel
     inner = getattr(kernel, "inner", None)
     if inner is not None:

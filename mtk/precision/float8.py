@@ -41,12 +41,11 @@ class Formats:
 class Scaling(nn.Module):
     """Scales of the tensors of one layer, by number.
 
-    tensors: which of them are gradients. delayed: with buffers ``history`` [H, R], the greatest
-    magnitudes of past steps, newest first, which checkpoints keep; ``scale`` [R] from them and
-    ``amax`` [R] of the step under way.
+    gradients: which of them are. Delayed scaling has ``scale`` [R], fp32, and in ``amax`` [R] the
+    greatest magnitudes of the step under way; :class:`mtk.precision.float8_history.History`
+    moves them from step to step. Both are None where each tensor is scaled by its own.
     """
 
-    history: Tensor | None
     scale: Tensor | None
     amax: Tensor | None
 
@@ -54,12 +53,9 @@ class Scaling(nn.Module):
         super().__init__()
         self.casts, self.formats = casts, Formats.of(options.fp8_format)
         self.gradients, self.margin = gradients, 2.0**-options.fp8_margin
-        delayed = options.fp8_recipe == "delayed"
-        count = len(gradients)
-        history = torch.zeros(options.fp8_amax_history_len, count) if delayed else None
-        self.register_buffer("history", history)
         for name in ("scale", "amax"):
-            buffer = torch.zeros(count) if delayed else None
+            delayed = options.fp8_recipe == "delayed"
+            buffer = torch.zeros(len(gradients), device="meta") if delayed else None
             self.register_buffer(name, buffer, persistent=False)
 
     def dtype(self, tensor: int) -> torch.dtype:
@@ -73,8 +69,8 @@ class Scaling(nn.Module):
         return self.margin * limit(self.dtype(tensor)) / amax.clamp(min=TINY)
 
     def note(self, tensor: int, amax: Tensor) -> None:
-        """Remember what was met, until the end of the step."""
-        if self.amax is not None:
+        """Remember what was met, until the end of the step; evaluations leave no trace."""
+        if self.amax is not None and self.training:
             self.amax[tensor].copy_(torch.maximum(self.amax[tensor], amax))
 
     def cast(self, tensor: int, x_MN: Tensor) -> Cast:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ def limit(dtype: torch.dtype) -> float:
 
 class Casts(Protocol):
     """The three casts. scale: fp32 scalar that values are multiplied with; those out of range
-    become the greatest, NaN stays. Activations are rounded to the type of ``x`` first. Each returns the rows [M, N], the same turned [N, M], and
-    max |x| before scaling, fp32 scalar."""
+    become the greatest, NaN stays. Activations are rounded to the type of ``x`` first. Each
+    returns the rows [M, N], the same turned [N, M], and max |x| before scaling, fp32 scalar."""
 
     def cast(
         self, x_MN: Tensor, scale: Tensor, dtype: torch.dtype
@@ -83,25 +83,28 @@ class FusedCasts:
     def __init__(self) -> None:
         from mtk.kernels import float8  # imports Triton
 
-        self.kernels, self.kinds = float8, dict(float8.KINDS)
+        self.kernels: Any = float8
+        self.kinds = dict(float8.KINDS)
 
     def cast(
         self, x_MN: Tensor, scale: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.kernels.cast(x_MN.contiguous(), scale, dtype)
+        return self.kernels.cast(x_MN.contiguous(), scale, dtype)  # type: ignore[no-any-return]
 
     def activate(
         self, x: Tensor, scale: Tensor, dtype: torch.dtype, kind: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        number = self.kinds[kind]
-        return self.kernels.activate_cast(x.contiguous(), scale, dtype, number, kind in GATED)
+        number, gated = self.kinds[kind], kind in GATED
+        return self.kernels.activate_cast(x.contiguous(), scale, dtype, number, gated)  # type: ignore[no-any-return]
 
     def activate_backward(
         self, grad_MN: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype, kind: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.kernels.activate_backward_cast(
-            grad_MN.contiguous(), x.contiguous(), scale, dtype, self.kinds[kind], kind in GATED
+        number, gated = self.kinds[kind], kind in GATED
+        found = self.kernels.activate_backward_cast(
+            grad_MN.contiguous(), x.contiguous(), scale, dtype, number, gated
         )
+        return found  # type: ignore[no-any-return]
 
 
 def casts_on(device: torch.device) -> Casts:

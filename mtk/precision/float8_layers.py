@@ -84,7 +84,7 @@ def _injected(layer: nn.Linear, scaling: Scaling | None) -> Any:
     is given what the product would have been."""
     product = _given if scaling is None else Float8Product(scaling)
     if hasattr(layer, "product"):  # cut over ranks: sums and adds the bias itself
-        layer.product = product
+        setattr(layer, "product", product)  # noqa: B010
         return layer
     new = Float8Linear.__new__(Float8Linear)
     new.__dict__.update(layer.__dict__)
@@ -129,7 +129,7 @@ class Float8Attention(Attention):
         bias = None if self.query.bias is None else torch.cat([part.bias for part in parts])
         del source  # the same tensor
         out = linear(x_BSE, weight, bias, self.float8)
-        query, key, value = out.split([part.weight.shape[0] for part in parts], dim=-1)
+        query, key, value = torch.split(out, [part.weight.shape[0] for part in parts], dim=-1)
         return query, key, value
 
 
@@ -140,7 +140,8 @@ class Float8MLP(MLP):
     kind: str
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.up.weight, self.up.bias
+        weight: Tensor = self.up.weight
+        bias: Tensor | None = self.up.bias
         if self.gate is not None:
             weight = torch.cat((self.gate.weight, weight))
             bias = None if bias is None else torch.cat((self.gate.bias, bias))

@@ -13,8 +13,6 @@ from mtk.config.heads import TASKS
 from mtk.config.layout_rules import stacked_layers
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
-from mtk.errors import LayoutError, Problem
-from mtk.models.attention import AttentionKernel, flash_kernel, sdpa_kernel
 from mtk.models.init import initial_value
 from mtk.parallel.apply import Placed, Values, fill, place
 from mtk.parallel.pipeline import (
@@ -29,9 +27,11 @@ from mtk.parallel.pipeline import (
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import own_heads_dropout
 from mtk.parallel.vocabulary import vocab_parallel_losses
+from mtk.precision.float8_history import History
 from mtk.precision.float8_layers import use_float8
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import COMPUTE_DTYPES, MainWeights
+from mtk.training.attention_choice import attention_kernel
 from mtk.training.compiled import compiles
 from mtk.training.feed import Feed
 from mtk.training.loss import token_losses
@@ -70,7 +70,8 @@ def make_stepper(
     of the seed). objective, forward: in place of the family's. Raises LayoutError.
     """
     dtype = COMPUTE_DTYPES[config.precision.precision]
-    kernel = attention_kernel(config, ranks.device)
+    attention = attention_kernel(config, ranks)
+    kernel = attention.kernel
     # Only where masks are drawn: it hides the kernel from the compiler and from recomputation.
     copies = ranks.tp.size > 1 and not config.parallel.sequence_parallel
     if copies and config.model.attention_dropout:
@@ -93,7 +94,17 @@ def make_stepper(
         ranks,
         placed,
         config.parallel.sequence_parallel,
+        attention,
+        _history(config, placed, ranks),
     )
+
+
+def _history(config: PretrainConfig, placed: Placed, ranks: Ranks) -> History | None:
+    """Scales of the steps to come, where they are delayed."""
+    options = config.precision
+    if not options.fp8 or options.fp8_recipe != "delayed":
+        return None
+    return History(placed.parts, options, ranks.device, (ranks.tp, ranks.shards))
 
 
 def _initial(model: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -185,27 +196,3 @@ def cross_entropy(model: ModelConfig, ranks: Ranks) -> TokenLosses:
         return token_losses
     size = model.padded_vocab_size
     return partial(vocab_parallel_losses, group=ranks.tp, padded_vocab_size=size)
-
-
-def attention_kernel(config: PretrainConfig, device: torch.device) -> AttentionKernel:
-    """The kernel asked for. Raises LayoutError where flash attention has none for this run."""
-    if config.runtime.attention_backend != "flash":
-        return sdpa_kernel
-    rule = ""
-    if device.type == "cpu" and config.model.attention_dropout:
-        rule = "flash attention has no dropout on the CPU"
-    if device.type == "cuda" and config.precision.precision == "fp32":
-        rule = "flash attention needs bf16 or fp16 on CUDA"
-    if device.type == "cuda" and config.data.reset_attention_mask:
-        rule = (
-            "flash attention has no mask for documents (--reset-attention-mask, packed "
-            "conversations) on CUDA"
-        )
-    if device.type == "cuda" and (config.model.window_size or config.model.biases_scores):
-        rule = "flash attention on CUDA takes no window and no bias on scores here"
-    elif device.type == "cuda" and config.model.family != "gpt":
-        rule = "flash attention on CUDA takes no mask, which padded samples need"
-    if rule:
-        fix = "Use --attention-backend auto, or --attention-dropout 0 (CPU), --bf16 (CUDA)."
-        raise LayoutError([Problem("runtime.attention_backend", "flash", rule, fix)])
-    return flash_kernel

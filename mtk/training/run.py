@@ -145,6 +145,11 @@ def _tell_layout(run: Run) -> None:
     config, stepper = run.job.config, run.stepper
     dtype, layers = COMPUTE_DTYPES[config.precision.precision], stacked_layers(config.model)
     text, fields = describe_layout(stepper.placed, stepper.ranks, config.parallel, dtype, layers)
+    attention = stepper.attention
+    if attention is not None and stepper.ranks.device.type == "cuda":
+        text += f"; attention by {attention}"
+        fields["attention"] = attention.backend
+        fields["attention_seconds"] = dict(attention.seconds)
     run.session.reporter.info(text)
     run.session.reporter.event("layout", **fields)
 
@@ -210,11 +215,14 @@ def train(run: Run, progress: RunProgress, base: list[InputRecord]) -> Artifact:
     best = None if job.figure is None else Best(save, job.figure, progress.step)
     saver = Saver(run.stepper, progress, run.identity, job, inputs, session.command, best)
     saved: list[Artifact] = []
+    attention = run.stepper.attention
+    # What was measured is not in the configuration.
+    kernel = {"attention": attention.backend} if attention and attention.seconds else {}
 
     def write_checkpoint(metrics: dict[str, Any]) -> None:
         if best is not None and first and loop.evaluated_step == progress.step:
             best.offer(progress.step, metrics["eval"])
-        artifact = saver.save(metrics)
+        artifact = saver.save(metrics | kernel)
         saved.append(artifact)
         session.reporter.event("checkpoint", step=progress.step, path=str(artifact.path))
 

@@ -20,6 +20,9 @@ from mtk.training.progress import RunProgress
 from mtk.training.random_state import random_state, restore_random_state
 from mtk.training.step import Stepper
 
+# The history of delayed FP8 scaling, beside the states of generators: both are a rank's own.
+SCALES = "float8.amaxes"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -81,9 +84,12 @@ def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
             optimizer[key] = Block(tensor, (), ())
         elif kind != "step" and piece.owner:
             optimizer[key] = Block(tensor, piece.shape, piece.offset)
+    own = random_state(stepper.device)
+    if stepper.scales is not None:
+        own[SCALES] = stepper.scales.amaxes_HR
     random = {
         f"{_prefix(stepper)}{name}": Block(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
-        for name, tensor in random_state(stepper.device).items()
+        for name, tensor in own.items()
     }
     return {"model": model, "optimizer": optimizer, "random": random}
 
@@ -131,13 +137,17 @@ def restore_optimizer(stepper: Stepper, folder: Path) -> None:
 
 
 def restore_random(stepper: Stepper, folder: Path, training: Mapping[str, Any], seed: int) -> None:
-    """The generators' states where the layout is the one that saved them; else new streams."""
+    """The generators' states, and the history of delayed scaling, where the layout is the one
+    that saved them; else new streams, and a history that begins anew."""
     ranks = stepper.ranks
     if training.get("layout") == _streams(stepper):
         prefix = _prefix(stepper)
         names = [name for name in read_index(folder, "random") if name.startswith(prefix)]
         state = read_tensors(folder, "random", names)
         restored = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        amaxes = restored.pop(SCALES, None)
+        if stepper.scales is not None and amaxes is not None:
+            stepper.scales.restore(amaxes)
         restore_random_state(restored, stepper.device)
     else:
         step = int(training["progress"]["step"])

@@ -14,8 +14,10 @@ from mtk.parallel.grads import squared_norm, sum_partial_gradients
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.watchdog import compare_copies
+from mtk.precision.float8_history import History
 from mtk.precision.loss_scale import LossScale
 from mtk.precision.main_weights import MainWeights
+from mtk.training.attention_choice import Chosen
 from mtk.training.batch import GlobalBatch
 from mtk.training.expert_balance import ExpertBalance
 from mtk.training.objective import counts
@@ -43,7 +45,8 @@ class StepResult:
 class Stepper:
     """Passes, main weights and optimizer, moved one step at a time.
 
-    placed: what this rank holds of the model.
+    placed: what this rank holds of the model. attention: its kernel, for reports. scales: of
+    delayed scaling in FP8.
     """
 
     def __init__(
@@ -56,11 +59,14 @@ class Stepper:
         ranks: Ranks,
         placed: Placed,
         sequence_parallel: bool = False,
+        attention: Chosen | None = None,
+        scales: History | None = None,
     ) -> None:
         self.passes, self.main, self.optimizer = passes, main, optimizer
         self.schedule, self.loss_scale = schedule, loss_scale
         self.ranks, self.placed = ranks, placed
         self.sequence_parallel = sequence_parallel
+        self.attention, self.scales = attention, scales
         self.balance = ExpertBalance(placed, ranks)
         self.buffers = placed.kept_buffers()
 
@@ -82,7 +88,13 @@ class Stepper:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
         self.ranks.trace.phase("forward and backward")
         self.optimizer.zero_grad()
+        if self.scales is not None and self.scales.fresh:
+            self.gradients(batch)  # only to see how large everything is
+            self.scales.end_step()
+            self.optimizer.zero_grad()
         parts, norm, balance = self.gradients(batch)
+        if self.scales is not None:
+            self.scales.end_step()
         # Only a dynamic scale has to know on the host; elsewhere the step stays asynchronous.
         finite = bool(torch.isfinite(norm)) if self.loss_scale.dynamic else True
         self.loss_scale = self.loss_scale.updated(finite)

@@ -63,6 +63,8 @@ LINES = [
     ("--bf16 --fp16", 2, "--bf16 and --fp16 contradict"),
     ("--swiglu --activation gelu", 2, "contradict"),
     ("--use-flash-attn", 2, "no dropout on the CPU"),
+    ("--attention-backend cudnn", 2, "kernels for CUDA only"),
+    ("--attention-backend flash5", 2, "flash5"),
     ("--tensorboard-dir list.yaml/x", 2, "tensorboard_dir"),
     ("--num-distributed-optimizer-instances 2", 2, "nothing is sharded"),
     ("--nproc 3", 2, "micro_batch_size x data-parallel size = 2 x 3 = 6"),

@@ -10,7 +10,13 @@ import torch
 from mtk.parallel import context_chunks
 from mtk.parallel.context_balance import by_rank, cut, in_order, local_positions
 from mtk.parallel.context_chunks import Block, ChunkKernel, MathChunks, Merge
-from mtk.parallel.context_fused import CpuFlashChunks, chunk_kernel
+from mtk.parallel.context_fused import (
+    CpuFlashChunks,
+    CudnnChunks,
+    FlashChunks,
+    chunk_kernel,
+    named_chunks,
+)
 from mtk.parallel.context_gather import gather_blocks
 from mtk.parallel.context_ring import ring_block
 from mtk.parallel.groups import Group
@@ -132,6 +138,15 @@ def test_the_choice_on_the_cpu() -> None:
         CpuFlashChunks().forward(x, x, x, True, pair)
     with pytest.raises(ValueError, match="packed documents"):
         CpuFlashChunks().backward(x, x, x, x, x, x[..., 0], True, pair)
+
+
+def test_a_back_end_that_was_asked_for_computes_the_blocks() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for backend, kind in (("flash", FlashChunks), ("cudnn", CudnnChunks), ("math", MathChunks)):
+        assert isinstance(named_chunks(backend, cuda), kind)
+    assert isinstance(named_chunks("math", cpu), MathChunks)
+    for backend, device in (("auto", cuda), ("sdpa", cuda), ("flash", cpu), ("auto", cpu)):
+        assert named_chunks(backend, device) is None
 
 
 def test_cut_of_one_rank_is_the_whole() -> None:

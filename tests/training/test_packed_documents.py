@@ -20,7 +20,7 @@ from mtk.errors import ConfigError, LayoutError
 from mtk.log import Reporter
 from mtk.models.gpt import GPT
 from mtk.parallel.ranks import Ranks
-from mtk.training.assemble import attention_kernel
+from mtk.training.attention_choice import attention_kernel
 from mtk.training.batch import GlobalBatch
 from mtk.training.data import data_identity, run_data
 from mtk.training.evaluate import held_out_loss
@@ -158,12 +158,12 @@ def test_flash_attention_is_refused_where_it_has_no_masks(tmp_path: Path) -> Non
     changes = {"attention_dropout": 0.0, "precision": "bf16", "attention_backend": "flash"}
     options = config(tmp_path, reset_attention_mask=True, **changes)
     with pytest.raises(LayoutError, match="reset-attention-mask"):
-        attention_kernel(options, torch.device("cuda"))
-    attention_kernel(options, CPU)
+        attention_kernel(options, Ranks(device=torch.device("cuda")))
+    attention_kernel(options, Ranks())
     plain = config(tmp_path, **changes)
     encoder = dataclasses.replace(plain, model=dataclasses.replace(plain.model, family="bert"))
     with pytest.raises(LayoutError, match="padded samples"):
-        attention_kernel(encoder, torch.device("cuda"))
+        attention_kernel(encoder, Ranks(device=torch.device("cuda")))
     device = dataclasses.replace(encoder.runtime, device="cuda")
     found = list(dataclasses.replace(encoder, runtime=device).problems())
     assert "padded samples" in " ".join(problem.rule for problem in found)
