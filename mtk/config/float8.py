@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mtk.config.schema import option
 from mtk.errors import Problem
+
+if TYPE_CHECKING:
+    from mtk.config.model import ModelConfig
 
 # The scaled products of cuBLAS take sizes in steps of this only.
 STEP = 16
@@ -57,3 +60,25 @@ class Float8Options:
         for name in ("fp8_amax_history_len", "fp8_min_size"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1", "Nearest: 1.")
+
+
+def float8_training_problems(
+    options: Float8Options, model: ModelConfig, schedule: str | None, tokens: int
+) -> Iterator[Problem]:
+    """Rules between FP8 and the rest of a training. tokens: of a rank's micro-batch."""
+    if not options.fp8:
+        return
+    key, found = "precision.fp8_format", options.fp8_format
+    if model.family != "gpt":
+        rule = f"is for decoders; {model.family} stays in bf16"
+        yield Problem(key, found, rule, "Leave out --fp8.")
+    if model.lora.lora_rank is not None:
+        rule = "trains all weights; adapters stay in bf16"
+        yield Problem(key, found, rule, "Leave out --fp8, or --lora-rank.")
+    if schedule in ("zero-bubble", "zbv"):
+        rule = f"has no weight gradients that {schedule} could delay"
+        yield Problem(key, found, rule, "Use --pipeline-schedule 1f1b or interleaved.")
+    if tokens % STEP:
+        rule = f"needs a multiple of {STEP} tokens in a rank's micro-batch; there are {tokens}"
+        fix = f"Nearest: {max(STEP, tokens // STEP * STEP)}; change --seq-length."
+        yield Problem(key, found, rule, fix)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mtk.config.attention_rules import AttentionBackend, attention_problems
+from mtk.config.float8 import float8_training_problems
 from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
 from mtk.config.nearest import nearest_multiple
@@ -289,6 +290,13 @@ class PretrainConfig:
         yield from self.parallel.problems_with(self.model)
         yield from self._layout_problems()
         yield from self._kernel_problems()
+        tokens = batch.micro_batch_size * self.model.seq_length
+        yield from float8_training_problems(
+            self.precision,
+            self.model,
+            self.parallel.pipeline_schedule,
+            tokens // max(1, self.parallel.context_parallel_size),
+        )
 
     def _layout_problems(self) -> Iterator[Problem]:
         """The layout against the ranks there will be."""

@@ -7,6 +7,7 @@ gathered. Shape suffixes: B batch, S sequence, E hidden size, L local vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.models.gpt import OutputHead
+from mtk.models.linear_loss import linear_losses, row_statistics, subtract_
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.groups import Group
 
@@ -48,8 +50,34 @@ class VocabParallelHead(OutputHead):
     def forward(self, x: Tensor, weight_LE: Tensor) -> Tensor:
         logits = self.product(self.enter(x, "tp.head"), weight_LE)
         rows = weight_LE.shape[0]
-        used = min(max(self.vocab_size - self.group.rank * rows, 0), rows)
+        used = self._used(rows)
         return logits if used == rows else logits[..., :used]
+
+    def losses(self, x_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor) -> Tensor:
+        rows = weight_VE.shape[0]
+        start = self.group.rank * rows
+        replace = partial(shared_softmax_minus_target_, start=start, group=self.group)
+        entered = self.enter(x_BSE, "tp.head")
+        return linear_losses(entered, weight_VE, labels_BS, self._used(rows), self.chunk, replace)
+
+    def _used(self, rows: int) -> int:
+        return min(max(self.vocab_size - self.group.rank * rows, 0), rows)
+
+
+def shared_softmax_minus_target_(
+    logits_NL: Tensor, labels_N: Tensor, used: int, start: int, group: Group
+) -> Tensor:
+    """As :func:`mtk.models.linear_loss.softmax_minus_target_` where each rank has columns from
+    ``start`` on; losses are those of the whole vocabulary, the same on every rank."""
+    local_N = labels_N - start
+    local_N = local_N.masked_fill((local_N < 0) | (local_N >= used), -1)
+    highest_N, total_N, target_N = row_statistics(logits_NL, local_N, used)
+    whole_N = all_reduce(highest_N, group, "tp.loss.max", "max")
+    sums_2N = torch.stack((total_N * (highest_N - whole_N).exp(), target_N))
+    total_N, target_N = all_reduce(sums_2N, group, "tp.loss.sum").unbind()
+    log_sum_N = whole_N + total_N.log()
+    subtract_(logits_NL, local_N, log_sum_N, used)
+    return log_sum_N - target_N
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -29,6 +29,9 @@ def use_float8(model: GPT, options: Float8Options, device: torch.device) -> None
     on the layout. Raises ConfigError where none is large enough, LayoutError where a rank's part
     of one is not a multiple of 16.
     """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        rule = f"needs a GPU of compute capability 8.9 or more; {device} has less"
+        raise LayoutError([Problem("precision.fp8_format", options.fp8_format, rule)])
     config, casts = model.config, casts_on(device)
     attention, perceptron = _large(config, options)
     if not (attention or perceptron):

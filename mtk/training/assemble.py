@@ -164,10 +164,9 @@ def _given(losses_BS: Tensor, labels_BS: Tensor) -> Tensor:
 
 def fuses_loss(config: PretrainConfig, placed: Placed, ranks: Ranks) -> bool:
     """Whether the loss is taken together with the output matrix: on CUDA, or where chunks are
-    asked for, by decoders whose vocabulary is not shared out and whose weight gradients are not
-    delayed."""
+    asked for, by decoders whose weight gradients are not delayed."""
     model, wanted = config.model, config.runtime.loss_chunk_tokens is not None
-    possible = model.family == "gpt" and ranks.tp.size == 1 and not placed.deferred
+    possible = model.family == "gpt" and not placed.deferred
     return possible and (wanted or ranks.device.type == "cuda")
 
 

@@ -1,0 +1,45 @@
+"""FP8 training on CUDA: compiled as not compiled, near bf16, and resumed bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.test_training import COMPILER, final_weights, losses
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_query_groups": 4,
+    "fp8_min_size": 256,
+    "precision": "bf16",
+    "device": "cuda",
+}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+def test_follows_bf16(tmp_path: Path, recipe: str, compiled: bool) -> None:
+    plain = losses(tmp_path / "bf16", **WIDE)
+    fast = losses(
+        tmp_path / "fp8", **WIDE, fp8_format="hybrid", fp8_recipe=recipe, compile=compiled
+    )
+    assert plain[-1] < plain[0] - 0.5
+    assert fast == pytest.approx(plain, rel=2e-2) and fast != plain
+
+
+def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    changes = {**WIDE, "fp8_format": "hybrid", "fp8_recipe": "delayed", "deterministic_mode": True}
+    try:
+        losses(tmp_path / "straight", **changes)
+        losses(tmp_path / "resumed", **changes)
+        expected = final_weights(tmp_path / "straight")
+        assert final_weights(tmp_path / "resumed") == expected
+        (tmp_path / "resumed" / "step_00000020" / "artifact.json").unlink()
+        losses(tmp_path / "resumed", **changes)
+        assert final_weights(tmp_path / "resumed") == expected
+    finally:
+        torch.use_deterministic_algorithms(False)

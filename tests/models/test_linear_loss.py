@@ -1,0 +1,127 @@
+"""Output matrix and loss in one operation: equal to logits and cross-entropy, whole or in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtk.config import make
+from mtk.config.bench import BenchConfig
+from mtk.models.linear_loss import linear_losses, softmax_minus_target_
+from mtk.parallel.ranks import Ranks
+from mtk.training.assemble import LOGITS_BYTES, loss_chunk, make_stepper
+from mtk.verification.observe import observe, random_sample
+from tests.models.sizes import llama_config, small_model
+
+CHUNKS = (None, 1, 5, 12, 100)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 6, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(40, 16, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(33, (2, 6), generator=generator)
+    upstream = torch.rand(2, 6, generator=generator)
+    return x, weight, labels, upstream
+
+
+def reference(x: Tensor, weight: Tensor, labels: Tensor, used: int) -> Tensor:
+    logits = (x @ weight.t())[..., :used].flatten(0, 1).float()
+    return F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_equals_cross_entropy_of_logits(chunk: int | None) -> None:
+    x, weight, labels, upstream = inputs()
+    expected = reference(x, weight, labels, 33)
+    found = linear_losses(x, weight, labels, 33, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad((expected * upstream).sum(), (x, weight))
+    own = torch.autograd.grad((found * upstream).sum(), (x, weight))
+    for one, other in zip(own, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not own[1][33:].any()  # the padded vocabulary
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_bf16_is_as_near_as_bf16_allows(chunk: int | None) -> None:
+    x, weight, labels, upstream = inputs(torch.bfloat16)
+    wide = [x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()]
+    exact = torch.autograd.grad((reference(*wide, labels, 33) * upstream).sum(), wide)
+    own = torch.autograd.grad(
+        (linear_losses(x, weight, labels, 33, chunk) * upstream).sum(), (x, weight)
+    )
+    for one, other in zip(own, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.float() - other).norm() <= 1e-2 * other.norm()
+
+
+def test_a_frozen_matrix_gets_no_gradient() -> None:
+    x, weight, labels, _ = inputs()
+    weight.requires_grad_(False)
+    for chunk in (None, 5):
+        x.grad = None
+        linear_losses(x, weight, labels, 33, chunk).sum().backward()
+        assert x.grad is not None and weight.grad is None
+
+
+def test_extreme_logits_stay_numbers() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-3e4, -3e4, -3e4]])
+    labels = torch.tensor([1, 2])
+    losses = softmax_minus_target_(logits, labels, 3)
+    assert losses[0] == 2e4 and losses[1] == pytest.approx(torch.tensor(3.0).log().item(), rel=2e-3)
+    assert logits[0].tolist() == [1.0, -1.0, 0.0]
+
+
+def test_nan_is_not_hidden() -> None:
+    logits = torch.tensor([[float("nan"), 1.0]])
+    assert softmax_minus_target_(logits, torch.tensor([1]), 2).isnan().all()
+
+
+def test_the_model_returns_losses_where_it_is_given_labels() -> None:
+    model = small_model(llama_config())
+    tokens = torch.arange(24).view(1, 24)
+    labels = tokens.flip(1)
+    expected = F.cross_entropy(model(tokens)[0].float(), labels[0], reduction="none")
+    torch.testing.assert_close(model(tokens, labels=labels)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def config(**changes: object) -> BenchConfig:
+    values: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "vocab_size": 97,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "lr": 1e-3,
+        "device": "cpu",
+    }
+    return make(BenchConfig, **(values | changes))
+
+
+def test_a_step_in_chunks_equals_a_step() -> None:
+    plain, chunked = config(), config(loss_chunk_tokens=10)
+    stepper = make_stepper(chunked, 4, Ranks())
+    assert stepper.placed.parts[0].head.chunk == 10
+    expected = observe(plain, random_sample(plain), Ranks())
+    found = observe(chunked, random_sample(plain), Ranks())
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+
+
+def test_chunks_are_taken_where_logits_are_large() -> None:
+    small = config()
+    assert loss_chunk(small) is None
+    model = dataclasses.replace(small.model, vocab_size=131072, seq_length=131072)
+    large = dataclasses.replace(small, model=model)
+    assert loss_chunk(large) == LOGITS_BYTES // (2 * 131072)
+    asked = dataclasses.replace(small.runtime, loss_chunk_tokens=7)
+    assert loss_chunk(dataclasses.replace(large, runtime=asked)) == 7
