@@ -49,10 +49,6 @@ def gradients(model: GPT) -> tuple[float, dict[str, Tensor]]:
     }
 
 
-# Softmax does not see a constant that is added to all keys: this gradient is rounding alone.
-NOTHING = "attention.key.bias"
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_model_follows_bf16(activation: str, bias: bool) -> None:
@@ -63,11 +59,14 @@ def test_a_model_follows_bf16(activation: str, bias: bool) -> None:
     own, found = gradients(fast)
     assert own == pytest.approx(loss, rel=2e-3) and own != loss
     assert found.keys() == expected.keys()
+    # E5M2 has two bits: 7 per cent of a gradient, and a few casts come together. Sums over all
+    # tokens that nearly cancel (gradients of biases) have no bound of their own.
     for name, gradient in expected.items():
-        if not name.endswith(NOTHING):
-            # E5M2 has two bits: 7 per cent of a gradient, and a few casts come together; most of
-            # all where a kink of the activation is near.
-            assert (found[name] - gradient).norm() < 0.3 * gradient.norm(), name
+        if gradient.ndim > 1:
+            assert (found[name] - gradient).norm() < 0.25 * gradient.norm(), name
+    whole = torch.cat([g.flatten() for g in expected.values()])
+    own_whole = torch.cat([found[name].flatten() for name in expected])
+    assert (own_whole - whole).norm() < 0.1 * whole.norm()
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
