@@ -53,7 +53,7 @@ def not_written(config: PretrainConfig) -> str:
         f"{config.world} ranks": config.world > 1,
     }
     missing = [name for name, found in options.items() if found]
-    return f"the plain loop has no {', no '.join(missing)}" if missing else ""
+    return f"the plain loop has none of this: {', '.join(missing)}" if missing else ""
 
 
 def sizes_of(model: ModelConfig) -> Sizes:

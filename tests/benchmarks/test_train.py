@@ -1,0 +1,344 @@
+"""The benchmark of one training: what it measures, what it is compared with, what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtk.benchmarks.plain_run import measure_plain, not_written, plain_model
+from mtk.benchmarks.roofline import (
+    SUSTAINED,
+    attention_of,
+    measure_roofline,
+    not_counted,
+    products_of,
+)
+from mtk.benchmarks.timing import Clock, kernels_per_step, parts_of
+from mtk.benchmarks.train_chart import draw
+from mtk.benchmarks.train_steps import measure_mtk
+from mtk.benchmarks.training import (
+    COLUMNS,
+    Report,
+    Row,
+    bench_train,
+    cells,
+    content,
+    part_cells,
+    part_columns,
+)
+from mtk.config import make
+from mtk.config.bench import TrainBenchConfig
+from mtk.errors import ConfigError, WorkerError
+from mtk.launch.process import Place
+from mtk.log import Reporter
+from mtk.models.build import build_model
+from mtk.models.count import Flops, flops_per_token
+from mtk.models.init import initialize
+from mtk.training.loss import token_losses
+from mtk.training.profile import OTHER, Kernel, kernel_kind
+
+TINY: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 128,  # mock data of shorter samples is a long index
+    "vocab_size": 128,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "lr": 1e-3,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+    "device": "cpu",
+    "num_threads": 1,
+    "warmup": 1,
+    "steps": 3,
+}
+LLAMA: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+    "untie_embeddings_and_output_weights": True,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_layer_freq": "[0,1]",
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "moe_shared_expert_gate": True,
+    "add_bias_linear": False,
+}
+
+
+def config(**changes: Any) -> TrainBenchConfig:
+    return make(TrainBenchConfig, **{**TINY, **changes})
+
+
+def in_this_process(function: Any, arguments: Any, *_: Any, **__: Any) -> Any:
+    return function(Place(), *arguments)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure here: fresh ranks cost seconds and measure nothing else."""
+    monkeypatch.setattr("mtk.benchmarks.training.launch", in_this_process)
+
+
+# -- the whole program --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("at_once")
+def test_both_are_measured_in_turn_and_written(tmp_path: Path) -> None:
+    output = tmp_path / "train.json"
+    report = bench_train(config(output=str(output), repeats=2), Reporter(quiet=True))
+    mtk, plain = report.rows
+    assert (mtk.name, plain.name) == ("mtk", "plain") and not mtk.failure + plain.failure
+    assert plain.ratio == 1.0 and mtk.ratio == pytest.approx(plain.step_seconds / mtk.step_seconds)
+    assert mtk.speed and mtk.speed.tokens_per_second == pytest.approx(256 / mtk.step_seconds)
+    # The same weights, batches and learning rates: both train the same thing.
+    assert mtk.typical[0].loss == pytest.approx(plain.typical[0].loss, rel=1e-4)
+    assert mtk.typical[0].parameters == plain.typical[0].parameters
+    assert all(len(run[0].seconds) == 3 for row in report.rows for run in row.runs)
+
+    written = json.loads(output.read_text())
+    assert {"date", "commit", "torch", "config", "config_digest", "gpus"} <= set(written)
+    assert written["tokens_per_step"] == 256 and written["roofline"]["products"] == "fp32"
+    assert [row["name"] for row in written["rows"]] == ["mtk", "plain"]
+    for row in written["rows"]:
+        assert len(row["runs"]) == 2 and row["roofline"] > 0 and row["step_seconds"] > 0
+        assert 0 <= row["data_stall"] <= 1
+        assert row["runs"][0][0]["build_seconds"] > 0
+        assert row["runs"][0][0]["first_step_seconds"] > 0
+
+    assert all(len(cells(row)) == len(COLUMNS) for row in report.rows)
+    columns = part_columns(report.rows)
+    assert set(columns[1:-1]) == {"data", "other", "forward", "backward", "optimizer"}
+    assert all(len(part_cells(row, columns)) == len(columns) for row in report.rows)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_mtk_alone(tmp_path: Path) -> None:
+    report = bench_train(config(plain=False, roofline=False), Reporter(quiet=True))
+    (row,) = report.rows
+    assert row.ratio is None and row.roofline is None and cells(row)[2] == "-"
+    assert content(report)["roofline"] == "not asked for"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_not_written_is_a_row_with_the_reason() -> None:
+    given = config(**EXPERTS, roofline=False, steps=1)
+    mtk, plain = bench_train(given, Reporter(quiet=True)).rows
+    assert mtk.speed is not None and mtk.ratio is None
+    assert plain.failure == "not measured: the plain loop has none of this: a mixture of experts"
+    assert cells(plain)[:2] == ["plain", plain.failure] and len(cells(plain)) == len(COLUMNS)
+
+
+def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise WorkerError(
+            "rank 0 failed:\n  torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+        )
+
+    monkeypatch.setattr("mtk.benchmarks.training.launch", fail)
+    report = bench_train(config(), Reporter(quiet=True))
+    assert [row.failure for row in report.rows] == ["out of memory (tried to allocate 2 GiB)"] * 2
+    assert report.roofline_failure == report.rows[0].failure
+    draw(report, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_fresh_ranks() -> None:
+    given = config(nproc=2, data_parallel_sharding="optimizer", roofline=False)
+    mtk, plain = bench_train(given, Reporter(quiet=True)).rows
+    assert len(mtk.runs[0]) == 2 and mtk.runs[0][0].loss == mtk.runs[0][1].loss
+    assert plain.failure == "not measured: the plain loop has none of this: 2 ranks"
+
+
+def test_bad_options_are_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(profile_steps=-1, chart="a.pdf", rampup_batch_size=(1, 1, 8))
+    keys = {problem.key for problem in caught.value.problems}
+    assert {"profile_steps", "chart", "batch.rampup_batch_size"} <= keys
+
+
+def test_the_chart_is_a_picture(tmp_path: Path) -> None:
+    (run,) = measure_mtk(Place(), config(steps=1))
+    kernels = kernels_per_step([Kernel("nvjet_x", 0.2, 4), Kernel("Memcpy DtoD", 0.1, 2)], 2)
+    run = dataclasses.replace(run, kernels=kernels)
+    given = config()
+    report = Report(given, [], [Row("mtk", [[run]])])
+    draw(report, tmp_path / "figures" / "train.png")
+    assert (tmp_path / "figures" / "train.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(list((tmp_path / "figures").iterdir())) == 1
+
+
+# -- the stopwatch ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measured", [measure_mtk, measure_plain])
+def test_parts_add_up_to_a_step(measured: Any) -> None:
+    given = config(num_layers=4, hidden_size=64, steps=7, warmup=3)
+    # Whatever else runs on the machine comes between now and then.
+    for _ in range(3):
+        (run,) = measured(Place(), given)
+        assert list(run.split)[:2] == ["data", "other"]
+        assert set(run.split) == {"data", "other", "forward", "backward", "optimizer"}
+        assert 0 <= run.stall <= 1 and all(part >= 0 for part in run.split.values())
+        middle = sorted(run.seconds)[3]
+        if sum(run.split.values()) == pytest.approx(middle, rel=0.2):
+            return
+    pytest.fail(f"{sum(run.split.values())} s in parts, {middle} s a step")
+
+
+def test_marks_of_one_name_add_up() -> None:
+    marks = [("a", 1.0), ("b", 2.0), ("a", 4.0), ("b", 4.5), ("", 6.0)]
+    assert parts_of(marks, Clock(torch.device("cpu"))) == {"a": 1.5, "b": 3.5}
+
+
+def test_marking_leaves_no_trace_on_the_stepper() -> None:
+    from mtk.benchmarks.measured_run import prepare
+    from mtk.benchmarks.train_steps import marked
+    from mtk.parallel.ranks import Ranks
+
+    _, stepper, batches = prepare(config(), Ranks(), 2)
+    ranks, told = stepper.ranks, []
+    with marked(stepper, told.append):
+        stepper.step(next(batches), 0)
+    assert told == ["other", *["forward", "backward", "optimizer"] * 2, "optimizer"]
+    assert stepper.ranks is ranks
+    assert "terms" not in vars(stepper.passes) and "collect_gradients" not in vars(stepper.main)
+    stepper.step(next(batches), 2)
+    assert len(told) == 8
+
+
+def test_kernels_of_several_steps() -> None:
+    found = kernels_per_step([Kernel("nvjet_a", 0.4, 8), Kernel("triton_poi_b", 0.2, 4)], 2)
+    assert found.milliseconds == pytest.approx({"matrix products": 200, "fused": 100})
+    assert found.count == 6
+    assert found.top[0] == {
+        "name": "nvjet_a",
+        "kind": "matrix products",
+        "milliseconds": pytest.approx(200),
+        "calls": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16>", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int>", "matrix products"),
+        ("sm80_xmma_gemm_f32f32_tf32f32", "matrix products"),
+        ("triton_tem_fused_addmm_3", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Traits<cutlass::bfloat16_t>>", "attention"),
+        ("fmha_cutlassB_bf16_aligned_128x64_k128_sm80", "attention"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_transpose_2", "fused"),
+        ("triton_red_fused_native_layer_norm_0", "fused"),
+        ("_cross_entropy_forward", "fused"),
+        (
+            "void multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata, FusedAdam>",
+            "optimizer",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("Memset (Device)", "copies"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor>", OTHER),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert kernel_kind(name) == kind
+
+
+# -- the plain loop -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {},
+        {"activation": "gelu-tanh"},
+        LLAMA,
+        {"num_query_groups": 1, "position_embedding_type": "none", "add_bias_linear": False},
+        {**LLAMA, "add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    ],
+    ids=["GPT-2", "GPT-2 tanh", "Llama", "MQA", "Qwen"],
+)
+def test_the_plain_model_is_the_same_one(family: dict[str, Any]) -> None:
+    given = config(**family)
+    assert not_written(given) == ""
+    model = build_model(given.model)
+    initialize(model, given.model, 3)
+    plain = plain_model(given.model, 3, torch.device("cpu"))
+    tokens, labels = torch.randint(128, (2, 2, 128), generator=torch.Generator().manual_seed(0))
+    expected = token_losses(model(tokens), labels).mean()
+    assert plain(tokens, labels).item() == pytest.approx(expected.item(), abs=1e-5)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (EXPERTS, "a mixture of experts"),
+        ({"hidden_dropout": 0.1}, "dropout"),
+        ({"window_size": 8}, "windows"),
+        ({"position_embedding_type": "alibi"}, "positions of kind alibi"),
+        ({**LLAMA, "rotary_percent": 0.5}, "scaled, partial or interleaved rotation"),
+        ({"activation": "relu"}, "activation relu"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"reset_position_ids": True}, "documents kept apart"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_plain_loop_has_not(changes: dict[str, Any], named: str) -> None:
+    assert not_written(config(**changes)) == f"the plain loop has none of this: {named}"
+
+
+# -- the roofline -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", [{}, LLAMA, EXPERTS, {**LLAMA, **EXPERTS}], ids=["GPT", "Llama", "MoE", "gated MoE"]
+)
+def test_products_have_the_flops_of_a_step(family: dict[str, Any]) -> None:
+    model, samples = config(**family).model, 3
+    assert not_counted(config(**family)) == ""
+    products = sum(product.flops for product in products_of(model, samples))
+    attention = attention_of(model, samples).flops
+    per_token: Flops = flops_per_token(model)
+    assert products + attention == pytest.approx(per_token.full * samples * model.seq_length)
+
+
+@pytest.mark.parametrize("family", [LLAMA, EXPERTS], ids=["Llama", "MoE"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_product_is_timed(
+    family: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUSTAINED, "cpu", 0.0)
+    given = config(**family, precision=precision)
+    found = measure_roofline(Place(), given)
+    assert found.products == precision and found.kernels == {
+        "forward": "default",
+        "backward": "default",
+    }
+    assert all(part.seconds > 0 and part.count > 0 for part in found.parts)
+    assert found.seconds == pytest.approx(sum(p.seconds * p.count for p in found.parts))
+    # Both micro-batches of the step.
+    flops = flops_per_token(given.model).full * 256
+    assert sum(part.flops for part in found.parts) == pytest.approx(flops)
+
+
+def test_what_has_no_roofline() -> None:
+    assert not_counted(config(window_size=8)) == "not written for windows"
+    given = config(nproc=2, tensor_model_parallel_size=2)
+    assert not_counted(given) == "not written for models that are shared by ranks"
