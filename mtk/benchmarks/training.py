@@ -22,7 +22,7 @@ from mtk.benchmarks.timing import TrainRun
 from mtk.benchmarks.train_steps import measure_mtk
 from mtk.config import config_digest, to_dict
 from mtk.config.bench import TrainBenchConfig
-from mtk.errors import Interrupted, MtkError
+from mtk.errors import ConfigError, DataError, Interrupted, MtkError
 from mtk.launch.local import launch
 from mtk.log import Reporter
 from mtk.models.count_families import flops_per_token, parameters
@@ -37,15 +37,16 @@ SUBJECTS: dict[str, Callable[..., list[TrainRun]]] = {"mtk": measure_mtk, "plain
 
 @dataclass(frozen=True)
 class Row:
-    """One of the trainings. ratio: of its tokens/s to the plain loop's; roofline: share of a
-    step that its products and attention would take alone; None where there is nothing to
-    compare with. failure: why there are no figures."""
+    """One of the trainings. ratio: of its tokens/s to the plain loop's; roofline_fraction:
+    share of a step that its products and attention would take alone; None where there is nothing
+    to compare with. skipped: why it was not measured; failure: what ended it."""
 
     name: str
     runs: Sequence[Run] = ()
     speed: Speed | None = None
     ratio: float | None = None
-    roofline: float | None = None
+    roofline_fraction: float | None = None
+    skipped: str = ""
     failure: str = ""
 
     @property
@@ -87,32 +88,28 @@ def step_seconds(run: Run) -> float:
 
 
 def bench_train(config: TrainBenchConfig, reporter: Reporter) -> Report:
-    """Measure all that is asked for; the JSON file is complete after each measurement."""
+    """Measure all that is asked for; the JSON file is complete after each measurement. Raises
+    ConfigError and DataError; what else ends a training is in its row."""
     config = with_vocabulary(config, open_data(config.data))  # type: ignore[assignment]
     device = training_device(config.runtime).type
     hardware = hardware_of(device, config.parallel.nproc, reporter)
     roofline, why = _roofline(config, device, reporter)
-    found: dict[str, list[Run]] = {"mtk": []}
-    failures = {"mtk": ""}
-    if config.plain:
-        found["plain"], failures["plain"] = [], not_written(config)
-        if failures["plain"]:
-            failures["plain"] = f"not measured: {failures['plain']}"
+    found: dict[str, list[Run]] = {"mtk": [], **({"plain": []} if config.plain else {})}
+    skipped, failures = {"plain": not_written(config)}, dict[str, str]()
     report = Report(config, hardware, [], roofline, why)
     for turn in range(config.measure.repeats):
         for name, runs in found.items():
-            if failures[name]:
-                continue
-            reporter.info(f"{name}, run {turn + 1} of {config.measure.repeats} ...")
-            try:
-                runs.append(_launch(SUBJECTS[name], config, device))
-                reporter.info(f"{name}: {step_seconds(runs[-1]):.4f} s a step")
-            except Interrupted:
-                raise
-            except MtkError as error:
-                failures[name] = reason(error)
-                reporter.info(f"{name}: {failures[name]}")
-            rows = _rows(config, found, failures, roofline, hardware)
+            if not skipped.get(name) and not failures.get(name):
+                reporter.info(f"{name}, run {turn + 1} of {config.measure.repeats} ...")
+                try:
+                    runs.append(_launch(SUBJECTS[name], config, device))
+                    reporter.info(f"{name}: {step_seconds(runs[-1]):.4f} s a step")
+                except (ConfigError, DataError, Interrupted):
+                    raise  # the next one would fail in the same way
+                except MtkError as error:
+                    failures[name] = reason(error)
+                    reporter.info(f"{name}: {failures[name]}")
+            rows = _rows(report, found, skipped, failures)
             report = dataclasses.replace(report, rows=rows)
             write_json(config.measure.output, content(report))
     return report
@@ -145,23 +142,24 @@ def _roofline(
 
 
 def _rows(
-    config: TrainBenchConfig,
+    report: Report,
     found: dict[str, list[Run]],
+    skipped: dict[str, str],
     failures: dict[str, str],
-    roofline: Roofline | None,
-    hardware: Sequence[dict[str, Any]],
 ) -> list[Row]:
-    rows = []
+    rows, config, roofline = [], report.config, report.roofline
     plain = statistics.median(map(step_seconds, found["plain"])) if found.get("plain") else None
     for name, runs in found.items():
-        if not runs:
-            rows.append(Row(name, failure=failures[name]))
-            continue
-        seconds = statistics.median(map(step_seconds, runs))
-        speed = speed_of(config, seconds, config.parallel.nproc, hardware)
-        ratio = plain / seconds if plain else None
-        share = roofline.seconds / seconds if roofline else None
-        rows.append(Row(name, runs, speed, ratio, share, failures[name]))
+        row = Row(name, runs, skipped=skipped.get(name, ""), failure=failures.get(name, ""))
+        if runs:
+            seconds = row.step_seconds
+            row = dataclasses.replace(
+                row,
+                speed=speed_of(config, seconds, config.parallel.nproc, report.hardware),
+                ratio=plain / seconds if plain else None,
+                roofline_fraction=roofline.seconds / seconds if roofline else None,
+            )
+        rows.append(row)
     return rows
 
 
@@ -214,7 +212,8 @@ COLUMNS = (
 def cells(row: Row) -> list[str]:
     """The row's texts under ``COLUMNS``."""
     if row.speed is None:
-        return [row.name, row.failure, *[""] * (len(COLUMNS) - 2)]
+        why = f"not measured: {row.skipped}" if row.skipped else row.failure
+        return [row.name, why, *[""] * (len(COLUMNS) - 2)]
     mfu, peaks = row.speed.mfu, row.peak_allocated
     return [
         row.name,
@@ -223,7 +222,7 @@ def cells(row: Row) -> list[str]:
         f"{mfu.full:.1%}" if mfu else "-",
         f"{mfu.causal:.1%}" if mfu else "-",
         f"{row.step_seconds:.4f}",
-        f"{row.roofline:.1%}" if row.roofline else "-",
+        f"{row.roofline_fraction:.1%}" if row.roofline_fraction else "-",
         " ".join(f"{peak / 1e9:.2f}" for peak in peaks) if any(peaks) else "-",
         f"{row.median(lambda rank: rank.first_step_seconds):.2f}",
         f"{row.median(lambda rank: rank.stall):.1%}",

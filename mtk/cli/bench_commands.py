@@ -52,6 +52,7 @@ def _train(given: dict[str, Any], common: CommonOptions) -> None:
         part_columns,
         plain_row,
     )
+    from mtk.errors import GateError
     from mtk.log import Reporter
 
     config = _resolved("train", TRAIN, given, common).config
@@ -65,6 +66,9 @@ def _train(given: dict[str, Any], common: CommonOptions) -> None:
         tables.append(_table(columns, [part_cells(row, columns) for row in measured]))
     rows = [plain_row(row) for row in report.rows]
     reporter.result("\n".join(tables), rows=rows, output=config.measure.output)
+    failed = [f"{row.name}: {row.failure}" for row in report.rows if row.failure]
+    if failed:
+        raise GateError("; ".join(failed))
 
 
 def _layouts(given: dict[str, Any], common: CommonOptions) -> None:

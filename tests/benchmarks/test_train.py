@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,8 @@ from mtk.benchmarks.training import (
 )
 from mtk.config import make
 from mtk.config.bench import TrainBenchConfig
-from mtk.errors import ConfigError, WorkerError
+from mtk.data.indexed_dataset import IndexedDatasetWriter
+from mtk.errors import ConfigError, DataError, WorkerError
 from mtk.launch.process import Place
 from mtk.log import Reporter
 from mtk.models.build import build_model
@@ -112,7 +114,7 @@ def test_both_are_measured_in_turn_and_written(tmp_path: Path) -> None:
     assert written["tokens_per_step"] == 256 and written["roofline"]["products"] == "fp32"
     assert [row["name"] for row in written["rows"]] == ["mtk", "plain"]
     for row in written["rows"]:
-        assert len(row["runs"]) == 2 and row["roofline"] > 0 and row["step_seconds"] > 0
+        assert len(row["runs"]) == 2 and row["roofline_fraction"] > 0 and row["step_seconds"] > 0
         assert 0 <= row["data_stall"] <= 1
         assert row["runs"][0][0]["build_seconds"] > 0
         assert row["runs"][0][0]["first_step_seconds"] > 0
@@ -127,7 +129,7 @@ def test_both_are_measured_in_turn_and_written(tmp_path: Path) -> None:
 def test_mtk_alone(tmp_path: Path) -> None:
     report = bench_train(config(plain=False, roofline=False), Reporter(quiet=True))
     (row,) = report.rows
-    assert row.ratio is None and row.roofline is None and cells(row)[2] == "-"
+    assert row.ratio is None and row.roofline_fraction is None and cells(row)[2] == "-"
     assert content(report)["roofline"] == "not asked for"
 
 
@@ -136,8 +138,9 @@ def test_what_is_not_written_is_a_row_with_the_reason() -> None:
     given = config(**EXPERTS, roofline=False, steps=1)
     mtk, plain = bench_train(given, Reporter(quiet=True)).rows
     assert mtk.speed is not None and mtk.ratio is None
-    assert plain.failure == "not measured: the plain loop has none of this: a mixture of experts"
-    assert cells(plain)[:2] == ["plain", plain.failure] and len(cells(plain)) == len(COLUMNS)
+    assert plain.skipped == "the plain loop has none of this: a mixture of experts"
+    assert cells(plain)[:2] == ["plain", f"not measured: {plain.skipped}"]
+    assert len(cells(plain)) == len(COLUMNS) and not plain.failure
 
 
 def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,12 +157,22 @@ def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.usefixtures("at_once")
+def test_bad_data_is_an_error_and_no_row(tmp_path: Path) -> None:
+    prefix = tmp_path / "short_text_document"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.arange(50), [50])
+    given = config(data_path=[str(prefix)], mock_data=False, roofline=False)
+    with pytest.raises(DataError, match="fewer than one sample"):
+        bench_train(given, Reporter(quiet=True))
+
+
 @pytest.mark.slow
 def test_fresh_ranks() -> None:
     given = config(nproc=2, data_parallel_sharding="optimizer", roofline=False)
     mtk, plain = bench_train(given, Reporter(quiet=True)).rows
     assert len(mtk.runs[0]) == 2 and mtk.runs[0][0].loss == mtk.runs[0][1].loss
-    assert plain.failure == "not measured: the plain loop has none of this: 2 ranks"
+    assert plain.skipped == "the plain loop has none of this: 2 ranks"
 
 
 def test_bad_options_are_told_together() -> None:
