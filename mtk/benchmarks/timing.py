@@ -61,12 +61,15 @@ class Kernels:
 
 @dataclass(frozen=True)
 class TrainRun:
-    """One rank's measurement. seconds: of each measured step. waits: host seconds of these in
-    which the next batch was waited for. first_step_seconds: until the device was done with it
+    """One rank's measurement. seconds: of each measured step. cpu_seconds: that all threads of
+    the process computed between the ends of steps on the host; what other processes do to a
+    shared machine is hardly in them. waits: host seconds of the steps in which the next batch
+    was waited for. first_step_seconds: until the device was done with it
     (compilation is in it). split: seconds by part of one typical step, the parts in their
     order. peak_*: bytes of the CUDA allocator in the measured steps, None on the CPU."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
     waits: tuple[float, ...]
     loss: float
     parameters: int
@@ -94,12 +97,13 @@ def measure(subject: Subject, config: TrainBenchConfig) -> TrainRun:
     device, warmup = subject.device, config.measure.warmup
     clock, waits, first = Clock(device), [], 0.0
     loss = torch.tensor(math.nan)
-    points = []
+    points, computed = [], []
     for index in range(config.measure.total):
         if index == warmup:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             points.append(clock.now())
+            computed.append(time.process_time())
         begun = time.perf_counter()
         batch = next(subject.batches)
         waited = time.perf_counter() - begun
@@ -109,12 +113,14 @@ def measure(subject: Subject, config: TrainBenchConfig) -> TrainRun:
             first = time.perf_counter() - begun
         if index >= warmup:
             points.append(clock.now())
+            computed.append(time.process_time())
             waits.append(waited)
     clock.wait()
     seconds = clock.gaps(points)
     memory = peaks(device)
     return TrainRun(
         tuple(seconds),
+        tuple(later - earlier for earlier, later in pairwise(computed)),
         tuple(waits),
         loss.item(),
         subject.parameters,

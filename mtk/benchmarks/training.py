@@ -188,6 +188,7 @@ def plain_row(row: Row) -> dict[str, Any]:
     plain = dataclasses.asdict(row)
     if row.runs:
         plain["step_seconds"] = row.step_seconds
+        plain["cpu_seconds"] = row.median(lambda rank: statistics.median(rank.cpu_seconds))
         plain["data_stall"] = row.median(lambda rank: rank.stall)
         plain["peak_allocated_bytes"] = row.peak_allocated
         plain["split"] = row.typical[0].split

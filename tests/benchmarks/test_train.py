@@ -115,7 +115,7 @@ def test_both_are_measured_in_turn_and_written(tmp_path: Path) -> None:
     assert [row["name"] for row in written["rows"]] == ["mtk", "plain"]
     for row in written["rows"]:
         assert len(row["runs"]) == 2 and row["roofline_fraction"] > 0 and row["step_seconds"] > 0
-        assert 0 <= row["data_stall"] <= 1
+        assert 0 <= row["data_stall"] <= 1 and row["cpu_seconds"] > 0
         assert row["runs"][0][0]["build_seconds"] > 0
         assert row["runs"][0][0]["first_step_seconds"] > 0
 
