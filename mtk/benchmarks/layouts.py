@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtk.benchmarks.measured_run import RankRun, run_steps
-from mtk.benchmarks.record import gpus, known_gpu, surroundings, write_json
+from mtk.benchmarks.record import surroundings, write_json
+from mtk.benchmarks.speed import hardware_of, slowest, speed_of
 from mtk.config import Layer, config_digest, resolve, to_dict
 from mtk.config.bench import LayoutsBenchConfig
 from mtk.config.parallel import ParallelConfig
@@ -60,7 +61,7 @@ def bench_layouts(config: LayoutsBenchConfig, reporter: Reporter) -> list[Row]:
     layout that is not legal, before anything starts."""
     prepared = list(configured(config))
     device = training_device(config.runtime).type
-    hardware = _hardware(device, max(layout.parallel.nproc for _, layout in prepared), reporter)
+    hardware = hardware_of(device, max(layout.parallel.nproc for _, layout in prepared), reporter)
     rows: list[Row] = []
     for name, layout in prepared:
         reporter.info(f"{name}: {layout.parallel.nproc} ranks ...")
@@ -112,20 +113,6 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in nested.items() if value is not None}
 
 
-def _hardware(device: str, ranks: int, reporter: Reporter) -> list[dict[str, Any]]:
-    """The GPUs that the layouts can use; none on the CPU."""
-    if device != "cuda":
-        return []
-    import torch
-
-    count = min(ranks, torch.cuda.device_count())
-    found: list[dict[str, Any]] = launch(gpus, (count,), device="cuda")
-    for index, gpu in enumerate(found):
-        rate = gpu["gemm_flops"] / 1e12
-        reporter.info(f"GPU {index}: {gpu['name']}, bf16 GEMM 8192^3 {rate:.0f} TFLOP/s")
-    return found
-
-
 def _row(
     name: str, config: LayoutsBenchConfig, device: str, hardware: Sequence[dict[str, Any]]
 ) -> Row:
@@ -139,23 +126,18 @@ def _row(
         raise
     except MtkError as error:
         return Row(name, ranks, digest, failure=reason(error))
-    # The slowest rank's time is the job's.
-    steps = [
-        statistics.median(map(max, zip(*(r.seconds for r in run), strict=True))) for run in runs
-    ]
-    seconds = statistics.median(steps)
-    rate = config.batch.full * config.model.seq_length / seconds
-    per_token = flops_per_token(config.model)
-    each = Flops(per_token.full * rate / ranks, per_token.causal * rate / ranks)
-    known = known_gpu(hardware[0]["name"]) if hardware else None
+    seconds = statistics.median(
+        statistics.median(slowest([rank.seconds for rank in run])) for run in runs
+    )
+    speed = speed_of(config, seconds, ranks, hardware)
     return Row(
         name,
         ranks,
         digest,
         step_seconds=seconds,
-        tokens_per_second=rate,
-        mfu=Flops(each.full / known.peak, each.causal / known.peak) if known else None,
-        flops_per_gpu=each,
+        tokens_per_second=speed.tokens_per_second,
+        mfu=speed.mfu,
+        flops_per_gpu=speed.flops_per_gpu,
         loss=runs[-1][0].losses[-1],
         runs=runs,
     )

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,11 @@ from mtk.training.assemble import make_stepper
 from mtk.training.batch import GlobalBatch
 from mtk.training.data import run_data, with_vocabulary
 from mtk.training.join import training_ranks
-from mtk.training.opened_data import open_data
+from mtk.training.opened_data import OpenedData, open_data
 from mtk.training.step import Stepper
 
 Config = TypeVar("Config", bound=PretrainConfig)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,46 @@ class RankRun:
 def run_steps(place: Place, config: BenchConfig) -> list[RankRun]:
     """The run of each rank, on all ranks; for ``launch``."""
     with training_ranks(place, config) as ranks:
-        own = _measure(config, ranks)
-        if not ranks.distributed:
-            return [own]
-        found: list[RankRun | None] = [None] * ranks.world.size
-        dist.all_gather_object(found, own)
-        return [run for run in found if run is not None]
+        return gathered(_measure(config, ranks), ranks)
+
+
+def gathered(own: Found, ranks: Ranks) -> list[Found]:
+    """What each rank found, on all ranks."""
+    if not ranks.distributed:
+        return [own]
+    found: list[Any] = [None] * ranks.world.size
+    dist.all_gather_object(found, own)
+    return found
 
 
 def prepare(
     config: Config, ranks: Ranks, steps: int
 ) -> tuple[Config, Stepper, Iterator[GlobalBatch]]:
     """The stepper with initial weights and the batches of ``steps`` steps."""
+    config, data = opened(config, steps)
+    stepper = make_stepper(config, config.batch.full * steps, ranks)
+    batches = batches_of(config, data, steps, ranks)
+    torch.manual_seed(stream_seed(config.runtime.seed, ranks, config.parallel.sequence_parallel))
+    return config, stepper, batches
+
+
+def opened(config: Config, steps: int) -> tuple[Config, OpenedData]:
+    """The configuration of a run of ``steps`` steps on its data, whose vocabulary it then knows."""
     length = dataclasses.replace(
         config.length, train_iters=steps, train_samples=None, train_tokens=None
     )
     config = dataclasses.replace(config, length=length)
     data = open_data(config.data)
-    config = with_vocabulary(config, data)  # type: ignore[assignment]
-    samples = config.batch.full * steps
-    stepper = make_stepper(config, samples, ranks)
-    found = run_data(config, data, samples, Reporter(quiet=True), ranks.dp.rank, ranks.dp.size)
-    torch.manual_seed(stream_seed(config.runtime.seed, ranks, config.parallel.sequence_parallel))
-    return config, stepper, iter(found.train(0))
+    return with_vocabulary(config, data), data  # type: ignore[return-value]
+
+
+def batches_of(
+    config: PretrainConfig, data: OpenedData, steps: int, ranks: Ranks
+) -> Iterator[GlobalBatch]:
+    """What this rank trains on in ``steps`` steps, read ahead as in every training."""
+    samples, quiet = config.batch.full * steps, Reporter(quiet=True)
+    found = run_data(config, data, samples, quiet, ranks.dp.rank, ranks.dp.size)
+    return iter(found.train(0))
 
 
 def _measure(config: BenchConfig, ranks: Ranks) -> RankRun:
@@ -88,7 +106,7 @@ def _measure(config: BenchConfig, ranks: Ranks) -> RankRun:
         tuple(seconds),
         tuple(losses),
         sum(weight.numel() for weight in stepper.main.weights.values()),
-        *_peaks(ranks.device),
+        *peaks(ranks.device),
         first,
     )
 
@@ -99,7 +117,8 @@ def wait(ranks: Ranks) -> None:
         torch.cuda.synchronize(ranks.device)
 
 
-def _peaks(device: torch.device) -> tuple[int | None, int | None]:
+def peaks(device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes that the CUDA allocator handed out and reserved at most; None on the CPU."""
     if device.type != "cuda":
         return None, None
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

@@ -9,6 +9,7 @@ import typer
 
 from mtk.cli.options import CommonOptions, add_command
 
+TRAIN = "mtk.config.bench:TrainBenchConfig"
 LAYOUTS = "mtk.config.bench:LayoutsBenchConfig"
 RECOMPUTE = "mtk.config.bench:RecomputeBenchConfig"
 OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
@@ -19,6 +20,8 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     """Add the commands to the group ``bench``."""
     del app
     bench = parents["bench"]
+    help = "A training's speed, beside a plain PyTorch loop and what the device could do."
+    add_command(bench, "train", TRAIN, _train, help=help)
     help = "The same training in one layout after the other: tokens/s, memory, MFU, speed-up."
     add_command(bench, "layouts", LAYOUTS, _layouts, help=help)
     help = "Memory and time of each way to recompute activations, beside the planner's formula."
@@ -35,6 +38,37 @@ def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptio
 
     # A benchmark resolves as a stage does (recipe lowest) without being one.
     return Stage(name, config, "", "").resolve(layers_from(given, common))
+
+
+def _train(given: dict[str, Any], common: CommonOptions) -> None:
+    from pathlib import Path
+
+    from mtk.benchmarks.train_chart import draw
+    from mtk.benchmarks.training import (
+        COLUMNS,
+        bench_train,
+        cells,
+        part_cells,
+        part_columns,
+        plain_row,
+    )
+    from mtk.errors import GateError
+    from mtk.log import Reporter
+
+    config = _resolved("train", TRAIN, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    report = bench_train(config, reporter)
+    if config.chart is not None:
+        draw(report, Path(config.chart))
+    columns, measured = part_columns(report.rows), [row for row in report.rows if row.runs]
+    tables = [_table(COLUMNS, [cells(row) for row in report.rows])]
+    if measured:
+        tables.append(_table(columns, [part_cells(row, columns) for row in measured]))
+    rows = [plain_row(row) for row in report.rows]
+    reporter.result("\n".join(tables), rows=rows, output=config.measure.output)
+    failed = [f"{row.name}: {row.failure}" for row in report.rows if row.failure]
+    if failed:
+        raise GateError("; ".join(failed))
 
 
 def _layouts(given: dict[str, Any], common: CommonOptions) -> None:

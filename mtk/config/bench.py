@@ -72,6 +72,32 @@ class LayoutsBenchConfig(BenchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainBenchConfig(BenchConfig):
+    """Everything ``mtk bench train`` needs."""
+
+    plain: bool = option(True, help="Measure a plain PyTorch loop of the same model beside it.")
+    roofline: bool = option(
+        True, help="Time the step's matrix products and attention alone, as what is possible."
+    )
+    profile_steps: int = option(
+        3, help="Further steps under torch.profiler, for kinds of CUDA kernels; 0 is off."
+    )
+    chart: str | None = option(None, help="PNG file of speeds and of a step's parts.", runtime=True)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.profile_steps < 0:
+            yield Problem(
+                "profile_steps", self.profile_steps, "must not be negative", "Nearest: 0."
+            )
+        if self.batch.rampup_batch_size is not None:
+            rule = "changes the step that is measured"
+            yield Problem("batch.rampup_batch_size", self.batch.rampup_batch_size, rule)
+        if self.chart is not None and not self.chart.endswith(".png"):
+            yield Problem("chart", self.chart, "must end in .png")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecomputeBenchConfig(BenchConfig):
     """Everything ``mtk bench recompute`` needs."""
 

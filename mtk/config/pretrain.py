@@ -176,13 +176,19 @@ class LoggingConfig:
         None, help="Folder for TensorBoard (extra: track).", runtime=True
     )
     plots: bool = option(True, help="Write loss and throughput plots as PNG.", runtime=True)
+    profile: int = option(
+        0,
+        help="Steps to profile after the 5th; writes trace and kernel table under --save/profile/.",
+        runtime=True,
+    )
 
     def problems(self) -> Iterator[Problem]:
         for name in ("log_interval", "eval_interval"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
-        if self.eval_iters < 0:
-            yield Problem("eval_iters", self.eval_iters, "must not be negative")
+        for name in ("eval_iters", "profile"):
+            if getattr(self, name) < 0:
+                yield Problem(name, getattr(self, name), "must not be negative", "Nearest: 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from mtk.training.metrics import Log, MetricsLog, NoLog, check_tensorboard
 from mtk.training.opened_data import open_data
 from mtk.training.plots import write_plots
 from mtk.training.pretrained import POOLER, initial_values, restore_pretrained
+from mtk.training.profile import profiled
 from mtk.training.progress import RunProgress
 from mtk.training.resume import Start, exclusive, find_start, start_again, start_over
 from mtk.training.saving import Saver
@@ -228,7 +229,13 @@ def train(run: Run, progress: RunProgress, base: list[InputRecord]) -> Artifact:
 
     log = _log(save, progress, job.config) if first else NoLog()
     loop = Loop(
-        job.config, run.stepper, run.batches, progress, log, session.reporter, write_checkpoint
+        job.config,
+        run.stepper,
+        _batches_to_train(run),
+        progress,
+        log,
+        session.reporter,
+        write_checkpoint,
     )
     with stop_on_signals() as stop:
         try:
@@ -243,6 +250,15 @@ def train(run: Run, progress: RunProgress, base: list[InputRecord]) -> Artifact:
     if not saved and run.start.folder is not None:
         return open_artifact(run.start.folder, "checkpoint")
     return saved[-1]
+
+
+def _batches_to_train(run: Run) -> RunData:
+    """With ``--profile`` the steps that take some of them are profiled."""
+    ranks, steps = run.stepper.ranks, run.job.config.logging.profile
+    folder = run.job.save / "profile"
+    return replace(
+        run.batches, train=profiled(run.batches.train, steps, folder, ranks.rank, ranks.device)
+    )
 
 
 def _log(save: Path, progress: RunProgress, config: PretrainConfig) -> Log:
