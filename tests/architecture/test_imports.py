@@ -32,6 +32,7 @@ LAYERS = (
     ("mtk.launch",),
     ("mtk.parallel",),
     ("mtk.models",),
+    ("mtk.kernels",),
     ("mtk.config", "mtk.artifacts", "mtk.tokenizers", "mtk.errors", "mtk.log", "mtk.session"),
 )
 # Beyond the layers: what a package must not know even though it lies below it.
@@ -46,6 +47,7 @@ CORE = (
     "mtk.launch",
     "mtk.parallel",
     "mtk.models",
+    "mtk.kernels",
 )
 
 
