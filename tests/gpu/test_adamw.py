@@ -92,8 +92,9 @@ def test_a_checkpoint_of_one_continues_with_the_other(
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("micro", MICRO_BATCHES)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_step_does_not_wait_for_the_device(precision: str, micro: int) -> None:
-    config = make(PretrainConfig, **{**BASE, "precision": precision, "micro_batch_size": micro})
+def test_a_step_does_not_wait_for_the_device(tmp_path: Path, precision: str, micro: int) -> None:
+    changes = {"precision": precision, "micro_batch_size": micro, "save": str(tmp_path)}
+    config = make(PretrainConfig, **{**BASE, **changes})
     stepper = make_stepper(config, 160, Ranks(device=CUDA))
     assert stepper.optimizer.fused
     batch = share(random_sample(config), micro, 0, 1)
