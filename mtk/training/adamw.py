@@ -37,11 +37,11 @@ class TorchUpdate:
 
     def __init__(self, main: MainWeights, decay: Collection[str], config: OptimizerConfig) -> None:
         self._main = main
-        sorted_: dict[bool, list[Tensor]] = {True: [], False: []}
+        split: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, weight in main.weights.items():
-            sorted_[name in decay].append(weight)
+            split[name in decay].append(weight)
         groups: list[dict[str, Any]] = [
-            {"params": weights, "decays": which} for which, weights in sorted_.items() if weights
+            {"params": weights, "decays": which} for which, weights in split.items() if weights
         ]
         self._adam = torch.optim.AdamW(
             groups,
