@@ -19,6 +19,7 @@ from mtk.config.pretrain import PretrainConfig
 from mtk.launch.process import Place
 from mtk.models.init import initial_value
 from mtk.training.batch import GlobalBatch
+from mtk.training.compiled import compiles
 from mtk.training.join import training_ranks
 from mtk.training.schedule import Schedule
 
@@ -141,7 +142,7 @@ def measure_plain(place: Place, config: TrainBenchConfig) -> list[TrainRun]:
             weight_decay=options.weight_decay,
             clip=options.clip_grad,
             bf16=config.precision.precision == "bf16",
-            compiled=config.runtime.compile,
+            compiled=compiles(config, device),
         )
         built = time.perf_counter() - begun
         schedule = Schedule.from_config(config, config.batch.full * steps)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mtk.config.model import ModelConfig
+from mtk.models.transfer import send
 
 NAMES = ("moe_aux_loss", "moe_z_loss")
 
@@ -69,7 +70,7 @@ class BalanceLosses:
             coefficient * loss_scale / count
             for coefficient, count in zip(self.coefficients, self.counts, strict=True)
         ]
-        self.scale = torch.tensor(scales, dtype=torch.float32).to(device, non_blocking=True)
+        self.scale = send(torch.tensor(scales, dtype=torch.float32), device)
         self.total = torch.zeros(2, device=device)
         for load in self.loads:
             load.counts_X = torch.zeros(self.experts, dtype=torch.int64, device=device)
@@ -90,7 +91,7 @@ class BalanceLosses:
         over layers: this rank's part, to be summed over all ranks."""
         if self.total is None:
             return torch.zeros(2)
-        counts = torch.tensor(self.counts, dtype=torch.float32).to(self.total.device)
+        counts = send(torch.tensor(self.counts, dtype=torch.float32), self.total.device)
         return self.total / (counts * max(self.layers, 1) * self.holders)
 
     def chosen(self, device: torch.device) -> Tensor:

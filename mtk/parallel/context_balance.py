@@ -14,13 +14,13 @@ from mtk.parallel import collectives
 from mtk.parallel.groups import Group
 
 
-def local_positions(length: int, cp: Group) -> Tensor:
+def local_positions(length: int, cp: Group, device: torch.device | None = None) -> Tensor:
     """Global positions, int64 [length / cp], of the tokens that this rank holds.
 
     Raises ValueError where ``length`` does not divide; the configuration's rules say so to
     the user before.
     """
-    return cut(torch.arange(length), cp, dim=0)
+    return cut(torch.arange(length, device=device), cp, dim=0)
 
 
 def cut(x: Tensor, cp: Group, dim: int = 1) -> Tensor:

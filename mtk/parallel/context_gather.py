@@ -156,7 +156,7 @@ class GatherKernel:
         cp, total = self.group, kv.shape[3] * self.group.size
         parts = collectives.gather_rows(kv[None], cp, "cp.gather")
         k_BGTD, v_BGTD = in_order(parts.movedim(0, 3).flatten(3, 4), cp.size, 3)
-        own_S = local_positions(total, cp).to(q_BHSD.device)
+        own_S = local_positions(total, cp, q_BHSD.device)
         mask = own_S[:, None] >= torch.arange(total, device=q_BHSD.device)
         if documents_BS is not None:
             all_BT = all_documents(documents_BS, cp)

@@ -88,7 +88,7 @@ def make_stepper(
     return Stepper(
         make_passes(config, placed, ranks, objective, forward),
         main,
-        Optimizer(main.weights, config.optimizer),
+        Optimizer(main, config.optimizer),
         Schedule.from_config(config, samples),
         LossScale.start(config.precision),
         ranks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mtk.models.transfer import send
 from mtk.parallel.context import cut, local_positions
 from mtk.parallel.ranks import Ranks
 from mtk.training.batch import LocalBatch, MicroBatch
@@ -18,7 +19,7 @@ class Feed:
     def __call__(self, batch: MicroBatch) -> LocalBatch:
         positions = self._part(batch.positions_BS)
         if positions is None and self.cp.size > 1:
-            positions = local_positions(batch.tokens_BS.shape[1], self.cp).to(self.device)
+            positions = local_positions(batch.tokens_BS.shape[1], self.cp, self.device)
         return LocalBatch(
             tokens_BS=self._own(batch.tokens_BS),
             labels_BS=self._own(batch.labels_BS),
@@ -32,10 +33,10 @@ class Feed:
         """What is given for each token is cut as the tokens are."""
         if value.shape[:2] == tokens_BS.shape:
             return self._own(value)
-        return value.to(self.device, non_blocking=True)
+        return send(value, self.device)
 
     def _own(self, whole_BS: Tensor) -> Tensor:
-        return cut(whole_BS, self.cp).to(self.device, non_blocking=True)
+        return send(cut(whole_BS, self.cp), self.device)
 
     def _part(self, whole_BS: Tensor | None) -> Tensor | None:
         return None if whole_BS is None else self._own(whole_BS)

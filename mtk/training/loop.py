@@ -74,7 +74,8 @@ class Loop:
         self._stuck_steps = 0
         self._interval_start = time.perf_counter()
         self._interval_tokens = 0
-        self._interval_loss = torch.tensor(progress.interval_loss, dtype=torch.float64)
+        # A number until the interval's first step, then fp64 on the device.
+        self._interval_loss: float | Tensor = progress.interval_loss
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the end; returns the last metrics.
@@ -158,7 +159,7 @@ class Loop:
         progress.consumed_tokens += batch.tokens
         progress.interval_steps += 1
         self._interval_tokens += batch.tokens
-        self._interval_loss = self._interval_loss.to(result.loss.device) + result.loss.double()
+        self._interval_loss = result.loss.double() + self._interval_loss
         if result.applied:
             progress.scheduled_samples += batch.samples
             self._stuck_steps = 0
@@ -178,7 +179,7 @@ class Loop:
 
     def _log(self, lr: float, result: StepResult) -> None:
         progress = self.progress
-        loss = self._interval_loss.item() / progress.interval_steps
+        loss = float(self._interval_loss) / progress.interval_steps
         self._check_finite(loss)
         now = time.perf_counter()
         self.metrics["train_loss"] = loss
@@ -200,7 +201,7 @@ class Loop:
         )
         self.reporter.event("train", step=progress.step, loss=loss, lr=lr)
         progress.interval_steps = 0
-        self._interval_loss = torch.zeros((), dtype=torch.float64)
+        self._interval_loss = 0.0
         self._interval_start, self._interval_tokens = now, 0
 
     def _check_copies(self) -> None:
@@ -252,7 +253,7 @@ class Loop:
             return
         started = time.perf_counter()
         self.stepper.ranks.trace.phase("saving")
-        self.progress.interval_loss = self._interval_loss.item()
+        self.progress.interval_loss = float(self._interval_loss)
         if self.progress.interval_steps:
             self._check_finite(self.progress.interval_loss)
         # A loss is taken before its step's update and cannot vouch for the weights.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtk.config.optimization import OptimizerConfig
 from mtk.errors import CheckpointError
+from mtk.kernels import fused_on
+from mtk.precision.main_weights import MainWeights
+from mtk.training.adamw import MOMENTS, TorchUpdate, Update
 
-_STATES = ("exp_avg", "exp_avg_sq")
+_STATES = (*MOMENTS, "step")
 
 
 def decays(name: str, weight: Tensor) -> bool:
@@ -20,82 +22,56 @@ def decays(name: str, weight: Tensor) -> bool:
 
 
 class Optimizer:
-    """torch's fused AdamW with state addressed by parameter name."""
+    """AdamW with state addressed by parameter name.
 
-    def __init__(self, weights: Mapping[str, Tensor], config: OptimizerConfig) -> None:
-        self._weights = dict(weights)
+    fused: in one kernel of mtk's own, or by torch's AdamW, which must equal it; by default the
+    former wherever it runs. State passes from one to the other through checkpoints.
+    """
+
+    def __init__(
+        self, main: MainWeights, config: OptimizerConfig, *, fused: bool | None = None
+    ) -> None:
+        self._weights = main.weights
         self._clip = config.clip_grad
-        decay = [w for name, w in self._weights.items() if decays(name, w)]
-        plain = [w for name, w in self._weights.items() if not decays(name, w)]
-        groups: list[dict[str, Any]] = [
-            {"params": decay, "decays": True},
-            {"params": plain, "decays": False},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._adam: torch.optim.AdamW | None = None
-        if groups:  # else all weights here are frozen
-            self._adam = torch.optim.AdamW(
-                groups,
-                lr=config.lr,
-                betas=(config.adam_beta1, config.adam_beta2),
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
+        self.fused = can_fuse(main.weights.values()) if fused is None else fused
+        # Without weights all of those here are frozen.
+        self._update = _update(main, config, self.fused) if main.weights else None
 
-    def zero_grad(self) -> None:
-        for weight in self._weights.values():
-            weight.grad = None
+    def step(self, norm: Tensor, loss_scale: float, lr: float, weight_decay: float) -> None:
+        """One update of the main weights and of the parameters that follow them.
 
-    @torch.no_grad()
-    def unscale(self, scale: float) -> None:
-        """Divide gradients by the loss scale."""
-        gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-        if scale != 1.0 and gradients:
-            torch._foreach_mul_(gradients, 1.0 / scale)
+        norm: of all gradients of the job, already without the loss scale; they are scaled by
+        clip / (norm + 1e-6) where that is below one. weight_decay: for what decays. The
+        gradients may be overwritten.
+        """
+        if self._update is not None:
+            self._update.step(self._factor(norm, loss_scale), lr, weight_decay)
 
-    @torch.no_grad()
-    def norm(self) -> Tensor:
-        """L2 norm of all gradients on this rank (inf if not finite)."""
-        gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
-    @torch.no_grad()
-    def clip_(self, norm: Tensor) -> None:
-        """Scale all gradients by clip / (norm + 1e-6) when that is below one."""
+    def _factor(self, norm: Tensor, loss_scale: float) -> Tensor | None:
+        """What gradients are to be multiplied by, an fp32 scalar on the device: the host does not
+        know the norm, and must not wait for it. None for one."""
         if self._clip > 0:
             coefficient = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [w.grad for w in self._weights.values() if w.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, coefficient)
-
-    def step(self, lr: float, weight_decay: float) -> None:
-        """One update with this learning rate and this decay (for what decays)."""
-        if self._adam is None:
-            return
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        self._adam.step()
+            return coefficient if loss_scale == 1.0 else coefficient / loss_scale
+        return None if loss_scale == 1.0 else torch.full_like(norm, 1.0 / loss_scale)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``."""
-        tensors: dict[str, Tensor] = {}
-        known = {} if self._adam is None else self._adam.state
-        for name, weight in self._weights.items():
-            state = known.get(weight, {})
-            for key in (*_STATES, "step"):
-                if key in state:
-                    tensors[f"{key}.{name}"] = state[key]
-        return tensors
+        known = {} if self._update is None else self._update.state()
+        return {
+            f"{key}.{name}": known[name][key]
+            for name in self._weights
+            if name in known
+            for key in _STATES
+        }
 
     def state_names(self) -> list[str]:
         """Names of all tensors of the state once a step was taken."""
-        return [f"{key}.{name}" for name in self._weights for key in (*_STATES, "step")]
+        return [f"{key}.{name}" for name in self._weights for key in _STATES]
 
     def check_names(self, found: set[str], weights: Iterable[str]) -> None:
         """``found`` is the state of all ``weights`` of the model. Raises CheckpointError."""
-        wanted = {f"{key}.{name}" for name in weights for key in (*_STATES, "step")}
+        wanted = {f"{key}.{name}" for name in weights for key in _STATES}
         if found != wanted:
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit the model, e.g. "
@@ -104,13 +80,23 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of :meth:`state_tensors`. Raises CheckpointError."""
+        """Take over copies of the tensors of :meth:`state_tensors`. Raises CheckpointError."""
         self.check_names(set(tensors), self._weights)
-        for name, weight in self._weights.items():
-            state: dict[str, Tensor] = {}
-            for key in _STATES:
-                state[key] = tensors[f"{key}.{name}"].to(weight.device, copy=True)
-            device = weight.device if weight.is_cuda else "cpu"
-            state["step"] = tensors[f"step.{name}"].to(device, copy=True)
-            assert self._adam is not None
-            self._adam.state[weight] = state
+        for name in self._weights:
+            assert self._update is not None
+            self._update.restore(name, {key: tensors[f"{key}.{name}"] for key in _STATES})
+
+
+def can_fuse(weights: Iterable[Tensor]) -> bool:
+    """Whether the kernel can move all of these main weights."""
+    return all(fused_on(weight.device) and weight.is_contiguous() for weight in weights)
+
+
+def _update(main: MainWeights, config: OptimizerConfig, fused: bool) -> Update:
+    decay = {name for name, weight in main.weights.items() if decays(name, weight)}
+    if not fused:
+        return TorchUpdate(main, decay, config)
+    # Imports Triton, which only CUDA builds of torch bring along.
+    from mtk.training.fused_adamw import FusedUpdate
+
+    return FusedUpdate(main, decay, config)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mtk.models.transfer import send
 from mtk.parallel.apply import Placed
 from mtk.parallel.collectives import all_reduce
-from mtk.parallel.grads import squared_norm, sum_partial_gradients
+from mtk.parallel.grads import squared_norm, sum_partial_gradients, total_norm
 from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.watchdog import compare_copies
@@ -87,11 +88,12 @@ class Stepper:
     def step(self, batch: GlobalBatch, scheduled_samples: int) -> StepResult:
         """Train on ``batch``; ``scheduled_samples`` places the step in the schedule."""
         self.ranks.trace.phase("forward and backward")
-        self.optimizer.zero_grad()
+        self.main.clear_gradients()
         if self.scales is not None and self.scales.fresh:
             self.gradients(batch)  # only to see how large everything is
             self.scales.end_step()
-            self.optimizer.zero_grad()
+            self.main.clear_gradients()
+        scale = self.loss_scale.scale
         parts, norm, balance = self.gradients(batch)
         if self.scales is not None:
             self.scales.end_step()
@@ -100,39 +102,43 @@ class Stepper:
         self.loss_scale = self.loss_scale.updated(finite)
         self.ranks.trace.phase("optimizer")
         if finite:
-            self.optimizer.clip_(norm)
-            self.optimizer.step(
-                self.schedule.lr(scheduled_samples), self.schedule.weight_decay(scheduled_samples)
-            )
-            self.main.publish()
-            self.passes.refresh()
-            self.balance.move_biases()
+            lr = self.schedule.lr(scheduled_samples)
+            self.update(norm, scale, lr, self.schedule.weight_decay(scheduled_samples))
         named = dict(zip(self.balance.names, balance, strict=True))
         names = self.passes.objective.names
         terms = dict(zip(names, parts, strict=True)) if len(names) > 1 else {}
         return StepResult(parts.sum(), norm, finite, named, terms)
 
+    def update(self, norm: Tensor, loss_scale: float, lr: float, weight_decay: float) -> None:
+        """Move all state by the gradients and figures that :meth:`gradients` left."""
+        self.optimizer.step(norm, loss_scale, lr, weight_decay)
+        self.passes.refresh()
+        self.balance.move_biases()
+
     def gradients(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Terms of the mean loss, global gradient norm, and figures as in ``balance.names`` (none
-        for a dense model); gradients stay on the main weights."""
+        for a dense model); the gradients themselves, times the loss scale, are then in
+        ``main.gradients``."""
         objective = self.passes.objective
         own = torch.stack([counts(objective, micro) for micro in batch.micro_batches]).sum(0)
-        valid = all_reduce(own.to(self.device), self.ranks.dp, "step.valid_tokens")
+        valid = all_reduce(send(own, self.device), self.ranks.dp, "step.valid_tokens")
         # Weights of a custom loss may be of any size; without any there is nothing to divide.
         valid = torch.where(valid == 0, torch.ones_like(valid), valid)
         scale = self.loss_scale.scale
         self.balance.begin(samples=batch.samples, tokens=batch.tokens, loss_scale=scale)
         terms = self.passes.train(batch.micro_batches, valid, scale, self.main.collect_gradients)
-        sum_partial_gradients(self.main.weights, self.pieces)
-        self.optimizer.unscale(scale)
-        return self._agree(terms)
+        sum_partial_gradients(self.main.weights, self.main.gradients, self.pieces)
+        terms, norm, balance = self._agree(terms)
+        return terms, norm if scale == 1.0 else norm / scale, balance
 
     def _agree(self, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Terms, norm and balance of the whole job from what each rank has."""
+        """Terms, norm of the gradients as they are, and balance of the whole job from what each
+        rank has."""
         balance = self.balance.part()
         if not self.ranks.distributed:
-            return terms, self.optimizer.norm(), self.balance.figures(balance)
-        norm = squared_norm(self.main.weights, self.pieces, self.device)
+            present = (g for g in self.main.gradients.values() if g is not None)
+            return terms, total_norm(present, self.device), self.balance.figures(balance)
+        norm = squared_norm(self.main.gradients, self.pieces, self.device)
         # Tensor-parallel ranks all have the loss of the same tokens.
         mine = terms.double() * float(self.ranks.tp.first)
         whole = all_reduce(

@@ -146,13 +146,12 @@ def observe(
     batch = share(sample, config.batch.micro_batch_size, ranks.dp.rank, ranks.dp.size)
     for step in range(steps - 1):
         stepper.step(batch, config.batch.full * step)
-    stepper.optimizer.zero_grad()
+    stepper.main.clear_gradients()
+    scale = stepper.loss_scale.scale
     loss, norm, balance = stepper.gradients(batch)
-    gradients = owned(stepper, {n: w.grad for n, w in stepper.main.weights.items()})
-    stepper.optimizer.clip_(norm)
-    stepper.optimizer.step(config.optimizer.lr, config.optimizer.weight_decay)
-    stepper.main.publish()
-    stepper.balance.move_biases()
+    found = stepper.main.gradients
+    gradients = owned(stepper, {n: g.float() / scale for n, g in found.items() if g is not None})
+    stepper.update(norm, scale, config.optimizer.lr, config.optimizer.weight_decay)
     return Observation(
         loss.sum().item(),
         norm.item(),

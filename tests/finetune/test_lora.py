@@ -22,8 +22,10 @@ from mtk.models.build import build_model
 from mtk.models.init import initial_value, initialize, normal_weight
 from mtk.models.lora import adapted_weight, is_adapter, merged
 from mtk.parallel.dims import Dims
+from mtk.parallel.grads import total_norm
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.parallel.tensor import Cutter, RowParallelLinear
+from mtk.precision.main_weights import MainWeights
 from mtk.training.optimizer import Optimizer
 from mtk.verification.compare import compare
 from mtk.verification.observe import Observation, observe, random_sample
@@ -199,7 +201,7 @@ def test_alpha_is_as_the_rank_unless_given() -> None:
 
 
 def test_a_stage_of_frozen_weights_has_nothing_to_optimise() -> None:
-    optimizer = Optimizer({}, make(OptimizerConfig, lr=1.0))
-    optimizer.zero_grad()
-    optimizer.step(1.0, 0.0)
-    assert optimizer.norm() == 0 and optimizer.state_tensors() == {}
+    optimizer = Optimizer(MainWeights({}, torch.float32), make(OptimizerConfig, lr=1.0))
+    norm = total_norm([], torch.device("cpu"))
+    optimizer.step(norm, 1.0, 1.0, 0.0)
+    assert norm == 0 and optimizer.state_tensors() == {}

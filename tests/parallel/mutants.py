@@ -21,6 +21,7 @@ from mtk.models.gpt import GPT
 from mtk.parallel import collectives, fsdp, pipeline
 from mtk.parallel.collectives import InFlight
 from mtk.parallel.deferred import Deferred
+from mtk.parallel.grads import total_norm
 from mtk.parallel.groups import Group
 from mtk.parallel.messages import Expected
 from mtk.parallel.pieces import Piece
@@ -153,10 +154,10 @@ _LEFT_OUT: dict[str, Callable[[Any, Group, Any], Any]] = {
 
 
 def _norm_of_every_copy(
-    weights: Mapping[str, Tensor], pieces: Mapping[str, Piece], device: torch.device
+    gradients: Mapping[str, Tensor | None], pieces: Mapping[str, Piece], device: torch.device
 ) -> Tensor:
-    own = [weight.grad for weight in weights.values() if weight.grad is not None]
-    return torch.nn.utils.get_total_norm(own).double().square()
+    own = [gradient for gradient in gradients.values() if gradient is not None]
+    return total_norm(own, device).double().square()
 
 
 def _tokens_of_every_part(x: Tensor, group: Group, site: str, *rest: Any) -> Tensor:

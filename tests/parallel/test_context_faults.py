@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[str, bool, Any, str, Any]] = {
         True,
         context_gather,
         "local_positions",
-        lambda length, cp: torch.arange(length // cp.size),
+        lambda length, cp, device: torch.arange(length // cp.size, device=device),
     ),
     "gather: own documents only": (
         "all_gather",

@@ -189,9 +189,9 @@ def _overflowing(rank: int, config: PretrainConfig) -> list[tuple[bool, dict[str
         def overflow(*given: Any, step: int = step) -> torch.Tensor:
             loss = train(*given)
             if (rank, step) == (1, 1):
-                weight = next(w for n, w in stepper.main.weights.items() if "mlp.up" in n)
-                assert weight.grad is not None
-                weight.grad.view(-1)[0] = torch.inf
+                gradient = next(g for n, g in stepper.main.gradients.items() if "mlp.up" in n)
+                assert gradient is not None
+                gradient.view(-1)[0] = torch.inf
             return loss
 
         stepper.passes.train = overflow  # type: ignore[method-assign]

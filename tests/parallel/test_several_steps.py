@@ -38,7 +38,7 @@ def train(config: PretrainConfig, ranks: Ranks) -> tuple[Observation, list[float
         held = share(random_sample(config, 100), micro, ranks.dp.rank, ranks.dp.size)
         single = [GlobalBatch([found], micro) for found in held.micro_batches]
         figures.append(held_out_loss(stepper.passes, single, ranks, None)["loss"])
-    gradients = owned(stepper, {n: w.grad for n, w in stepper.main.weights.items()})
+    gradients = owned(stepper, stepper.main.gradients)
     weights = owned(stepper, stepper.main.weights)
     return Observation(figures[-3], figures[-2], gradients, weights), figures
 

@@ -74,7 +74,7 @@ def stepper(model: GPT, precision: str = "fp32", **scale: float) -> Stepper:
     main = MainWeights(dict(model.named_parameters()), COMPUTE_DTYPES[precision])
     config = make(OptimizerConfig, lr=1e-2, weight_decay=0.1, clip_grad=0.5)
     loss_scale = LossScale.start(make(PrecisionConfig, precision=precision, **scale))
-    optimizer = Optimizer(main.weights, config)
+    optimizer = Optimizer(main, config)
     return Stepper(
         passes(model),
         main,
