@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from mtk.config.bench import TrainBenchConfig
 from mtk.config.model import ModelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.launch.process import Place
-from mtk.models.init import initial_value
+from mtk.models.init import initial_value, made_ahead
+from mtk.training.assemble import INITIAL_WORKERS
 from mtk.training.batch import GlobalBatch
 from mtk.training.compiled import compiles
 from mtk.training.join import training_ranks
@@ -115,13 +117,17 @@ def plain_model(config: ModelConfig, seed: int, device: torch.device) -> PlainMo
         "attention.key": sizes.groups * sizes.head,
         "attention.value": sizes.groups * sizes.head,
     }
+    parts: list[tuple[Tensor, str]] = []
     for name, parameter in model.named_parameters():
         start = 0
         for source in names_in_mtk(name):
             count = next((n for part, n in rows.items() if part in source), parameter.shape[0])
-            shape = (count, *parameter.shape[1:])
-            parameter[start : start + count] = initial_value(source, shape, config, seed)
+            parts.append((parameter[start : start + count], source))
             start += count
+    tasks = (partial(initial_value, n, tuple(part.shape), config, seed) for part, n in parts)
+    made = made_ahead(tasks, min(INITIAL_WORKERS, torch.get_num_threads()))
+    for (part, _), value in zip(parts, made, strict=True):
+        part.copy_(value)
     model.make_rotary(config.seq_length, device)
     return model
 

@@ -6,6 +6,10 @@ part of the same weights.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -55,3 +59,20 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 def normal_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """The fp32 CPU tensor that parameter ``name`` starts from."""
     return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
+
+
+def made_ahead(tasks: Iterable[Callable[[], Tensor]], workers: int) -> Iterator[Tensor]:
+    """The tensors of ``tasks`` in order, each made by one of ``workers`` threads while earlier
+    ones are used; never more than ``workers`` + 1 of them exist unused. A random generator works
+    on one core, and each parameter has its own."""
+    if workers <= 1:
+        yield from (task() for task in tasks)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

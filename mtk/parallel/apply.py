@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mtk.models.attention import AttentionKernel
 from mtk.models.buffers import kept_buffers, kept_tensors
 from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
+from mtk.models.init import made_ahead
 from mtk.models.mamba_kernels import use_kernels
 from mtk.parallel.context import context_kernel
 from mtk.parallel.context_fused import named_chunks
@@ -180,17 +182,23 @@ def _apply(
 
 
 @torch.no_grad()
-def fill(placed: Placed, values: Values, device: torch.device) -> None:
+def fill(placed: Placed, values: Values, device: torch.device, workers: int = 1) -> None:
     """Allocate the parts on ``device`` and give every parameter its piece of ``values``; kept
-    buffers begin at zero."""
+    buffers begin at zero. workers: threads that ``values`` may be called from."""
     for part in placed.parts:
         part.to_empty(device=device)
         part.fill_tables(device)
-        for name, parameter in part.named_parameters():
-            piece = placed.pieces[name]
-            local_tensor(parameter).copy_(piece.cut(values(name, piece.shape)))
+        parameters = dict(part.named_parameters())
+        tasks = (partial(_cut, placed.pieces[name], values, name) for name in parameters)
+        made = made_ahead(tasks, workers)
+        for parameter, value in zip(parameters.values(), made, strict=True):
+            local_tensor(parameter).copy_(value)
         for buffer in kept_buffers(part).values():
             buffer.zero_()
+
+
+def _cut(piece: Piece, values: Values, name: str) -> Tensor:
+    return piece.cut(values(name, piece.shape))
 
 
 def training_device(runtime: RuntimeConfig) -> torch.device:

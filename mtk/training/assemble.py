@@ -51,6 +51,8 @@ from mtk.training.step import Stepper
 MakeObjective = Callable[[TokenLosses], Objective]
 # Logits of a micro-batch that take more bytes than this are made in chunks.
 LOGITS_BYTES = 16 << 30
+# Threads at most that draw initial weights; each may hold the largest matrix in fp32.
+INITIAL_WORKERS = 8
 # How a module of each family is called.
 CALLS: Mapping[str, Call] = {"gpt": call_gpt, "bert": call_bert, "t5": call_t5}
 
@@ -81,8 +83,11 @@ def make_stepper(
         convert = partial(use_float8, options=config.precision, device=ranks.device)
     runtime = dataclasses.replace(config.runtime, compile=compiles(config, ranks.device))
     placed = place(config.model, config.parallel, runtime, ranks, kernel, dtype, convert)
-    values = values or partial(_initial, config.model, config.runtime.seed)
-    fill(placed, values, ranks.device)
+    if values is None:
+        initial = partial(_initial, config.model, config.runtime.seed)
+        fill(placed, initial, ranks.device, workers=min(INITIAL_WORKERS, torch.get_num_threads()))
+    else:
+        fill(placed, values, ranks.device)
     main = MainWeights(placed.named_parameters(), dtype)
     placed.cast_copies(dtype)
     return Stepper(
@@ -124,7 +129,8 @@ def make_passes(
     feed, call = Feed(ranks), forward or CALLS[config.model.family]
     minimised = objective_of(config.model, ranks)
     if objective is None and forward is None and fuses_loss(config, placed, ranks):
-        call, minimised = call_gpt_losses, NextToken(_given)
+        call = call_gpt_losses
+        minimised = NextToken(partial(_given, otherwise=cross_entropy(config.model, ranks)))
         placed.parts[-1].head.chunk = loss_chunk(config)
     if objective is not None:
         minimised = objective(cross_entropy(config.model, ranks))
@@ -156,10 +162,10 @@ def make_passes(
     return Pipelined(pipeline, minimised, feed, overlap)
 
 
-def _given(losses_BS: Tensor, labels_BS: Tensor) -> Tensor:
-    """Losses that the model has computed itself."""
-    del labels_BS
-    return losses_BS
+def _given(outputs: Tensor, labels_BS: Tensor, otherwise: TokenLosses) -> Tensor:
+    """Losses [B, S] that the model has computed itself, as it does in training; else those of
+    its logits."""
+    return outputs if outputs.ndim == labels_BS.ndim else otherwise(outputs, labels_BS)
 
 
 def fuses_loss(config: PretrainConfig, placed: Placed, ranks: Ranks) -> bool:

@@ -49,6 +49,7 @@ RUN: dict[str, Any] = {
     "lr": 1e-3,
     "precision": "bf16",
     "device": "cuda",
+    "compile": False,
 }
 
 

@@ -13,26 +13,24 @@ from tests.gpu.test_training import COMPILER, final_weights, losses
 WIDE: dict[str, Any] = {
     "hidden_size": 512,
     "num_query_groups": 4,
-    "fp8_min_size": 256,
     "precision": "bf16",
     "device": "cuda",
 }
+FLOAT8: dict[str, Any] = {**WIDE, "fp8_format": "hybrid", "fp8_min_size": 256}
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
 def test_follows_bf16(tmp_path: Path, recipe: str, compiled: bool) -> None:
     plain = losses(tmp_path / "bf16", **WIDE)
-    fast = losses(
-        tmp_path / "fp8", **WIDE, fp8_format="hybrid", fp8_recipe=recipe, compile=compiled
-    )
+    fast = losses(tmp_path / "fp8", **FLOAT8, fp8_recipe=recipe, compile=compiled)
     assert plain[-1] < plain[0] - 0.5
     assert fast == pytest.approx(plain, rel=2e-2) and fast != plain
 
 
 def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    changes = {**WIDE, "fp8_format": "hybrid", "fp8_recipe": "delayed", "deterministic_mode": True}
+    changes = {**FLOAT8, "fp8_recipe": "delayed", "deterministic_mode": True}
     try:
         losses(tmp_path / "straight", **changes)
         losses(tmp_path / "resumed", **changes)

@@ -46,7 +46,7 @@ def test_cross_entropy_keeps_nan() -> None:
 def test_losses_in_bf16(chunk: int | None) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 128, 64, device="cuda").bfloat16().requires_grad_()
-    weight = torch.randn(1000, 64, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(1000, 64, device="cuda") / 8).bfloat16().requires_grad_()
     labels, upstream = (
         torch.randint(990, (2, 128), device="cuda"),
         torch.rand(2, 128, device="cuda"),
@@ -56,7 +56,8 @@ def test_losses_in_bf16(chunk: int | None) -> None:
     expected = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
     exact = torch.autograd.grad((expected * upstream).sum(), wide)
     losses = linear_losses(x, weight, labels, 990, chunk)
-    assert (losses - expected).abs().max() < 0.1
+    # Logits of up to 8 are rounded by up to 2^-6 in bf16.
+    assert (losses - expected).abs().max() < 2**-5
     for one, other in zip(
         torch.autograd.grad((losses * upstream).sum(), (x, weight)), exact, strict=True
     ):

@@ -60,6 +60,7 @@ MODEL: dict[str, Any] = {
     "global_batch_size": 8,
     "lr": 1e-3,
     "device": "cuda",
+    "compile": False,
 }
 LAYOUTS = (
     "tp2",

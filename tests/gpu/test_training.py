@@ -38,6 +38,7 @@ BASE: dict[str, Any] = {
     "eval_iters": 1,
     "save_interval": 10,
     "plots": False,
+    "compile": False,
 }
 QUIET = Session(Reporter(quiet=True))
 

@@ -77,13 +77,17 @@ def test_logits_equal_separate_passes(sizes: Any) -> None:
 
 @pytest.mark.parametrize("sizes", models())
 def test_a_step_equals_one_on_separate_documents(sizes: Any) -> None:
-    one, other = small_model(sizes), small_model(sizes)
-    together = stepper(one).step(GlobalBatch([sample()], samples=1), 0)
-    separate = stepper(other).step(GlobalBatch(alone(sample()), samples=1), 0)
+    one, other = stepper(small_model(sizes)), stepper(small_model(sizes))
+    together = one.step(GlobalBatch([sample()], samples=1), 0)
+    separate = other.step(GlobalBatch(alone(sample()), samples=1), 0)
     assert together.loss.item() == pytest.approx(separate.loss.item(), rel=1e-6)
     assert together.norm.item() == pytest.approx(separate.norm.item(), rel=1e-5)
-    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    # Not the weights: AdamW divides by the gradient's own size, and makes of a rounding error
+    # in one that is next to nothing a whole step.
+    for name, gradient in one.main.gradients.items():
+        expected = other.main.gradients[name]
+        assert gradient is not None and expected is not None
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_evaluation_keeps_documents_apart() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,18 @@ from torch import Tensor
 
 from mtk.config import make
 from mtk.config.bench import BenchConfig
+from mtk.config.pretrain import PretrainConfig
+from mtk.launch.local import launch
+from mtk.launch.process import Place, join
+from mtk.log import Reporter
 from mtk.models.linear_loss import linear_losses, softmax_minus_target_
 from mtk.parallel.ranks import Ranks
+from mtk.session import Session
 from mtk.training.assemble import LOGITS_BYTES, loss_chunk, make_stepper
+from mtk.training.join import ranks_of
+from mtk.training.metrics import read_metrics
 from mtk.verification.observe import observe, random_sample
+from stages.pretrain import run
 from tests.models.sizes import llama_config, small_model
 
 CHUNKS = (None, 1, 5, 12, 100)
@@ -90,21 +100,24 @@ def test_the_model_returns_losses_where_it_is_given_labels() -> None:
     torch.testing.assert_close(model(tokens, labels=labels)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def config(**changes: object) -> BenchConfig:
-    values: dict[str, object] = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "seq_length": 16,
-        "vocab_size": 97,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "micro_batch_size": 2,
-        "global_batch_size": 4,
-        "lr": 1e-3,
-        "device": "cpu",
-    }
-    return make(BenchConfig, **(values | changes))
+TINY: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "vocab_size": 97,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "micro_batch_size": 2,
+    "global_batch_size": 4,
+    "lr": 1e-3,
+    "device": "cpu",
+}
+QUIET = Session(Reporter(quiet=True))
+
+
+def config(**changes: Any) -> BenchConfig:
+    return make(BenchConfig, **(TINY | changes))
 
 
 def test_a_step_in_chunks_equals_a_step() -> None:
@@ -125,3 +138,40 @@ def test_chunks_are_taken_where_logits_are_large() -> None:
     assert loss_chunk(large) == LOGITS_BYTES // (2 * 131072)
     asked = dataclasses.replace(small.runtime, loss_chunk_tokens=7)
     assert loss_chunk(dataclasses.replace(large, runtime=asked)) == 7
+
+
+def test_a_run_in_chunks_trains_and_evaluates_as_one_without(tmp_path: Path) -> None:
+    """Evaluation takes the model's logits, training its losses."""
+    records = []
+    for name, changes in (("plain", {}), ("chunks", {"loss_chunk_tokens": 10})):
+        values = {"train_iters": 4, "log_interval": 1, "eval_interval": 2, "eval_iters": 1}
+        own = {**TINY, **values, **changes, "mock_data": True, "plots": False}
+        run(make(PretrainConfig, **own, save=str(tmp_path / name)), QUIET)
+        read = read_metrics(tmp_path / name / "metrics.jsonl")
+        records.append([(r["event"], r["loss"]) for r in read])
+    assert [event for event, _ in records[0]].count("eval") == 2
+    assert [event for event, _ in records[1]] == [event for event, _ in records[0]]
+    losses = [[loss for _, loss in found] for found in records]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def losses_of_ranks(place: Place) -> list[float]:
+    """Two tensor-parallel ranks: a step's loss and norm, from logits and in chunks."""
+    found = []
+    with join(place, 60.0) as trace:
+        for chunk in (None, 10):
+            parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "nproc": 2}
+            # Not a multiple of 2 x 128: the second rank has padding.
+            own = config(loss_chunk_tokens=chunk, vocab_size=130, **parallel)
+            seen = observe(own, random_sample(own), ranks_of(place, own, trace))
+            found += [seen.loss, seen.norm]
+    return found
+
+
+def test_ranks_that_share_the_vocabulary_agree() -> None:
+    single = config(vocab_size=130)
+    expected = observe(single, random_sample(single), Ranks())
+    plain_loss, plain_norm, loss, norm = launch(losses_of_ranks, (), 2, timeout=60.0)
+    assert loss == pytest.approx(expected.loss, rel=1e-6)
+    assert norm == pytest.approx(expected.norm, rel=1e-5)
+    assert plain_loss == pytest.approx(loss, rel=1e-6) and plain_norm == pytest.approx(norm, 1e-5)
