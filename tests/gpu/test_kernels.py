@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mtk.models.linear_loss import linear_losses
+from mtk.models.linear_loss import row_statistics as cpu_statistics
+from mtk.models.linear_loss import subtract_ as cpu_subtract_
 from mtk.precision.float8_casts import ACTIVATIONS, GATED, FusedCasts, PlainCasts, limit
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -31,6 +33,27 @@ def test_cross_entropy(dtype: torch.dtype, rows: int, columns: int, used: int) -
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     assert (logits[:, :used].double() - delta).abs().max() < bound
     assert not logits[:, used:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    """As plain PyTorch does it, with labels on both sides of the part and none of it used."""
+    from mtk.kernels.cross_entropy import row_statistics, subtract_
+
+    torch.manual_seed(0)
+    logits = (torch.randn(64, 3000, device="cuda") * 3).to(dtype)
+    labels = torch.randint(-1, 3000, (64,), device="cuda")
+    labels[:2] = -1
+    on_cpu, cpu_labels = logits.cpu(), labels.cpu()
+    for used in (2990, 0):
+        found, expected = logits.clone(), on_cpu.clone()
+        own, plain = row_statistics(found, labels, used), cpu_statistics(expected, cpu_labels, used)
+        for one, other in zip(own, plain, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)
+        log_sum = plain[0] + plain[1].clamp(min=1e-30).log()
+        subtract_(found, labels, log_sum.cuda(), used)
+        cpu_subtract_(expected, cpu_labels, log_sum, used)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-5)
 
 
 def test_cross_entropy_keeps_nan() -> None:
