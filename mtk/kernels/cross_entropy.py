@@ -44,12 +44,13 @@ def _highest_and_sum(start, columns: tl.constexpr, used: tl.constexpr, BLOCK: tl
 def _subtract(
     start, label, log_sum, columns: tl.constexpr, used: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row becomes exp(x - log_sum), less 1 at the label."""
+    """A row becomes exp(x - log_sum), less 1 at the label if it is one of the columns used."""
     offsets = tl.arange(0, BLOCK)
     for begin in range(0, columns, BLOCK):
         at = begin + offsets
         x = tl.load(start + at, mask=at < used, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(x - log_sum) - tl.where(at == label, 1.0, 0.0)
+        own = (at == label) & (at < used)
+        gradient = tl.exp(x - log_sum) - tl.where(own, 1.0, 0.0)
         tl.store(start + at, gradient.to(start.dtype.element_ty), mask=at < columns)
 
 
