@@ -27,6 +27,7 @@ from mtk.launch.local import launch
 from mtk.log import Reporter
 from mtk.models.count_families import flops_per_token, parameters
 from mtk.parallel.apply import training_device
+from mtk.training.compiled import compiles
 from mtk.training.data import with_vocabulary
 from mtk.training.opened_data import open_data
 
@@ -91,7 +92,10 @@ def bench_train(config: TrainBenchConfig, reporter: Reporter) -> Report:
     """Measure all that is asked for; the JSON file is complete after each measurement. Raises
     ConfigError and DataError; what else ends a training is in its row."""
     config = with_vocabulary(config, open_data(config.data))  # type: ignore[assignment]
-    device = training_device(config.runtime).type
+    place = training_device(config.runtime)
+    # As it is then recorded and titled: whether blocks are compiled may depend on the device.
+    runtime = dataclasses.replace(config.runtime, compile=compiles(config, place))
+    config, device = dataclasses.replace(config, runtime=runtime), place.type
     hardware = hardware_of(device, config.parallel.nproc, reporter)
     roofline, why = _roofline(config, device, reporter)
     found: dict[str, list[Run]] = {"mtk": [], **({"plain": []} if config.plain else {})}
