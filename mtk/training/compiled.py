@@ -18,9 +18,11 @@ def compiles(config: PretrainConfig, device: torch.device) -> bool:
     runtime, model = config.runtime, config.model
     if runtime.compile is not None or device.type != "cuda":
         return bool(runtime.compile)
-    if config.parallel.pipeline_schedule in ("zero-bubble", "zbv"):
-        return False
-    return not runtime.deterministic_mode and model.family == "gpt" and not model.has_mamba
+    parallel, plain = config.parallel, model.family == "gpt" and not model.has_mamba
+    delayed = parallel.pipeline_schedule in ("zero-bubble", "zbv")
+    travelling = parallel.expert_model_parallel_size > 1  # how many tokens come is not known
+    adapted = model.lora.lora_rank is not None
+    return plain and not (delayed or travelling or adapted or runtime.deterministic_mode)
 
 
 def keep_compiled(environment: MutableMapping[str, str] | None = None) -> None:

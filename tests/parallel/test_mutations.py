@@ -22,11 +22,15 @@ import torch.distributed as dist
 
 import mtk
 from mtk.config import make
+from mtk.config.float8 import Float8Options
 from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.parallel.dims import Dims
 from mtk.parallel.ranks import Ranks, make_ranks
 from mtk.parallel.rng import SharedDropout
+from mtk.precision.float8 import Scaling
+from mtk.precision.float8_casts import PlainCasts
+from mtk.precision.float8_history import History
 from mtk.training.assemble import make_stepper
 from mtk.training.evaluate import held_out_loss
 from mtk.verification.compare import compare
@@ -76,6 +80,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp2.sp": Layout(2, {TP: 2, SP: True}),
     "dp2.optimizer": Layout(2, {SHARDING: "optimizer"}, ("gradients averaged over two",)),
     "pp2.1f1b": Layout(2, {PP: 2}, ("norm counts every copy",)),
+    "tp2.chunks": Layout(2, {TP: 2, SP: True}, changes={"runtime.loss_chunk_tokens": 10}),
     "tp4.kv": Layout(4, {TP: 4}, fresh=("grads.", "step.")),
     "dp2.replicate": Layout(2, {}, ("norm counts every copy", "last micro-batch not reduced")),
     "dp4.hybrid": Layout(4, {SHARDING: "full", COPIES: 2}, ("norm counts every copy",)),
@@ -209,8 +214,10 @@ ELSEWHERE = {
     "evaluate.samples": "classified samples brought together, counted in the tests of finetuning",
     "accuracy.samples": "classified samples of an evaluation, likewise",
     "tp.dropout": "below",
+    "float8.*": "below",
     "custom.logits": "logits handed out, compared whole in test_custom",
     "run.base": "records of a manifest",
+    "run.attention": "the choice of a kernel",
     "moe.sequences": "Sinkhorn's, with the faults of its own tests of routers",
     "moe.rows": "Sinkhorn's, with the faults of its own tests of routers",
     "run.layout": "a line for people",
@@ -284,6 +291,30 @@ def _masks(rank: int) -> dict[str, list[float]]:
 def test_a_fault_of_masks_that_ranks_share_is_seen() -> None:
     one, other = run_ranks(2, _masks)
     assert one[""] == other[""] and len(set(one[""])) == 2
+    assert one["left out"] != other["left out"]
+
+
+def _scales(rank: int) -> dict[str, list[float]]:
+    """What delayed scaling makes of magnitudes that differ between data-parallel ranks."""
+    stand_in = StandIn()
+    stand_in.install()
+    group = make_ranks(Dims(dp=2), rank=rank, device=torch.device("cpu")).shards
+    found = {}
+    for how in ("", "left out"):
+        stand_in.begin((f"all_reduce float8.{group.name}", how) if how else None)
+        options = Float8Options(fp8_format="hybrid", fp8_recipe="delayed")
+        layer = Scaling(options, PlainCasts(), (False, True))
+        history = History([layer], options, torch.device("cpu"), (group,))
+        layer.note(0, torch.tensor(1.0 + rank))
+        layer.note(1, torch.tensor(2.0 - rank))
+        history.end_step()
+        found[how] = layer.get_buffer("scale").tolist()
+    return found
+
+
+def test_a_fault_of_scales_that_ranks_share_is_seen() -> None:
+    one, other = run_ranks(2, _scales)
+    assert one[""] == other[""] == [448.0 / 2, 57344.0 / 2]
     assert one["left out"] != other["left out"]
 
 
