@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtk.benchmarks.training import Report, Row
 from mtk.models.count_families import parameters
+from mtk.training.compiled import compiles
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
 
@@ -44,7 +47,9 @@ def _title(report: Report) -> str:
     model, name = config.model, report.hardware[0]["name"] if report.hardware else "CPU"
     size = f"{parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers"
     batch = f"{config.batch.full} x {model.seq_length} tokens a step"
-    compiled = "compiled" if config.runtime.compile else "not compiled"
+    # GPUs are listed where they train.
+    device = torch.device("cuda" if report.hardware else "cpu")
+    compiled = "compiled" if compiles(config, device) else "not compiled"
     return f"{size}, {batch}, {config.precision.precision}, {compiled}\n{name}"
 
 

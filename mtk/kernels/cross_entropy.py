@@ -21,6 +21,8 @@ BLOCK = 2048
 WARPS = 8
 # Below any logit; a number, as -inf less -inf is none.
 LEAST = tl.constexpr(-1e30)
+# The label of tokens that have no loss, as in PyTorch.
+IGNORED = tl.constexpr(-100)
 
 
 @triton.jit
@@ -61,10 +63,14 @@ def _softmax_minus_target(
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * columns
     label = tl.load(labels + row)
-    target = tl.load(start + label).to(tl.float32)
+    # A label outside of the row must not be read there.
+    own = (label >= 0) & (label < used)
+    target = tl.load(start + label, mask=own, other=float("nan")).to(tl.float32)
     highest, total = _highest_and_sum(start, columns, used, BLOCK)
     log_sum = highest + tl.log(total)
-    tl.store(losses + row, log_sum - target)
+    tl.store(losses + row, tl.where(label == IGNORED, 0.0, log_sum - target))
+    # Then the gradient is exp(x - inf) = 0.
+    log_sum = tl.where(label == IGNORED, float("inf"), log_sum)
     # No store may overtake a load of the row by another thread.
     tl.debug_barrier()
     _subtract(start, label, log_sum, columns, used, BLOCK)
@@ -104,6 +110,7 @@ def _subtract_rows(
 def softmax_minus_target_(logits_NV: Tensor, labels_N: Tensor, used: int) -> Tensor:
     """Losses in nats, fp32 [N]; ``logits_NV`` (contiguous) becomes softmax - one-hot of the
     label, the gradient of each row's loss. Columns from ``used`` on take no part: they become 0.
+    Labels as for :func:`mtk.models.linear_loss.linear_losses`.
     """
     losses_N = _floats(logits_NV)
     _launch(_softmax_minus_target, logits_NV, used, labels_N, losses_N)

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtk.kernels import fused_on
 
 # (logits [N, V], labels [N], columns that count) -> losses [N]; the logits become their gradient.
 Replace = Callable[[Tensor, Tensor, int], Tensor]
+# The label of tokens that have no loss, as in PyTorch.
+IGNORED = -100
 
 
 def linear_losses(
@@ -32,7 +35,8 @@ def linear_losses(
     chunk: int | None = None,
     replace: Replace | None = None,
 ) -> Tensor:
-    """Cross-entropy in nats of each token, fp32 [B, S].
+    """Cross-entropy in nats of each token, fp32 [B, S]: 0 of those labelled ``IGNORED``, NaN for
+    any other label outside of the vocabulary.
 
     used: columns of the vocabulary that count; the matrix may be padded. chunk: tokens whose
     logits are held at a time (default: all, kept until backward in the states' type). replace:
@@ -75,6 +79,7 @@ class _LinearLosses(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_NE, weight_VE, labels_N, *kept = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]
@@ -119,9 +124,8 @@ def softmax_minus_target_(logits_NV: Tensor, labels_N: Tensor, used: int) -> Ten
 
         return cross_entropy.softmax_minus_target_(logits_NV, labels_N, used)
     highest_N, total_N, target_N = row_statistics(logits_NV, labels_N, used)
-    log_sum_N = highest_N + total_N.log()
-    subtract_(logits_NV, labels_N, log_sum_N, used)
-    return log_sum_N - target_N
+    target_N = target_N.masked_fill((labels_N < 0) | (labels_N >= used), float("nan"))
+    return finish_(logits_NV, labels_N, labels_N, highest_N + total_N.log(), target_N, used)
 
 
 # -- where a rank has some of the columns only ----------------------------------------------
@@ -143,6 +147,22 @@ def row_statistics(logits_NV: Tensor, labels_N: Tensor, used: int) -> tuple[Tens
     own_N = (labels_N >= 0) & (labels_N < used)
     target_N = counted.gather(-1, labels_N.where(own_N, 0)[:, None])[:, 0]
     return highest_N, total_N, target_N.where(own_N, 0.0)
+
+
+def finish_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    own_N: Tensor,
+    log_sum_N: Tensor,
+    target_N: Tensor,
+    used: int,
+) -> Tensor:
+    """Losses, and the gradient in place of ``logits_NV``, from the statistics of whole rows.
+    own_N: the labels as columns of these logits. target_N: NaN where there is no such column."""
+    ignored_N = labels_N == IGNORED
+    # exp(x - inf) = 0 is their gradient.
+    subtract_(logits_NV, own_N, log_sum_N.masked_fill(ignored_N, float("inf")), used)
+    return (log_sum_N - target_N).masked_fill(ignored_N, 0.0)
 
 
 def subtract_(logits_NV: Tensor, labels_N: Tensor, log_sums_N: Tensor, used: int) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtk.models.gpt import OutputHead
-from mtk.models.linear_loss import linear_losses, row_statistics, subtract_
+from mtk.models.linear_loss import finish_, linear_losses, row_statistics
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.groups import Group
 
@@ -73,11 +73,11 @@ def shared_softmax_minus_target_(
     local_N = local_N.masked_fill((local_N < 0) | (local_N >= used), -1)
     highest_N, total_N, target_N = row_statistics(logits_NL, local_N, used)
     whole_N = all_reduce(highest_N, group, "tp.loss.max", "max")
-    sums_2N = torch.stack((total_N * (highest_N - whole_N).exp(), target_N))
-    total_N, target_N = all_reduce(sums_2N, group, "tp.loss.sum").unbind()
-    log_sum_N = whole_N + total_N.log()
-    subtract_(logits_NL, local_N, log_sum_N, used)
-    return log_sum_N - target_N
+    own_N = (local_N >= 0).float()
+    sums_3N = torch.stack((total_N * (highest_N - whole_N).exp(), target_N, own_N))
+    total_N, target_N, own_N = all_reduce(sums_3N, group, "tp.loss.sum").unbind()
+    target_N = target_N.masked_fill(own_N == 0, float("nan"))  # no rank has the column
+    return finish_(logits_NL, labels_N, local_N, whole_N + total_N.log(), target_N, used)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -183,7 +183,7 @@ class _Mlp(torch.autograd.Function):
 
 
 def _activated(inner_MF: Tensor, kind: str, scaling: Scaling) -> Cast:
-
+    """act(x), cast without being written in between where its scale is known before."""
     scale = scaling.scale
     own = scale[2] if scale is not None else scaling.scale_of(2, activated(inner_MF.float(), kind))
     rows, turned, amax = scaling.casts.activate(inner_MF, own, scaling.dtype(2), kind)
@@ -194,7 +194,7 @@ def _activated(inner_MF: Tensor, kind: str, scaling: Scaling) -> Cast:
 def _activated_backward(
     grad_MF: Tensor, inner_MF: Tensor, kind: str, scaling: Scaling
 ) -> tuple[Cast, Tensor]:
-
+    """The gradient of x from that of act(x), cast likewise, and its sums over runs of rows."""
     scale = scaling.scale
     if scale is not None:
         own = scale[5]

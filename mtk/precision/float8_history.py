@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mtk.artifacts.hashing import sha256_json
 from mtk.config.float8 import Float8Options
 from mtk.parallel.collectives import all_reduce
 from mtk.parallel.groups import Group
@@ -27,7 +28,7 @@ FIRST, FIRST_OF_GRADIENTS = 1.0, 2.0**16
 
 class History:
     """The delayed scales of all layers of a rank. amaxes_HR: newest first, fp32; zeros where
-    nothing was seen.
+    nothing was seen. key: its name in a checkpoint.
 
     Call it when weights are on their device. groups: ranks over which magnitudes are shared.
     """
@@ -39,8 +40,11 @@ class History:
         device: torch.device,
         groups: Iterable[Group] = (),
     ) -> None:
-        modules = (module for part in parts for module in part.modules())
-        self.layers = [module for module in modules if isinstance(module, Scaling)]
+        modules = [pair for part in parts for pair in part.named_modules()]
+        named = {name: module for name, module in modules if isinstance(module, Scaling)}
+        self.layers = list(named.values())
+        # What the columns of the history belong to; another choice of layers must not take it over.
+        self.key = f"float8.amaxes.{sha256_json(list(named))[:16]}"
         self.groups = tuple(group for group in groups if group.size > 1)
         counts = [len(layer.gradients) for layer in self.layers]
         for layer, count in zip(self.layers, counts, strict=True):

@@ -20,8 +20,9 @@ from mtk.training.progress import RunProgress
 from mtk.training.random_state import random_state, restore_random_state
 from mtk.training.step import Stepper
 
-# The history of delayed FP8 scaling, beside the states of generators: both are a rank's own.
-SCALES = "float8.amaxes"
+# The history of delayed FP8 scaling begins so, beside the states of generators: both are a
+# rank's own.
+SCALES = "float8.amaxes."
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def blocks(stepper: Stepper) -> dict[str, dict[str, Block]]:
             optimizer[key] = Block(tensor, piece.shape, piece.offset)
     own = random_state(stepper.device)
     if stepper.scales is not None:
-        own[SCALES] = stepper.scales.amaxes_HR
+        own[stepper.scales.key] = stepper.scales.amaxes_HR
     random = {
         f"{_prefix(stepper)}{name}": Block(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
         for name, tensor in own.items()
@@ -145,9 +146,10 @@ def restore_random(stepper: Stepper, folder: Path, training: Mapping[str, Any], 
         names = [name for name in read_index(folder, "random") if name.startswith(prefix)]
         state = read_tensors(folder, "random", names)
         restored = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        amaxes = restored.pop(SCALES, None)
-        if stepper.scales is not None and amaxes is not None:
-            stepper.scales.restore(amaxes)
+        histories = {name for name in restored if name.startswith(SCALES)}
+        amaxes = {name: restored.pop(name) for name in histories}
+        if stepper.scales is not None and stepper.scales.key in amaxes:
+            stepper.scales.restore(amaxes[stepper.scales.key])
         restore_random_state(restored, stepper.device)
     else:
         step = int(training["progress"]["step"])

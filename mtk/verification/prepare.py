@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TypeVar
 
+from mtk.config.float8 import Float8Options
 from mtk.config.optimization import ScheduleConfig
 from mtk.config.pretrain import PretrainConfig
 from mtk.errors import ConfigError, Problem
@@ -62,6 +63,12 @@ def comparable(config: Config) -> tuple[Config, list[str]]:
     if precision.precision == "fp16" and precision.loss_scale is None:
         precision = dataclasses.replace(precision, initial_loss_scale=LOSS_SCALE, min_loss_scale=1)
         notes.append(f"loss scale: starts at {LOSS_SCALE:g}, so that no step is skipped")
+    if precision.fp8:
+        precision = dataclasses.replace(precision, **vars(Float8Options()))
+        notes.append(
+            "FP8: off, as scales are those of a rank's part, and numbers of two or three bits hide "
+            "what a layout does"
+        )
     if precision.precision in SPACING:
         notes.append(f"tolerances: those of {precision.precision}; --precision fp32 tells far more")
     optimizer = dataclasses.replace(

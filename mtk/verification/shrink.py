@@ -3,9 +3,9 @@
 Kept: the layout, the kinds of all parts, attention heads, key/value groups, experts and how
 many of them a token goes to, heads and groups of Mamba layers, uneven pipeline splits (two
 layers at most in a stage, or one of each kind of a pattern), the precision, micro-batches.
-Smaller: layers (as few as give each stage its own), channels of a head (8) and with them the
-hidden size, states, widths of MLPs, the sequence (32 tokens, or the least that the layout can
-cut), the vocabulary (uneven, so that its padding counts).
+Smaller: layers (as few as give each stage its own), channels of a head (8; 16 with FP8) and
+with them the hidden size, states, widths of MLPs, the sequence (32 tokens, or the least that
+the layout can cut), the vocabulary (uneven, so that its padding counts).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 from math import lcm
 from typing import TypeVar
 
+from mtk.config.float8 import STEP
 from mtk.config.layer_pattern import shrunk_pattern
 from mtk.config.layout_rules import longest_stage, stacked_layers
 from mtk.config.model import ModelConfig
@@ -21,6 +22,8 @@ from mtk.config.parallel import ParallelConfig
 from mtk.config.pretrain import BatchConfig, PretrainConfig
 
 HEAD = 8
+# All sizes are multiples of it where layers compute in FP8; such layers stay so, however small.
+FLOAT8_HEAD = STEP
 # Of a model without attention, whose hidden size no heads decide.
 LEAST_HIDDEN = 32
 STATE = 16
@@ -39,9 +42,16 @@ def shrink(config: Config) -> Config:
     pattern = _pattern(config.model.hybrid_layer_pattern, layers)
     each = layers // _stacks(config.model)
     model = dataclasses.replace(config.model, num_layers=each, hybrid_layer_pattern=pattern)
-    model = _sizes(model, parallel)
+    precision = config.precision
+    model = _sizes(model, parallel, FLOAT8_HEAD if precision.fp8 else HEAD)
+    if precision.fp8:
+        precision = dataclasses.replace(precision, fp8_min_size=min(precision.fp8_min_size, STEP))
     return dataclasses.replace(
-        config, model=model, parallel=parallel, batch=_batch(config, parallel)
+        config,
+        model=model,
+        parallel=parallel,
+        precision=precision,
+        batch=_batch(config, parallel),
     )
 
 
@@ -86,13 +96,16 @@ def _pattern(pattern: str | None, layers: int) -> str | None:
     return (kinds * -(-layers // len(kinds)))[:layers]
 
 
-def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+def _sizes(model: ModelConfig, parallel: ParallelConfig, least: int) -> ModelConfig:
+    """least: channels of a head, and what widths are multiples of."""
     tp = parallel.tensor_model_parallel_size
     cp = parallel.context_parallel_size
     rows = tp if parallel.sequence_parallel else 1
-    head = _head(model)
-    hidden = _up(model.num_attention_heads * head if model.has_attention else LEAST_HIDDEN, 8)
-    unit = lcm(cp * rows, 2 * cp if cp > 1 else 1)
+    head = _head(model, least)
+    hidden = _up(model.num_attention_heads * head if model.has_attention else LEAST_HIDDEN, least)
+    # Every rank has tokens in steps of what FP8 asks for.
+    tokens = least if least == FLOAT8_HEAD else 1
+    unit = lcm(cp * rows, 2 * cp if cp > 1 else 1, tokens * cp)
     length = min(model.seq_length, _up(SEQUENCE, unit))
     mamba = model.has_mamba
     vocabulary_unit = lcm(VOCABULARY_UNIT, tp)
@@ -101,7 +114,7 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         model,
         kv_channels=head,
         hidden_size=min(model.hidden_size, hidden),
-        ffn_hidden_size=min(model.ffn_size, _up(2 * hidden, 8 * tp)) if model.has_mlp else None,
+        ffn_hidden_size=min(model.ffn_size, _up(2 * hidden, least * tp)) if model.has_mlp else None,
         moe_ffn_hidden_size=min(model.moe_ffn_size, _up(hidden, 8 * tp))
         if model.num_experts
         else None,
@@ -122,9 +135,9 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     )
 
 
-def _head(model: ModelConfig) -> int:
+def _head(model: ModelConfig, least: int) -> int:
     """Channels of a head: few, but with an even number of rotated ones."""
-    for size in (HEAD, 2 * HEAD, 4 * HEAD):
+    for size in (least, 2 * least, 4 * least):
         rotated = int(size * model.rotary_percent)
         even = rotated >= 2 and rotated % 2 == 0
         if size < model.head_size and (model.position_embedding_type != "rope" or even):

@@ -22,7 +22,7 @@ from mtk.benchmarks.timing import (
     no_mark,
     parts_of,
 )
-from mtk.benchmarks.train_chart import draw
+from mtk.benchmarks.train_chart import _title, draw
 from mtk.benchmarks.train_steps import measure_mtk
 from mtk.benchmarks.training import (
     COLUMNS,
@@ -150,6 +150,9 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
     draw(report, tmp_path / "figures" / "train.png")
     assert (tmp_path / "figures" / "train.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len(list((tmp_path / "figures").iterdir())) == 1
+    assert ", not compiled" in _title(report)
+    on_gpu = dataclasses.replace(report, hardware=[{"name": "NVIDIA H200"}])
+    assert ", compiled" in _title(on_gpu)  # as is the default there
 
 
 # -- the stopwatch ------------------------------------------------------------------------

@@ -118,7 +118,10 @@ def test_bf16_is_close_both_ways(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = model(tokens()).logits.float()
     ours = open_model(tmp_path / "foreign", dtype=torch.bfloat16).model(tokens()).float()
-    assert (ours - theirs).abs().max() <= 2e-2
+    # Roundings of the same numbers are no further apart than each is from the truth, and on some
+    # CPUs transformers is further from it than this.
+    allowed = max(2e-2, 2 * (theirs - exact).abs().max().item())
+    assert (ours - theirs).abs().max() <= allowed
     # No further from the truth than transformers itself.
     distances = [(each - exact).pow(2).mean().sqrt() for each in (ours, theirs)]
     assert distances[0] <= 1.2 * distances[1]
@@ -128,7 +131,7 @@ def test_bf16_is_close_both_ways(name: str, tmp_path: Path) -> None:
         back, dtype=torch.bfloat16, attn_implementation="eager"
     )
     with torch.no_grad():
-        assert (again(tokens()).logits.float() - ours).abs().max() <= 2e-2
+        assert (again(tokens()).logits.float() - ours).abs().max() <= allowed
 
 
 @torch.no_grad()

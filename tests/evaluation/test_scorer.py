@@ -79,7 +79,8 @@ def test_neighbours_in_a_batch_do_not_matter() -> None:
     one = Scorer(model, 0, batch_tokens=200).score(asked)
     other = Scorer(model, 17, batch_tokens=200).score(asked[::-1] + asked[:3])[: len(asked)][::-1]
     for a, b in zip(one, other, strict=True):
-        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-5)
+        # The last bits of fp32: of a logarithm of -15 one is worth 1e-6, and sums are long.
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-5, rel=2e-6)
         assert a.predicted == b.predicted
 
 

@@ -56,6 +56,19 @@ def test_cross_entropy_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-5)
 
 
+def test_labels_outside_of_the_row() -> None:
+    """They are not read: no loss and no gradient for -100, NaN for others."""
+    from mtk.kernels.cross_entropy import softmax_minus_target_
+
+    logits = torch.randn(4, 300, device="cuda")
+    softmax = logits[:, :296].softmax(-1)
+    labels = torch.tensor([3, -100, 298, 10**12], device="cuda")
+    losses = softmax_minus_target_(logits, labels, 296)
+    assert losses.isnan().tolist() == [False, False, True, True]
+    assert losses[1] == 0 and not logits[1].any()
+    torch.testing.assert_close(losses[0], -softmax[0, 3].log(), rtol=1e-5, atol=1e-5)
+
+
 def test_cross_entropy_keeps_nan() -> None:
     from mtk.kernels.cross_entropy import softmax_minus_target_
 

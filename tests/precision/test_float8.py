@@ -24,6 +24,7 @@ from mtk.precision.float8_casts import (
     activated_backward,
     limit,
 )
+from mtk.precision.float8_history import History
 from mtk.precision.float8_layers import LINEAR, Float8Attention, Float8MLP, use_float8
 from tests.models.sizes import small_config, small_model
 
@@ -121,17 +122,24 @@ def test_gradients_of_a_product() -> None:
 
 # Dynamo's own doing.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
-def test_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_compiles_as_one_graph(recipe: Any) -> None:
     torch._dynamo.reset()
     plain, compiled = model_of(), model_of()
+    histories = []
     for model in (plain, compiled):
-        use_float8(model, options(), CPU)
+        use_float8(model, options(fp8_recipe=recipe), CPU)
+        if recipe == "delayed":
+            histories.append(History([model], options(), CPU))
     for block in compiled.layers.values():
         block.compile(backend="aot_eager", dynamic=False, fullgraph=True)
     loss, expected = gradients(plain)
     own, found = gradients(compiled)
     assert own == loss
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    # Magnitudes are noted in forward and backward alike.
+    met = [torch.cat(history._buffers("amax")) for history in histories]
+    assert not met or (bool((met[0] > 0).all()) and torch.equal(*met))
 
 
 def test_first_and_last_layers_stay() -> None:

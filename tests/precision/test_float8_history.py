@@ -69,6 +69,16 @@ def test_training_follows_own_scales() -> None:
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
 
 
+def test_a_history_of_other_layers_has_another_name() -> None:
+    first, _ = begun(num_layers_at_start_in_bf16=1)
+    last, _ = begun(num_layers_at_end_in_bf16=1)
+    assert first.scales is not None and last.scales is not None
+    assert first.scales.amaxes_HR.shape == last.scales.amaxes_HR.shape
+    assert first.scales.key != last.scales.key
+    again, _ = begun(num_layers_at_start_in_bf16=1)
+    assert again.scales is not None and again.scales.key == first.scales.key
+
+
 def test_evaluation_leaves_no_trace() -> None:
     stepper, batches = begun()
     stepper.step(next(batches), 0)

@@ -175,3 +175,32 @@ def test_ranks_that_share_the_vocabulary_agree() -> None:
     assert loss == pytest.approx(expected.loss, rel=1e-6)
     assert norm == pytest.approx(expected.norm, rel=1e-5)
     assert plain_loss == pytest.approx(loss, rel=1e-6) and plain_norm == pytest.approx(norm, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_labels_that_are_none(chunk: int | None) -> None:
+    """PyTorch's -100 has neither loss nor gradient; another label outside is never a number."""
+    x, weight, labels, upstream = inputs()
+    labels[0, 2], labels[1, 1] = -100, -100
+    expected = reference(x, weight, labels, 33)
+    found = linear_losses(x, weight, labels, 33, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad((expected * upstream).sum(), (x, weight))
+    own = torch.autograd.grad((found * upstream).sum(), (x, weight))
+    for one, other in zip(own, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    labels[0, 0], labels[1, 5] = 33, -1  # of the padded vocabulary, and before it
+    wrong = linear_losses(x, weight, labels, 33, chunk).isnan()
+    assert wrong.nonzero().tolist() == [[0, 0], [1, 5]]
+
+
+def test_gradients_are_the_same_twice_and_have_none_of_their_own() -> None:
+    x, weight, labels, _ = inputs()
+    losses = linear_losses(x, weight, labels, 33)
+    first = torch.autograd.grad(losses.sum(), (x, weight), retain_graph=True)
+    again = torch.autograd.grad(losses.sum(), (x, weight), retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    # Of a derivative there is none: better an error than a wrong one.
+    (grad,) = torch.autograd.grad((losses * losses).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()  # type: ignore[no-untyped-call]

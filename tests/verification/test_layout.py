@@ -130,6 +130,9 @@ def test_observations_travel_as_files(tmp_path: Path) -> None:
     assert compare(one, [back], Tolerance(0, 0, 0, 0, 0)).failures == []
 
 
+FLOAT8 = {"precision": "bf16", "fp8_format": "hybrid", "fp8_recipe": "delayed", "seq_length": 16}
+
+
 def test_tolerances_follow_precision_steps_and_learning_rate() -> None:
     values = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
     values |= {"vocab_size": 9, "mock_data": True, "train_iters": 1, "save": "x"}
@@ -146,3 +149,6 @@ def test_tolerances_follow_precision_steps_and_learning_rate() -> None:
         "loss scale",
         "tolerances",
     ]
+    changed, notes = comparable(make(PretrainConfig, **(values | FLOAT8), lr=1e-2))
+    assert not changed.precision.fp8 and any(note.startswith("FP8: off") for note in notes)
+    assert not list(changed.problems())

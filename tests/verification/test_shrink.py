@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mtk.config import make
+from mtk.config.float8 import STEP
 from mtk.config.pretrain import PretrainConfig
 from mtk.parallel.legal_layouts import data_parallel_size, legal_layouts, name, techniques
 from mtk.verification.prepare import small
@@ -91,3 +92,20 @@ def test_a_small_model_is_not_made_larger() -> None:
     model = shrunk.model
     assert (model.num_layers, model.hidden_size, model.ffn_size) == (1, 32, 32)
     assert (model.seq_length, model.vocab_size, model.head_size) == (8, 11, 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "micro_batch_size": 1}])
+def test_layers_in_fp8_stay_so(changes: dict[str, Any]) -> None:
+    """In every layout they are large enough, and every rank's part is a multiple of 16."""
+    values = {**VALUES, "precision": "bf16", "fp8_format": "hybrid", **changes}
+    config = make(PretrainConfig, **values)
+    layouts = legal_layouts(4, config.model, config.batch)
+    # Those that delay weight gradients are not for FP8.
+    whole = [x for x in layouts if x.pipeline_schedule not in ("zero-bubble", "zbv")]
+    for layout in whole[::3]:
+        shrunk, _ = small(dataclasses.replace(config, parallel=layout))
+        model, tp = shrunk.model, layout.tensor_model_parallel_size
+        assert model.hidden_size >= shrunk.precision.fp8_min_size
+        heads, groups = model.num_attention_heads // tp, max(1, model.query_groups // tp)
+        widths = (heads * model.head_size, groups * model.head_size, model.ffn_size // tp)
+        assert not any(width % STEP for width in (*widths, model.hidden_size)), name(layout)
