@@ -31,12 +31,22 @@ class Float8Options:
         "that of the steps before.",
     )
     fp8_amax_history_len: int = option(16, help="Steps that delayed scaling looks back.")
-    fp8_margin: int = option(0, help="Leave this many powers of 2 of the range unused.")
+    fp8_margin: int | None = option(
+        None,
+        help="Leave this many powers of 2 of the range unused (default: 1 with delayed scaling, "
+        "for what grows from step to step, else 0).",
+    )
     fp8_min_size: int = option(
         512, help="Layers with fewer inputs or outputs stay in bf16: casts would cost more."
     )
     num_layers_at_start_in_bf16: int = option(0, help="First layers that stay in bf16.")
     num_layers_at_end_in_bf16: int = option(0, help="Last layers that stay in bf16.")
+
+    @property
+    def margin(self) -> float:
+        """What the greatest number of a format is multiplied by before scales are made of it."""
+        delayed = self.fp8_recipe == "delayed"
+        return 2.0 ** -(int(delayed) if self.fp8_margin is None else self.fp8_margin)
 
     @property
     def fp8(self) -> bool:
@@ -55,7 +65,7 @@ class Float8Options:
             rule = "needs bf16 for all that is not in FP8"
             yield Problem("fp8_format", self.fp8_format, rule, "Add --bf16.")
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp8_margin"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 yield Problem(name, getattr(self, name), "must not be negative", "Nearest: 0.")
         for name in ("fp8_amax_history_len", "fp8_min_size"):
             if getattr(self, name) < 1:

@@ -52,7 +52,7 @@ class Scaling(nn.Module):
     def __init__(self, options: Float8Options, casts: Casts, gradients: tuple[bool, ...]) -> None:
         super().__init__()
         self.casts, self.formats = casts, Formats.of(options.fp8_format)
-        self.gradients, self.margin = gradients, 2.0**-options.fp8_margin
+        self.gradients, self.margin = gradients, options.margin
         for name in ("scale", "amax"):
             delayed = options.fp8_recipe == "delayed"
             buffer = torch.zeros(len(gradients), device="meta") if delayed else None

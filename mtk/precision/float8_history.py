@@ -54,8 +54,7 @@ class History:
         limits = [
             limit(layer.dtype(i)) for layer in self.layers for i in range(len(layer.gradients))
         ]
-        margin = 2.0**-options.fp8_margin
-        self.limits_R = torch.tensor(limits, device=device) * margin
+        self.limits_R = torch.tensor(limits, device=device) * options.margin
         firsts = [FIRST_OF_GRADIENTS if flag else FIRST for flag in flags]
         self.firsts_R = torch.tensor(firsts, device=device)
         self.counts = counts

@@ -33,7 +33,7 @@ def begun(**changes: Any) -> tuple[Stepper, Iterator[GlobalBatch]]:
 
 
 def test_scales_are_those_of_the_steps_before() -> None:
-    stepper, batches = begun(fp8_amax_history_len=3, fp8_margin=1)
+    stepper, batches = begun(fp8_amax_history_len=3, fp8_margin=2)
     scales = stepper.scales
     assert scales is not None and scales.fresh
     gradients = scales.layers[0].gradients
@@ -46,10 +46,19 @@ def test_scales_are_those_of_the_steps_before() -> None:
     seen = scales.amaxes_HR.clone()
     expected = scales.limits_R / seen.amax(0)
     torch.testing.assert_close(torch.cat(scales._buffers("scale")), expected)
-    assert scales.limits_R[0] == 448.0 / 2  # E4M3 with a margin of one power of 2
+    assert scales.limits_R[0] == 448.0 / 4  # E4M3 with a margin of two powers of 2
     stepper.step(next(batches), 2)
     assert torch.equal(scales.amaxes_HR[1:], seen[:2])
     assert not torch.cat(scales._buffers("amax")).any()
+
+
+def test_there_is_room_for_what_grows() -> None:
+    """Twice what was seen is still in range, as losses fell behind bf16's without it."""
+    delayed, _ = begun()
+    none, _ = begun(fp8_margin=0)
+    assert delayed.scales is not None and none.scales is not None
+    assert torch.equal(2 * delayed.scales.limits_R, none.scales.limits_R)
+    assert config(fp8_min_size=16).precision.margin == 1.0  # tensorwise
 
 
 def test_the_measuring_pass_trains_nothing() -> None:
