@@ -1,4 +1,5 @@
-"""Fused kernels in Triton, each beside the plain version that it must equal.
+"""Fused kernels in Triton, each beside the plain version that it must equal, and copies to a device
+that nothing waits for.
 
 Triton comes with torch for CUDA and is imported by the modules here that say so, and only once a
 CUDA device is there. What calls them has a plain path that runs everywhere.

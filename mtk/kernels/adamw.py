@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtk.kernels.transfer import send
+
 # Values that one program moves, and how many of them at a time: four a thread, which is 16 bytes
 # of fp32 in each access. More would have stores of two widths, and a change of layout between them.
 CHUNK = 8192
@@ -207,7 +209,7 @@ class AdamW:
                 self._programs.clear()
             counts = torch.tensor([_programs(size) for size in sizes])
             found = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(counts)
-            self._programs[sizes] = _send(found, moved[0].main.device)
+            self._programs[sizes] = send(found, moved[0].main.device)
         return self._programs[sizes]
 
 
@@ -223,11 +225,4 @@ def _table(moved: Sequence[Moved], addresses: Sequence[Sequence[int]]) -> Tensor
         size = tensor.main.numel()
         values += (*own, size, int(tensor.decays), first)
         first += _programs(size)
-    return _send(torch.tensor(values, dtype=torch.int64), moved[0].main.device)
-
-
-def _send(values: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        # The allocator of page-locked memory keeps a block until copies from it are done.
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return send(torch.tensor(values, dtype=torch.int64), moved[0].main.device)

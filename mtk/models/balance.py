@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mtk.config.model import ModelConfig
-from mtk.models.transfer import send
+from mtk.kernels.transfer import send
 
 NAMES = ("moe_aux_loss", "moe_z_loss")
 

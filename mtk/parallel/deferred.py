@@ -91,7 +91,7 @@ def _add(parameter: Tensor, grad: Tensor) -> None:
         parameter.grad += grad
 
 
-class DeferringLinear(nn.Linear):
+class InjectedLinear(nn.Linear):
     """A linear layer whose matrix product is injected."""
 
     product: Any
@@ -112,16 +112,16 @@ def defer_weight_gradients(model: nn.Module) -> Deferred:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
-                setattr(module, name, _deferring(child))
+                setattr(module, name, injected(child))
     for module in model.modules():
         if hasattr(module, "product"):
             setattr(module, "product", deferred.product)  # noqa: B010
     return deferred
 
 
-def _deferring(linear: nn.Linear) -> DeferringLinear:
-    """The same layer, its parameters and hooks included, as the other class."""
-    new = DeferringLinear.__new__(DeferringLinear)
+def injected(linear: nn.Linear) -> InjectedLinear:
+    """The same layer, its parameters and hooks included, whose ``product`` can be replaced."""
+    new = InjectedLinear.__new__(InjectedLinear)
     new.__dict__.update(linear.__dict__)
     new.product = F.linear
     return new

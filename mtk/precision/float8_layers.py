@@ -13,6 +13,7 @@ from mtk.errors import ConfigError, LayoutError, Problem
 from mtk.models.attention import Attention
 from mtk.models.gpt import GPT
 from mtk.models.mlp import MLP
+from mtk.parallel.deferred import injected
 from mtk.precision.float8 import Scaling, linear, mlp
 from mtk.precision.float8_casts import ACTIVATIONS, Casts, casts_on
 
@@ -86,39 +87,27 @@ def _injected(layer: nn.Linear, scaling: Scaling | None) -> Any:
     """The layer with its matrix product replaced: by one in FP8, or (None) by nothing, where it
     is given what the product would have been."""
     product = _given if scaling is None else Float8Product(scaling)
-    if hasattr(layer, "product"):  # cut over ranks: sums and adds the bias itself
-        setattr(layer, "product", product)  # noqa: B010
-        return layer
-    new = Float8Linear.__new__(Float8Linear)
-    new.__dict__.update(layer.__dict__)
-    new.product = product
-    return new
+    # A layer that is cut over ranks has a product already; it sums and adds the bias itself.
+    found = layer if hasattr(layer, "product") else injected(layer)
+    setattr(found, "product", product)  # noqa: B010
+    return found
 
 
-def _given(x: Tensor, weight: Tensor) -> Tensor:
+def _given(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     del weight
-    return x
+    return x if bias is None else x + bias
 
 
 class Float8Product(nn.Module):
-    """As ``F.linear`` without a bias."""
+    """As ``F.linear``; the bias is added to the rounded product."""
 
     def __init__(self, scaling: Scaling) -> None:
         super().__init__()
         self.scaling = scaling
 
-    def forward(self, x: Tensor, weight_FE: Tensor) -> Tensor:
-        return linear(x, weight_FE, None, self.scaling)
-
-
-class Float8Linear(nn.Linear):
-    """A linear layer whose matrix product is injected."""
-
-    product: Any
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.product(x, self.weight)
-        return out if self.bias is None else out + self.bias
+    def forward(self, x: Tensor, weight_FE: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = linear(x, weight_FE, None, self.scaling)
+        return out if bias is None else out + bias
 
 
 class Float8Attention(Attention):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtk.models.transfer import send
+from mtk.kernels.transfer import send
 from mtk.parallel.context import cut, local_positions
 from mtk.parallel.ranks import Ranks
 from mtk.training.batch import LocalBatch, MicroBatch

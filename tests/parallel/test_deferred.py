@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtk.models.build import build_model
-from mtk.parallel.deferred import DeferringLinear, defer_weight_gradients
+from mtk.parallel.deferred import InjectedLinear, defer_weight_gradients
 from tests.parallel.pipelines import TINY, make_batches
 
 
@@ -50,7 +50,7 @@ def test_without_delay_it_is_a_linear_layer() -> None:
     plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False))
     other = copy.deepcopy(plain)
     defer_weight_gradients(other)
-    assert all(type(layer) is DeferringLinear for layer in other)
+    assert all(type(layer) is InjectedLinear for layer in other)
     x = torch.randn(2, 5, 3, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     plain(x).square().sum().backward()
