@@ -12,6 +12,7 @@ cast, H steps that are remembered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +62,12 @@ class Scaling(nn.Module):
     def dtype(self, tensor: int) -> torch.dtype:
         return self.formats.backward if self.gradients[tensor] else self.formats.forward
 
-    def scale_of(self, tensor: int, x: Tensor) -> Tensor:
-        """fp32 scalar for casting ``x``."""
+    def scale_of(self, tensor: int, make: Callable[[], Tensor]) -> Tensor:
+        """fp32 scalar for casting what ``make`` gives, which is made only where the scale is its
+        own."""
         if self.scale is not None:
             return self.scale[tensor]
-        amax = x.abs().amax().float()
+        amax = make().abs().amax().float()
         return self.margin * limit(self.dtype(tensor)) / amax.clamp(min=TINY)
 
     def note(self, tensor: int, amax: Tensor) -> None:
@@ -74,7 +76,7 @@ class Scaling(nn.Module):
             self.amax[tensor].copy_(torch.maximum(self.amax[tensor], amax))
 
     def cast(self, tensor: int, x_MN: Tensor) -> Cast:
-        scale = self.scale_of(tensor, x_MN)
+        scale = self.scale_of(tensor, lambda: x_MN)
         rows, turned, amax = self.casts.cast(x_MN, scale, self.dtype(tensor))
         self.note(tensor, amax)
         return Cast(rows, turned, scale.reciprocal())
@@ -184,8 +186,7 @@ class _Mlp(torch.autograd.Function):
 
 def _activated(inner_MF: Tensor, kind: str, scaling: Scaling) -> Cast:
     """act(x), cast without being written in between where its scale is known before."""
-    scale = scaling.scale
-    own = scale[2] if scale is not None else scaling.scale_of(2, activated(inner_MF.float(), kind))
+    own = scaling.scale_of(2, lambda: activated(inner_MF.float(), kind))
     rows, turned, amax = scaling.casts.activate(inner_MF, own, scaling.dtype(2), kind)
     scaling.note(2, amax)
     return Cast(rows, turned, own.reciprocal())
@@ -195,11 +196,7 @@ def _activated_backward(
     grad_MF: Tensor, inner_MF: Tensor, kind: str, scaling: Scaling
 ) -> tuple[Cast, Tensor]:
     """The gradient of x from that of act(x), cast likewise, and its sums over runs of rows."""
-    scale = scaling.scale
-    if scale is not None:
-        own = scale[5]
-    else:
-        own = scaling.scale_of(5, activated_backward(grad_MF.float(), inner_MF.float(), kind))
+    own = scaling.scale_of(5, lambda: activated_backward(grad_MF.float(), inner_MF.float(), kind))
     rows, turned, amax, sums = scaling.casts.activate_backward(
         grad_MF, inner_MF, own, scaling.dtype(5), kind
     )
