@@ -25,8 +25,6 @@ from mtk.training.profile import Kernel, by_kind, kernels_of
 
 # Told what begins now.
 Mark = Callable[[str], None]
-# Further steps, of which the parts are timed.
-SPLIT_STEPS = 5
 TOP_KERNELS = 30
 
 
@@ -89,7 +87,7 @@ class TrainRun:
 def steps_needed(config: TrainBenchConfig, device: torch.device) -> int:
     """Batches that :func:`measure` takes."""
     profiled = config.profile_steps if device.type == "cuda" else 0
-    return config.measure.total + SPLIT_STEPS + profiled
+    return config.measure.total + config.split_steps + profiled
 
 
 def measure(subject: Subject, config: TrainBenchConfig) -> TrainRun:
@@ -127,7 +125,7 @@ def measure(subject: Subject, config: TrainBenchConfig) -> TrainRun:
         subject.build_seconds,
         first or seconds[0],
         *memory,
-        _split(subject, clock),
+        _split(subject, clock, config.split_steps),
         _kernels(subject, config.profile_steps),
     )
 
@@ -159,7 +157,7 @@ class Clock:
         return [earlier.elapsed_time(later) * 1e-3 for earlier, later in pairs]
 
 
-def _split(subject: Subject, clock: Clock) -> dict[str, float]:
+def _split(subject: Subject, clock: Clock, count: int) -> dict[str, float]:
     """Seconds by part of the step of median length, so that they add up to a real one."""
     begun: list[list[tuple[str, Any]]] = []
 
@@ -167,7 +165,7 @@ def _split(subject: Subject, clock: Clock) -> dict[str, float]:
         begun[-1].append((name, clock.now()))
 
     with subject.marked(mark):
-        for _ in range(SPLIT_STEPS):
+        for _ in range(count):
             begun.append([])
             mark("data")
             batch = next(subject.batches)

@@ -79,6 +79,9 @@ class TrainBenchConfig(BenchConfig):
     roofline: bool = option(
         True, help="Time the step's matrix products and attention alone, as what is possible."
     )
+    split_steps: int = option(
+        5, help="Further steps whose parts are timed; the one of median length is shown."
+    )
     profile_steps: int = option(
         3, help="Further steps under torch.profiler, for kinds of CUDA kernels; 0 is off."
     )
@@ -90,6 +93,8 @@ class TrainBenchConfig(BenchConfig):
             yield Problem(
                 "profile_steps", self.profile_steps, "must not be negative", "Nearest: 0."
             )
+        if self.split_steps < 1:
+            yield Problem("split_steps", self.split_steps, "must be at least 1", "Nearest: 1.")
         if self.batch.rampup_batch_size is not None:
             rule = "changes the step that is measured"
             yield Problem("batch.rampup_batch_size", self.batch.rampup_batch_size, rule)

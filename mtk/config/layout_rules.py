@@ -86,6 +86,7 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
     fix = nearest(tp, legal)
     heads, groups = model.num_attention_heads, model.query_groups
     yield from mamba_tensor_problems(parallel, model, legal)
+    yield from _overlap_problems(parallel, model)
     if tp > heads and model.has_attention:
         yield Problem(name, tp, f"must not exceed model.num_attention_heads = {heads}", fix)
     elif not shares_heads(tp, model):
@@ -109,6 +110,15 @@ def tensor_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Pr
         rule = f"the padded vocabulary{known} must be a multiple of TP = {tp}"
         fix = nearest(unit, multiples(unit, tp))
         yield Problem("model.make_vocab_size_divisible_by", unit, rule, fix)
+
+
+def _overlap_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
+    if not parallel.tp_comm_overlap:
+        return
+    plain = model.family == "gpt" and not model.has_mamba
+    if not plain or model.lora.lora_rank is not None:
+        rule = "is written for decoders' attention and MLPs, without adapters"
+        yield Problem("parallel.tp_comm_overlap", True, rule, "Leave it out.")
 
 
 def sequence_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:

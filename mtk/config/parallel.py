@@ -75,6 +75,11 @@ class ParallelConfig:
         "p2p", help="How context-parallel ranks share keys and values: ring, gather, or by head."
     )
     sequence_parallel: bool = option(False, help="Shard norms and dropout over the TP ranks.")
+    tp_comm_overlap: bool = option(
+        False,
+        help="Hide communication of sequence-parallel layers behind their matrix products, by "
+        "copies between GPUs' memory.",
+    )
     data_parallel_sharding: Literal["replicate", "optimizer", "full"] = option(
         "replicate",
         help="What data-parallel ranks shard: nothing, gradients and optimizer, or all.",
@@ -178,6 +183,13 @@ class ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             rule = "shards over tensor-parallel ranks, of which there is one"
             yield Problem("sequence_parallel", True, rule, "Raise --tp or leave it out.")
+        if self.tp_comm_overlap and not self.sequence_parallel:
+            rule = "hides what sequence parallelism sends"
+            yield Problem("tp_comm_overlap", True, rule, "Add --sequence-parallel or leave it out.")
+        if self.tp_comm_overlap and self.pipeline_schedule in ("zero-bubble", "zbv"):
+            rule = f"computes weight gradients at once; {self.pipeline_schedule} delays them"
+            fix = "Use --pipeline-schedule 1f1b or interleaved."
+            yield Problem("tp_comm_overlap", True, rule, fix)
         if self.context_parallel_size == 1 and self.cp_comm_type != "p2p":
             rule = "is between context-parallel ranks, of which there is one"
             yield Problem("cp_comm_type", self.cp_comm_type, rule, "Raise --cp or leave it out.")

@@ -319,6 +319,9 @@ class PretrainConfig:
             fix = "Leave out --compile, or use --pipeline-schedule 1f1b or interleaved."
             yield Problem("parallel.pipeline_schedule", schedule, rule, fix)
         yield from self._mamba_kernel()
+        if self.parallel.tp_comm_overlap and self.precision.fp8:
+            rule = "hides communication behind products in bf16 or fp32"
+            yield Problem("parallel.tp_comm_overlap", True, rule, "Leave it out, or --fp8.")
         if self.model.num_experts and runtime.compile and runtime.deterministic_mode:
             # Seen on an H200 with torch 2.11: two runs differ, uncompiled they do not.
             rule = "compiled layers of experts differ from run to run; deterministic_mode does not"

@@ -26,6 +26,7 @@ from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 from mtk.models.init import made_ahead
 from mtk.models.mamba_kernels import use_kernels
+from mtk.parallel.compat import prepare_symmetric_memory
 from mtk.parallel.context import context_kernel
 from mtk.parallel.context_fused import named_chunks
 from mtk.parallel.deferred import Deferred, defer_weight_gradients
@@ -167,7 +168,10 @@ def _apply(
     """All techniques in their order on one stage; ``pieces`` of its parameters follow."""
     use_kernels(part, runtime.mamba_backend)
     shard_mamba(part, ranks, parallel.sequence_parallel, pieces)
-    shard_tensors(part, ranks, parallel.sequence_parallel, pieces)
+    overlap = parallel.tp_comm_overlap
+    if overlap and ranks.device.type == "cuda":
+        prepare_symmetric_memory(ranks.tp.handle)
+    shard_tensors(part, ranks, parallel.sequence_parallel, pieces, overlap=overlap)
     shard_experts(part, ranks, parallel.sequence_parallel, pieces)
     deferred = defer_weight_gradients(part) if delays else None
     if convert is not None:

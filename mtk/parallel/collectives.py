@@ -18,7 +18,12 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from mtk.parallel.compat import gather_first_dimension, scatter_sum_first_dimension
+from mtk.parallel.compat import (
+    gather_first_dimension,
+    gather_times,
+    scatter_sum_first_dimension,
+    times_scatter,
+)
 from mtk.parallel.groups import Group
 
 # -- plain ------------------------------------------------------------------------------
@@ -29,7 +34,7 @@ def all_reduce(x: Tensor, group: Group, site: str, op: str = "sum") -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    return _finish(functional.all_reduce(x.contiguous(), op, group.handle), group)
+    return finish(functional.all_reduce(x.contiguous(), op, group.handle), group)
 
 
 def all_gather(x: Tensor, group: Group, site: str) -> Tensor:
@@ -37,7 +42,7 @@ def all_gather(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    return _finish(gather_first_dimension(x.contiguous(), group.handle), group)
+    return finish(gather_first_dimension(x.contiguous(), group.handle), group)
 
 
 def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
@@ -45,7 +50,42 @@ def reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
     if group.size == 1:
         return x
     _enter(group, site)
-    return _finish(scatter_sum_first_dimension(x.contiguous(), group.handle), group)
+    return finish(scatter_sum_first_dimension(x.contiguous(), group.handle), group)
+
+
+def start_reduce_scatter(x: Tensor, group: Group, site: str) -> Tensor:
+    """What :func:`finish` turns into the result of :func:`reduce_scatter`; what runs in
+    between overlaps with it. Not for a group of one rank."""
+    _enter(group, site)
+    # Under the compiler torch's own wrapper waits at once.
+    operation = torch.ops._c10d_functional.reduce_scatter_tensor
+    out: Tensor = operation(x.contiguous(), "sum", group.size, group.handle.group_name)
+    return out
+
+
+def gather_products(
+    x_RE: Tensor, matrices: Sequence[Tensor], group: Group, site: str
+) -> tuple[Tensor, list[Tensor]]:
+    """x of all ranks [M, E], and its products with each of the matrices [E, F]. On CUDA each
+    rank's rows are multiplied as they arrive."""
+    if not x_RE.is_cuda:
+        x_ME = all_gather(x_RE, group, site)
+        return x_ME, [x_ME @ matrix for matrix in matrices]
+    _enter(group, site)
+    gathered, products = gather_times(x_RE.contiguous(), list(matrices), group.handle)
+    _leave(group)
+    return gathered, products
+
+
+def products_scatter(x_ME: Tensor, matrix_EF: Tensor, group: Group, site: str) -> Tensor:
+    """x @ matrix summed over ranks, this rank's rows [R, F]. On CUDA each
+    rank's rows leave when they are done."""
+    if not x_ME.is_cuda:
+        return reduce_scatter(x_ME @ matrix_EF, group, site)
+    _enter(group, site)
+    out = times_scatter(x_ME.contiguous(), matrix_EF, group.handle)
+    _leave(group)
+    return out
 
 
 def exchange(
@@ -62,7 +102,7 @@ def exchange(
         None if send is None else list(send),
         group.handle,
     )
-    return _finish(out, group)
+    return finish(out, group)
 
 
 class InFlight:
@@ -141,11 +181,16 @@ def _enter(group: Group, site: str) -> None:
         group.trace.enter(site, group.name)
 
 
-def _finish(pending: Tensor, group: Group) -> Tensor:
+def finish(pending: Tensor, group: Group) -> Tensor:
+    """Wait for what was started; on CUDA the stream waits, the host does not."""
     out: Tensor = functional.wait_tensor(pending)  # type: ignore[no-untyped-call]
+    _leave(group)
+    return out
+
+
+def _leave(group: Group) -> None:
     if not torch.compiler.is_compiling():
         group.trace.leave()
-    return out
 
 
 # -- differentiable ---------------------------------------------------------------------

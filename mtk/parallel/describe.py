@@ -82,7 +82,9 @@ def _axes(placed: Placed, ranks: Ranks, parallel: ParallelConfig, layers: int) -
     """Each axis of more than one rank, with what was chosen for it."""
     dims, found = ranks.dims, []
     if dims.tp > 1:
-        found.append(f"TP {dims.tp}" + (" (sequence too)" if parallel.sequence_parallel else ""))
+        hidden = ", overlapped" if parallel.tp_comm_overlap else ""
+        sequence = f" (sequence too{hidden})" if parallel.sequence_parallel else ""
+        found.append(f"TP {dims.tp}{sequence}")
     if placed.stages is not None:
         stages = placed.stages
         split = " | ".join(

@@ -11,7 +11,8 @@ from mtk.errors import LayoutError, Problem
 from mtk.parallel.legal_layouts import CP_KINDS, SCHEDULES, Options
 
 GRAMMAR = (
-    f"single, or parts joined by -: tpN[.sp], ppN.{'|'.join(SCHEDULES)}[.cLAYERS][.LAYERS...], "
+    f"single, or parts joined by -: tpN[.sp[.overlap]], "
+    f"ppN.{'|'.join(SCHEDULES)}[.cLAYERS][.LAYERS...], "
     f"cpN.{'|'.join(CP_KINDS.values())}, epN, dpN.replicate|optimizer|full[.xCOPIES]"
 )
 _NEXT_PART = re.compile(r"-(?=(?:tp|pp|cp|ep|dp)\d)")
@@ -52,6 +53,7 @@ def _tensor(match: re.Match[str]) -> Options:
     return {
         "tensor_model_parallel_size": int(match["n"]),
         "sequence_parallel": match["sp"] is not None,
+        "tp_comm_overlap": match["overlap"] is not None,
     }
 
 
@@ -83,7 +85,7 @@ def _data(match: re.Match[str]) -> Options:
 
 
 _PARTS: Mapping[str, Callable[[re.Match[str]], Options]] = {
-    r"tp(?P<n>\d+)(?P<sp>\.sp)?": _tensor,
+    r"tp(?P<n>\d+)(?P<sp>\.sp(?P<overlap>\.overlap)?)?": _tensor,
     rf"pp(?P<n>\d+)\.(?P<schedule>{'|'.join(SCHEDULES)})"
     r"(?:\.c(?P<chunk>\d+))?(?P<split>(?:\.\d+)*)": _pipeline,
     rf"cp(?P<n>\d+)\.(?P<kind>{'|'.join(_KIND_OF_CP)})": _context,

@@ -105,7 +105,8 @@ def name(layout: ParallelConfig) -> str:
     dp, chunk = data_parallel_size(layout), layout.num_layers_per_virtual_pipeline_stage
     parts = []
     if tp > 1:
-        parts.append(f"tp{tp}{'.sp' if layout.sequence_parallel else ''}")
+        overlap = ".overlap" if layout.tp_comm_overlap else ""
+        parts.append(f"tp{tp}{'.sp' if layout.sequence_parallel else ''}{overlap}")
     if pp > 1:
         schedule = layout.pipeline_schedule or ("interleaved" if chunk else "1f1b")
         virtual = f".c{chunk}" if chunk else ""

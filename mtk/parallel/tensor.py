@@ -35,6 +35,7 @@ from mtk.parallel.pieces import Piece
 from mtk.parallel.ranks import Ranks
 from mtk.parallel.rng import OwnPartDropout, SharedDropout
 from mtk.parallel.stages import SHARED_BIASES
+from mtk.parallel.tensor_overlap import overlap_attention, overlap_mlp
 from mtk.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Pieces = dict[str, Piece]
@@ -46,11 +47,11 @@ class Region:
     """The way into and out of the modules that are shared by tensor-parallel ranks.
 
     sequence: tokens of a sample on this rank, to give gathered rows their shape back; None
-    without sequence parallelism.
+    without sequence parallelism. overlap: layers of this region hide what they send.
     """
 
-    def __init__(self, group: Group, sequence: int | None) -> None:
-        self.group, self.sequence = group, sequence
+    def __init__(self, group: Group, sequence: int | None, *, overlap: bool = False) -> None:
+        self.group, self.sequence, self.overlap = group, sequence, overlap
 
     def enter(self, x: Tensor, site: str) -> Tensor:
         """Residual stream -> [B, S, E] of which every rank computes a part."""
@@ -95,16 +96,20 @@ class RowParallelLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pieces) -> None:
+def shard_tensors(
+    model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pieces, *, overlap: bool = False
+) -> None:
     """Cut the parameters of ``model`` (best on the meta device) and hook in the collectives.
 
-    pieces: updated to what this rank holds. Sizes must divide (``ParallelConfig``'s rules).
+    overlap: of decoders, hide what sequence parallelism sends (see
+    :mod:`mtk.parallel.tensor_overlap`). pieces: updated to what this rank holds. Sizes must
+    divide (``ParallelConfig``'s rules).
     MoE layers are left to :mod:`mtk.parallel.expert`, Mamba layers to :mod:`mtk.parallel.mamba`.
     """
     if ranks.tp.size == 1:
         return
     sequence = model.config.seq_length // ranks.cp.size
-    region = Region(ranks.tp, sequence if sequence_parallel else None)
+    region = Region(ranks.tp, sequence if sequence_parallel else None, overlap=overlap)
     # Where the output is made; all of a decoder-only model, or of an encoder.
     last = region
     if isinstance(model, T5):
@@ -139,23 +144,29 @@ def shard_tensors(model: GPT, ranks: Ranks, sequence_parallel: bool, pieces: Pie
 
 
 def _shard_attention(attention: Attention, name: str, region: Region, cutter: Cutter) -> None:
-    attention.register_forward_pre_hook(entering(region, "tp.attention"), with_kwargs=False)
     cutter.rows(attention.query, f"{name}.query")
     for part in ("key", "value"):
         cutter.heads(getattr(attention, part), f"{name}.{part}", attention.head_size)
     for part in ("query_norm", "key_norm"):
         cutter.of_own_heads(getattr(attention, part), f"{name}.{part}")
     cutter.columns(attention.output, f"{name}.output")
+    if region.overlap and region.sequence is not None:
+        overlap_attention(attention, region.group, region.sequence, "tp.attention")
+        return
+    attention.register_forward_pre_hook(entering(region, "tp.attention"), with_kwargs=False)
     attention.output = RowParallelLinear(attention.output, region, "tp.attention.output")
 
 
 def _shard_mlp(mlp: MLP, name: str, region: Region, cutter: Cutter) -> None:
-    mlp.register_forward_pre_hook(entering(region, "tp.mlp"))
     for part in ("gate", "up"):
         linear = getattr(mlp, part)
         if linear is not None:
             cutter.rows(linear, f"{name}.{part}")
     cutter.columns(mlp.down, f"{name}.down")
+    if region.overlap and region.sequence is not None:
+        overlap_mlp(mlp, region.group, region.sequence, "tp.mlp")
+        return
+    mlp.register_forward_pre_hook(entering(region, "tp.mlp"))
     mlp.down = RowParallelLinear(mlp.down, region, "tp.mlp.down")
 
 

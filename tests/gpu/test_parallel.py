@@ -65,6 +65,7 @@ MODEL: dict[str, Any] = {
 LAYOUTS = (
     "tp2",
     "tp2.sp",
+    "tp2.sp.overlap",
     "pp2.1f1b",
     "pp2.interleaved",
     "pp2.zero-bubble",
@@ -121,7 +122,7 @@ def single(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(config, parallel=ParallelConfig(), runtime=runtime)
 
 
-COMPILED = ("tp2.sp", "pp2.1f1b")
+COMPILED = ("tp2.sp", "tp2.sp.overlap", "pp2.1f1b")
 CASES = [
     *((layout, precision, False) for precision in ("fp32", "bf16") for layout in LAYOUTS),
     *((layout, "bf16", True) for layout in COMPILED),

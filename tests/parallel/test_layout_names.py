@@ -21,7 +21,12 @@ def test_every_legal_layout_comes_back(world: int) -> None:
 
 
 def test_splits_and_copies_come_back() -> None:
-    for text in ("pp2.zero-bubble.3.5", "pp2.interleaved.2.2.1.3-dp4.full.x2", "tp4.sp-pp2.zbv"):
+    for text in (
+        "pp2.zero-bubble.3.5",
+        "pp2.interleaved.2.2.1.3-dp4.full.x2",
+        "tp4.sp-pp2.zbv",
+        "tp2.sp.overlap",
+    ):
         assert name(parse(text)) == text
     layout = ParallelConfig(
         nproc=4, pipeline_model_parallel_size=2, pipeline_schedule="1f1b", pipeline_split=(5, 3)
@@ -41,6 +46,7 @@ def test_without_data_parallelism_there_is_one_copy() -> None:
         ("", "'' is no part"),
         ("tp", "'tp' is no part"),
         ("tp0", "'tp0' is no part"),
+        ("tp2.overlap", "'tp2.overlap' is no part"),
         ("tp2.spp", "'tp2.spp' is no part"),
         ("tp2-tp4", "'tp4' says again"),
         ("pp2", "'pp2' is no part"),
