@@ -33,7 +33,7 @@ class Float8Options:
     fp8_amax_history_len: int = option(16, help="Steps that delayed scaling looks back.")
     fp8_margin: int | None = option(
         None,
-        help="Leave this many powers of 2 of the range unused (default: 1 with delayed scaling, "
+        help="Leave this many powers of 2 of the range unused (default: 2 with delayed scaling, "
         "for what grows from step to step, else 0).",
     )
     fp8_min_size: int = option(
@@ -46,7 +46,7 @@ class Float8Options:
     def margin(self) -> float:
         """What the greatest number of a format is multiplied by before scales are made of it."""
         delayed = self.fp8_recipe == "delayed"
-        return 2.0 ** -(int(delayed) if self.fp8_margin is None else self.fp8_margin)
+        return 2.0 ** -((2 if delayed else 0) if self.fp8_margin is None else self.fp8_margin)
 
     @property
     def fp8(self) -> bool:

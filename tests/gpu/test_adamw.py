@@ -52,7 +52,9 @@ def test_training_equals_torchs(
         changes["initial_loss_scale"] = 2.0**14
     fused = losses(tmp_path / "fused", device="cuda", **changes)
     plain(monkeypatch)
-    assert fused == pytest.approx(losses(tmp_path / "plain", device="cuda", **changes), rel=1e-4)
+    # The last bit of an fp32 weight decides now and then how it is rounded to bf16's 8.
+    bound = 1e-3 if precision == "bf16" else 1e-4
+    assert fused == pytest.approx(losses(tmp_path / "plain", device="cuda", **changes), rel=bound)
 
 
 @pytest.mark.parametrize("micro", MICRO_BATCHES)

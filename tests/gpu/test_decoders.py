@@ -48,6 +48,8 @@ def test_masks_and_groups_run_fused(kind: str) -> None:
     assert (found.float().cpu() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
+# The compiler's own imports and lowerings warn.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_windowed_model_compiles() -> None:
     config = llama_config(**LONG, window_size=9, qk_layernorm=True)
     losses = []

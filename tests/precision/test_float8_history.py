@@ -53,11 +53,11 @@ def test_scales_are_those_of_the_steps_before() -> None:
 
 
 def test_there_is_room_for_what_grows() -> None:
-    """Twice what was seen is still in range, as losses fell behind bf16's without it."""
+    """Four times what was seen is still in range, as losses fell behind bf16's without it."""
     delayed, _ = begun()
     none, _ = begun(fp8_margin=0)
     assert delayed.scales is not None and none.scales is not None
-    assert torch.equal(2 * delayed.scales.limits_R, none.scales.limits_R)
+    assert torch.equal(4 * delayed.scales.limits_R, none.scales.limits_R)
     assert config(fp8_min_size=16).precision.margin == 1.0  # tensorwise
 
 
