@@ -8,7 +8,7 @@ import time
 from flask import Flask, Response, g, request
 
 from mtk.errors import ServingError
-from serving import errors, info_routes, megatron_api, openai_api
+from serving import chat_api, errors, info_routes, megatron_api, openai_api
 from serving.engine import Engine
 from serving.metrics import Metrics
 from serving.service import Service
@@ -27,7 +27,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> Flask:
     errors.register(app, settings.log)
     _account(app, service)  # before the guard, so that refused keys are accounted for
     _guard(app, settings)
-    for routes in (megatron_api, openai_api, info_routes):
+    for routes in (megatron_api, openai_api, chat_api, info_routes):
         app.register_blueprint(routes.blueprint(service))
     return app
 
