@@ -101,6 +101,7 @@ def _model(service: Service, started: int) -> dict[str, Any]:
         "created": started,
         "owned_by": "mtk",
         "max_model_len": service.engine.context,
+        "chat": service.settings.chat is not None,
     }
 
 
