@@ -9,7 +9,15 @@ from contextlib import suppress
 
 from flask import Flask, Response, g, request
 
-from serving import chat_api, errors, info_routes, megatron_api, openai_api, page_routes
+from serving import (
+    chat_api,
+    errors,
+    info_routes,
+    megatron_api,
+    openai_api,
+    openapi,
+    page_routes,
+)
 from serving.engine import Engine
 from serving.errors import KeyNeededError
 from serving.metrics import Metrics
@@ -29,7 +37,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> Flask:
     errors.register(app, settings.log)
     _account(app, service)  # before the guard, so that refused keys are accounted for
     _guard(app, settings)
-    for routes in (megatron_api, openai_api, chat_api, info_routes):
+    for routes in (megatron_api, openai_api, chat_api, info_routes, openapi):
         app.register_blueprint(routes.blueprint(service))
     app.register_blueprint(page_routes.blueprint())
     app.after_request(_harden)

@@ -36,7 +36,7 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
-class _RequestTimeout(Error):  # type: ignore[misc]
+class _TooSlowError(Error):  # type: ignore[misc]
     code, reason = 408, "Request Timeout"
 
 
@@ -44,6 +44,7 @@ class JsonChannel(HTTPChannel):  # type: ignore[misc]
     """A connection that knows since when it waits for the rest of a request."""
 
     error_task_class = _JsonErrorTask
+    request: Any  # what has come of the next request
     reading_since: float | None = None
 
     def received(self, data: bytes) -> Any:
@@ -62,7 +63,7 @@ class JsonChannel(HTTPChannel):  # type: ignore[misc]
                 self.will_close = True
                 return
             rule = f"the request was not complete after {seconds:g} seconds (read_timeout)"
-            request.error = _RequestTimeout(rule)
+            request.error = _TooSlowError(rule)
             request.completed = True
             self.requests.append(request)
         self.server.add_task(self)

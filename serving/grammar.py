@@ -21,7 +21,7 @@ from mtk.tokenizers import Tokenizer
 # Small models that may put white space between tokens of JSON often never stop.
 WHITESPACE = r"[ \n\t]{0,16}"
 # How SentencePiece spells a space and a byte.
-SPACE, BYTE = "\u2581", re.compile(r"<0x([0-9A-F]{2})>")
+SPACE, UNKNOWN, BYTE = "\u2581", "<unk>", re.compile(r"<0x([0-9A-F]{2})>")
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -108,9 +108,29 @@ class _Vocabulary:
         self.special_token_ids = [i for i, data in enumerate(found) if not data]
         self.tokens = [data or f"<|{i}|>".encode() for i, data in enumerate(found)]
 
+        self._ids = {data: i for i, data in enumerate(found) if data}
+        self._longest = max(map(len, self._ids), default=1)
+
     def __call__(self, data: bytes) -> list[int]:
+        """Ids that stand for exactly these bytes in the middle of a text."""
         ids = self._tokenizer.encode_alone(data.decode("utf-8", "replace"))
-        return [token for token in ids if token < len(self.tokens)]
+        if all(i < len(self.tokens) for i in ids) and self._join(ids) == data:
+            return ids
+        return self._greedy(data)  # SentencePiece put a space in front
+
+    def _join(self, ids: list[int]) -> bytes:
+        return b"".join(self.tokens[i] for i in ids)
+
+    def _greedy(self, data: bytes) -> list[int]:
+        ids, at = [], 0
+        while at < len(data):
+            ends = range(min(len(data), at + self._longest), at, -1)
+            end = next((end for end in ends if data[at:end] in self._ids), None)
+            if end is None:
+                return ids  # bytes that no token has
+            ids.append(self._ids[data[at:end]])
+            at = end
+        return ids
 
 
 def token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
@@ -126,7 +146,9 @@ def token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
     special = {tokenizer.eod, *getattr(tokenizer, "specials", ())}
     special |= {t for t in (tokenizer.bos, tokenizer.eos, tokenizer.pad) if t is not None}
     return [
-        b"" if i in special or tokenizer.token_bytes(i) == b"" else _spelled(piece)
+        b""
+        if i in special or piece == UNKNOWN or tokenizer.token_bytes(i) == b""
+        else _spelled(piece)
         for i, piece in enumerate(pieces)
     ]
 
