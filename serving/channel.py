@@ -92,6 +92,8 @@ class Sweeper:
                 before = self._unread.get(channel)
                 since = before[1] if before is not None and before[0] == moved else now
                 unread[channel] = (moved, since)
-                # Closing wakes the thread that waits for room, and its request is cancelled.
-                channel.will_close = channel.will_close or now - since > self._write
+                if now - since > self._write:
+                    # Not by will_close: that is looked at only when the socket takes bytes.
+                    # It wakes the thread that waits for room, whose request is cancelled.
+                    channel.handle_close()
         self._unread = unread
