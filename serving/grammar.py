@@ -122,7 +122,8 @@ class _Vocabulary:
         return b"".join(self.tokens[i] for i in ids)
 
     def _greedy(self, data: bytes) -> list[int]:
-        ids, at = [], 0
+        ids: list[int] = []
+        at = 0
         while at < len(data):
             ends = range(min(len(data), at + self._longest), at, -1)
             end = next((end for end in ends if data[at:end] in self._ids), None)
