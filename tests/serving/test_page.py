@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 
 from serving.app import create_app
 from serving.chat_prompt import open_chat
-from serving.generation import Decoder
 from serving.torch_engine import TorchEngine
 from tests.serving.conftest import settings
+from tests.serving.faults import slow_ticks
 from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
 from tests.serving.wire import eventually
 
@@ -80,13 +79,7 @@ def visit(browser: Any, url: str) -> Iterator[Visit]:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Decoder.decode
-
-    def decode(decoder: Decoder, tokens: Any) -> torch.Tensor:
-        time.sleep(0.05)
-        return real(decoder, tokens)
-
-    monkeypatch.setattr(Decoder, "decode", decode)
+    slow_ticks(monkeypatch, 0.05)
 
 
 def test_a_text_is_continued(visit: Visit) -> None:
@@ -168,9 +161,7 @@ def test_stop_frees_the_server(visit: Visit, engine: TorchEngine, slow: None) ->
     assert eventually(lambda: engine.stats().running == 0)
 
 
-def test_a_dead_engine_is_red(
-    visit: Visit, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_engine_is_red(visit: Visit, engine: TorchEngine) -> None:
     engine.close(timeout=5)
     visit.expect("#light").to_have_class("light bad", timeout=8000)
     visit.fill(prompt="Hello")

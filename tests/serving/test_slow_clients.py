@@ -7,15 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-import torch
 
 from serving.app import create_app, service_of
-from serving.generation import Decoder
 from serving.torch_engine import TorchEngine
 from tests.serving.conftest import settings
+from tests.serving.faults import failing_tick, gate_of_ticks
 from tests.serving.wire import Stream, call, eventually
 
 MakeEngine = Callable[..., TorchEngine]
@@ -127,15 +125,8 @@ def test_a_slow_reader_that_reads_gets_all(
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While it is set, every decode step hangs."""
-    closed, real = threading.Event(), Decoder.decode
-
-    def decode(decoder: Decoder, tokens: Any) -> torch.Tensor:
-        while closed.is_set():
-            time.sleep(0.01)
-        return real(decoder, tokens)
-
-    monkeypatch.setattr(Decoder, "decode", decode)
+    """While it is set, the engine hangs."""
+    closed = gate_of_ticks(monkeypatch)
     yield closed
     closed.clear()
 
@@ -189,11 +180,7 @@ def test_an_engine_that_dies_is_red_at_once(
     engine = make_engine(max_batch_size=2)
     url = serve(create_app(engine, settings()))
 
-    def fault(*args: Any) -> None:
-        time.sleep(0.3)
-        raise MemoryError
-
-    monkeypatch.setattr(Decoder, "decode", fault)
+    failing_tick(monkeypatch, after=0.3)
     found: list[int] = []
 
     def ask(stream: bool) -> None:
