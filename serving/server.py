@@ -21,6 +21,7 @@ from waitress.server import create_server
 from mtk.errors import ConfigError, Problem
 from serving.app import service_of
 from serving.channel import JsonChannel, Sweeper
+from serving.poller import Poller
 
 # Threads beyond those that generate: health, metrics, and refusals while all are busy.
 SPARE_THREADS = 8
@@ -76,6 +77,7 @@ class HttpServer:
             ident="mtk",
         )
         self._server.channel_class = JsonChannel
+        self._poller = Poller(self._map)
         self._sweeper = Sweeper(
             read_timeout=service.settings.read_timeout,
             write_timeout=service.settings.write_timeout,
@@ -119,7 +121,7 @@ class HttpServer:
         return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
     def _poll(self) -> None:
-        wasyncore.loop(timeout=0.1, map=self._map, use_poll=True, count=1)
+        self._poller.turn(timeout=0.1)
         self._sweeper.sweep(self._server.active_channels.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import socket
 import threading
 import time
@@ -42,10 +43,12 @@ def slow_sockets(url: str, count: int) -> Iterator[None]:
     ended = threading.Event()
 
     def drip() -> None:
-        while not ended.wait(DRIP):
-            for each in sockets:
-                with suppress(OSError):
-                    each.send(b"a")
+        # One after the other, as strangers would.
+        for each in itertools.cycle(sockets):
+            if ended.wait(DRIP / count):
+                return
+            with suppress(OSError):
+                each.send(b"a")
 
     thread = threading.Thread(target=drip)
     thread.start()
