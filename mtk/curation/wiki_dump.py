@@ -47,12 +47,13 @@ class Place:
 class PageChunk:
     """Consecutive pages of one file.
 
-    pages: ``<page>...</page>``. first: number of the first one in its file, from 1. bytes: where each begins in
-    the unpacked file. after: the place behind the last one. done: bytes on disk since the
-    chunk before.
+    index: of the file. pages: ``<page>...</page>``. first: number of the first one in its
+    file, from 1. bytes: where each begins in the unpacked file. after: the place behind the
+    last one. done: bytes on disk since the chunk before.
     """
 
     file: str
+    index: int
     pages: tuple[bytes, ...]
     first: int
     bytes: tuple[int, ...]
@@ -64,7 +65,7 @@ def read_pages(files: Sequence[Path], sites: Sequence[Site], place: Place) -> It
     """All pages from ``place`` on. Raises DataError with page and byte where a file is broken
     or ends too soon."""
     for index in range(place.file, len(files)):
-        if index > place.file:
+        if index > place.file or not place.page:
             place = first_place(index, sites[index])
         with DumpStream(files[index], place.start) as stream:
             yield from _chunks(files[index], stream, place)
@@ -88,11 +89,12 @@ def _chunks(path: Path, stream: DumpStream, place: Place) -> Iterator[PageChunk]
             after = Place(place.file, number, end, stream.start_before(end))
             first = number - len(pages) + 1
             done, disk = stream.disk - disk, stream.disk
-            yield PageChunk(str(path), tuple(pages), first, tuple(starts), after, done)
+            yield PageChunk(str(path), place.file, tuple(pages), first, tuple(starts), after, done)
             pages, starts, size = [], [], 0
     after = Place(place.file + 1, 0, 0, (0, 0))
     first = number - len(pages) + 1
-    yield PageChunk(str(path), tuple(pages), first, tuple(starts), after, stream.disk - disk)
+    done = path.stat().st_size - disk
+    yield PageChunk(str(path), place.file, tuple(pages), first, tuple(starts), after, done)
 
 
 class _Pages:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from mtk.curation.wiki_inline import decode_entities
 from mtk.curation.wiki_marks import GONE, shown, verbatim
 
 FORMULAS = frozenset(["math", "chem", "ce"])
@@ -60,9 +61,9 @@ def _comment_end(text: str, opened: re.Match[str]) -> int:
 
 def _rendered(name: str, attributes: str, content: str, *, keep_math: bool, keep_code: bool) -> str:
     if name == "nowiki":
-        return shown(content)
+        return shown(decode_entities(content))
     if name == "pre":
-        return verbatim(content.strip("\n"))
+        return verbatim(decode_entities(content).strip("\n"))
     if name in FORMULAS and keep_math:
         return verbatim(f"${' '.join(content.split())}$")
     if name in CODE and (keep_code or "inline" in attributes):

@@ -12,13 +12,12 @@ from mtk.curation.wiki_marks import GONE, unveiled
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*")
 _LIST = re.compile(r"[*#:;]+\s*")
 _RULE = re.compile(r"-{4,}")
-_SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u3000\u200b\ufeff\u00ad]+")
-_EMPTY_BRACKETS = re.compile(rf"[ \t]*[(（][ \t,;:、，；]*{GONE}[ \t,;:、，；{GONE}]*[)）]")
-_AFTER_OPENING = re.compile(rf"([(（])[ \t]*{GONE}[ \t,;:、，；{GONE}]*")
-_BEFORE_CLOSING = re.compile(rf"[ \t,;:、，；]*{GONE}[ \t{GONE}]*([)）])")
-_GAP = re.compile(rf"([ \t]*){GONE}([ \t{GONE}]*)(?=(.?))", re.DOTALL)
-_CONTROL = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)])
-_NO_SPACE_BEFORE = frozenset(",.;:)]!?’”»、。，；：）")
+_ODD = r"\t\u00a0\u2000-\u200b\u202f\u3000\ufeff\u00ad"
+_SPACES = re.compile(rf" [ {_ODD}]+|[{_ODD}][ {_ODD}]*")  # more than one plain space
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_OPENING, _CLOSING = ("(", "（"), (")", "）")
+_BESIDE_BRACKETS = " \t,;:、，；"
+_NO_SPACE_BEFORE = (*",.;:)]!?’”»、。，；：）",)
 
 
 @dataclass
@@ -98,18 +97,38 @@ def _clean_line(line: str) -> str:
 def closed_gaps(line: str) -> str:
     """The line as a reader sees it: what was taken out leaves no hole in the sentence."""
     if GONE in line:
-        line = _EMPTY_BRACKETS.sub("", line)
-        line = _AFTER_OPENING.sub(r"\1", line)
-        line = _BEFORE_CLOSING.sub(r"\1", line)
-        line = _GAP.sub(_closed, line)
-    line = unveiled(decode_entities(_SPACES.sub(" ", line).strip()))
-    if not line.isascii():
-        line = "\n".join(_SPACES.sub(" ", part).rstrip() for part in line.split("\n"))
-    return line.translate(_CONTROL)
+        line = _without_gaps(line)
+    line = line.strip()
+    if "&" not in line and "  " not in line and line.isprintable():
+        return line
+    line = _CONTROL.sub("", _SPACES.sub(" ", decode_entities(line)))
+    return unveiled(line).rstrip()
 
 
-def _closed(found: re.Match[str]) -> str:
-    after = found[3]
-    if not after or after in _NO_SPACE_BEFORE:
-        return ""
-    return " " if found[1] or found[2].strip(GONE) else ""
+def _without_gaps(line: str) -> str:
+    """Brackets that held only what is gone go too, and so do spaces before punctuation."""
+    first, *rest = line.split(GONE)
+    out = [first]
+    spaced = False
+    for piece in rest:
+        left, right = out[-1].rstrip(" \t"), piece.lstrip(" \t")
+        spaced = spaced or left != out[-1] or right != piece
+        out[-1] = left
+        if right.startswith(_CLOSING) or left.endswith(_OPENING):
+            out[-1], right = _in_brackets(left, right)
+        elif right and left and spaced and not right.startswith(_NO_SPACE_BEFORE):
+            out.append(" ")
+        if right:
+            out.append(right)
+            spaced = False
+    return "".join(out)
+
+
+def _in_brackets(left: str, right: str) -> tuple[str, str]:
+    if left.endswith(_OPENING):
+        right = right.lstrip(_BESIDE_BRACKETS)
+    else:
+        left = left.rstrip(_BESIDE_BRACKETS)
+    if left.endswith(_OPENING) and right.startswith(_CLOSING):
+        return left[:-1].rstrip(" \t"), right[1:]
+    return left, right

@@ -7,6 +7,8 @@ stand for characters that were written to be shown (``<nowiki>``) and must not a
 
 from __future__ import annotations
 
+import re
+
 GONE = "\ufdd0"
 _SHOWN = "[]{}|'<>&=*#:;_-~!$"
 _SPACES = " \n\t"
@@ -15,12 +17,12 @@ _FIRST = 0xFDD1
 _STANDS_FOR = {_FIRST + i: ord(c) for i, c in enumerate(_SHOWN + _SPACES)}
 _HIDE_MARKUP = {ord(c): _FIRST + i for i, c in enumerate(_SHOWN)}
 _HIDE_ALL = {ord(c): _FIRST + i for i, c in enumerate(_SHOWN + _SPACES)}
-_FOREIGN = dict.fromkeys(range(0xFDD0, 0xFDF0))
+_MARKS = re.compile("[\ufdd0-\ufdef]")
 
 
 def without_marks(text: str) -> str:
     """The text as it comes, in which none of the marks may stand."""
-    return text.translate(_FOREIGN) if any("\ufdd0" <= c <= "\ufdef" for c in text) else text
+    return _MARKS.sub("", text)
 
 
 def shown(text: str) -> str:
@@ -35,4 +37,4 @@ def verbatim(text: str) -> str:
 
 def unveiled(text: str) -> str:
     """Every mark becomes what it stands for."""
-    return text.translate(_STANDS_FOR)
+    return text.translate(_STANDS_FOR) if _MARKS.search(text) else text

@@ -35,7 +35,7 @@ _CONSTANTS = {
     "nbsp|space|spaces|sp|nb space|non-breaking space|thinspace|thinsp|thin space|hair space|hairsp|hsp|nnbsp": " ",
     "ndash|en dash|endash|–": "–",
     "snd|spnd|spaced ndash|spaced en dash|spndash|dash": " – ",
-    "mdash|em dash|emdash|—": "—",
+    "mdash|em dash|emdash|mdashb|—": "—",
     "spd|snds|spaced mdash|smd": " — ",
     "·|dot|middot|bullet|•|bull|dotsep": " · ",
     "'": "'",
@@ -120,6 +120,7 @@ _AROUND = {  # what stands before and behind the first value
     "bce|bc": "| BC",
     "abs": shown("|") + "|" + shown("|"),
 }
+_ACCIDENTALS = {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}
 _SUPERSCRIPT = str.maketrans("0123456789+-−()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾ⁿⁱ")
 _RAISED = frozenset("0123456789+-−()ni")
 
@@ -273,6 +274,11 @@ _FUNCTIONS: Mapping[str, Handler] = {
     "quote|blockquote|cquote|quotation|bquote|quote frame|centered pull quote|rquote": _quote,
     "bulleted list|blist|ubl|ublist|unbulleted list|unbulleted list2|ordered list|numbered list"
     "|ubli|collapsible list2|pagelist2|indented plainlist|olist": _lines,
+    "columns-list|column list|columns list|longitem|div col list|cols list": lambda call: f"\n{_last(call)}\n",
+    "vunblist|vubl": _lines,
+    "simplenuclide|simplenuclide2|nuclide2|nuclide|isotope": _joined("-"),
+    "railgauge|track gauge|bracketed|diagonal split header2": _value("1"),
+    "music": lambda call: _ACCIDENTALS.get(call.get("1").lower(), GONE),
     "hlist|flat list|hlist2|comma separated entries|cslist|enum|csl": _joined(", "),
     "sortname": lambda call: f"{call.get('1')} {call.get('2')}".strip(),
     "nihongo|nihongo3|nihongo4|nihongo foot|nihongo krt|nihongo2": _nihongo,
