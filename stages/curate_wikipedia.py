@@ -120,6 +120,7 @@ def text_rules(config: CurateWikipediaConfig, site: Site, words: Words) -> TextR
     dropped = words.sections if config.end_sections == "drop" else ()
     return TextRules(
         links=link_rules(site),
+        language=site.language,
         dropped_sections=frozenset([*dropped, *(name.lower() for name in config.drop_sections)]),
         headings=config.headings,
         keep_math=config.math == "latex",

@@ -8,6 +8,7 @@ from mtk.cli import (
     artifact_commands,
     bench_commands,
     config_commands,
+    curate_commands,
     doctor_commands,
     evaluation_commands,
     flow_commands,
@@ -42,6 +43,7 @@ TOPICS = (
     bench_commands,
     verify_commands,
     evaluation_commands,
+    curate_commands,
 )
 
 

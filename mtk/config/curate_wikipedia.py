@@ -59,7 +59,7 @@ class CurateWikipediaConfig:
 
     @property
     def packing(self) -> str:
-        """".gz", ".zst" or ""."""
+        """ ".gz", ".zst" or ""."""
         return "" if self.output.endswith(SUFFIXES[0]) else f".{self.output.rpartition('.')[2]}"
 
     @property

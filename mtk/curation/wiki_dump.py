@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mtk.curation.wiki_site import Site
-from mtk.curation.wiki_stream import BrokenStream, DumpStream, Start
+from mtk.curation.wiki_stream import BrokenStreamError, DumpStream, Start
 from mtk.errors import DataError
 
 CHUNK_PAGES = 200
@@ -140,7 +140,7 @@ class _Pages:
     def _read(self, byte: int) -> bytes:
         try:
             return self._stream.read()
-        except BrokenStream as error:
+        except BrokenStreamError as error:
             self._fail(byte, f"the stream is broken: {error}", after=True)
 
     def _start(self, buffer: bytearray, begin: int, base: int) -> int:

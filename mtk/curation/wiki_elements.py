@@ -9,12 +9,15 @@ import re
 
 from mtk.curation.wiki_inline import decode_entities
 from mtk.curation.wiki_marks import GONE, shown, verbatim
+from mtk.curation.wiki_names import words
 
 FORMULAS = frozenset(["math", "chem", "ce"])
 CODE = frozenset(["syntaxhighlight", "source"])
-_DROPPED = """ref references gallery timeline imagemap score templatedata templatestyles graph
-mapframe maplink hiero categorytree inputbox includeonly style script indicator ref-list
-dynamicpagelist listing rss embedvideo youtube section pagelist""".split()
+_DROPPED = words(
+    """ref references gallery timeline imagemap score templatedata templatestyles graph mapframe
+    maplink hiero categorytree inputbox includeonly style script indicator ref-list
+    dynamicpagelist listing rss embedvideo youtube section pagelist"""
+)
 _NAMES = sorted({*_DROPPED, *FORMULAS, *CODE, "nowiki", "pre"}, key=len, reverse=True)
 _OPEN = re.compile(rf"<!--|<({'|'.join(_NAMES)})(?=[\s/>])([^<>]*?)(/?)>", re.IGNORECASE)
 _CLOSE = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in _NAMES}

@@ -6,28 +6,35 @@ import html
 import re
 
 from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_template_text import superscript
+from mtk.curation.wiki_names import words
+from mtk.curation.wiki_superscript import superscript
 
-_BLOCKS = "p div br hr li ul ol dl dd dt blockquote center h1 h2 h3 h4 h5 h6 tr td th caption poem article aside nav header footer figure figcaption".split()
-_INLINE = """abbr b bdi bdo big cite code data del dfn em font i ins kbd mark q rb rp rt rtc ruby s
-samp small span strike strong sub sup time tt u var wbr a img includeonly noinclude onlyinclude
-nowiki pre ref references math chem ce gallery section table tbody thead tfoot source
-syntaxhighlight templatestyles timeline imagemap score includeonly languages translate tvar
-link meta nobr poem hiero charinsert indicator phonos""".split()
+_BLOCKS = words(
+    """p div br hr li ul ol dl dd dt blockquote center h1 h2 h3 h4 h5 h6 tr td th caption poem
+    article aside nav header footer figure figcaption"""
+)
+_INLINE = words(
+    """abbr b bdi bdo big cite code data del dfn em font i ins kbd mark q rb rp rt rtc ruby s
+    samp small span strike strong sub sup time tt u var wbr a img includeonly noinclude
+    onlyinclude nowiki pre ref references math chem ce gallery section table tbody thead tfoot
+    source syntaxhighlight templatestyles timeline imagemap score includeonly languages
+    translate tvar link meta nobr poem hiero charinsert indicator phonos"""
+)
 _TAG = re.compile(
     rf"</?({'|'.join(sorted({*_BLOCKS, *_INLINE}, key=len, reverse=True))})(?:[\s/][^<>]*)?>",
     re.IGNORECASE,
 )
 _RAISED = re.compile(r"<sup(?:\s[^<>]*)?>([^<>]*)</sup\s*>", re.IGNORECASE)
-_HIDDEN = re.compile(
-    r"<(span|div)\s[^<>]*display\s*:\s*none[^<>]*>[^<>]*</\1\s*>", re.IGNORECASE
-)
+_HIDDEN = re.compile(r"<(span|div)\s[^<>]*display\s*:\s*none[^<>]*>[^<>]*</\1\s*>", re.IGNORECASE)
 _READINGS = re.compile(r"<r[tp](?:\s[^<>]*)?>[^<>]*</r[tp]\s*>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _QUOTES = re.compile(r"'{2,}")
-_WORDS = """NOTOC FORCETOC TOC NOEDITSECTION NEWSECTIONLINK NONEWSECTIONLINK NOGALLERY HIDDENCAT
-EXPECTUNUSEDCATEGORY NOCONTENTCONVERT NOCC NOTITLECONVERT NOTC INDEX NOINDEX STATICREDIRECT DISAMBIG
-START END NOGLOBAL ARCHIVEDTALK NOTALK EXPECTEDUNUSEDTEMPLATE EXPECTWITHOUTSCANS""".split()
+_WORDS = words(
+    """NOTOC FORCETOC TOC NOEDITSECTION NEWSECTIONLINK NONEWSECTIONLINK NOGALLERY HIDDENCAT
+    EXPECTUNUSEDCATEGORY NOCONTENTCONVERT NOCC NOTITLECONVERT NOTC INDEX NOINDEX
+    STATICREDIRECT DISAMBIG START END NOGLOBAL ARCHIVEDTALK NOTALK EXPECTEDUNUSEDTEMPLATE
+    EXPECTWITHOUTSCANS"""
+)
 _MAGIC = re.compile(rf"__(?:{'|'.join(_WORDS)})__")
 _MAGIC_LINE = re.compile(r"^[ \t]*__(?![ _])[^\W\d](?:[^\W\d]|[ _])*__[ \t]*$", re.MULTILINE)
 _VARIANTS = re.compile(r"-\{([^{}]*)\}-")

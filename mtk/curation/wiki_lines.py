@@ -116,6 +116,8 @@ def _without_gaps(line: str) -> str:
         out[-1] = left
         if right.startswith(_CLOSING) or left.endswith(_OPENING):
             out[-1], right = _in_brackets(left, right)
+        elif left.endswith((",", ";", "，", "、")) and right.startswith((",", ";", "，", "、")):
+            right = right[1:]
         elif right and left and spaced and not right.startswith(_NO_SPACE_BEFORE):
             out.append(" ")
         if right:

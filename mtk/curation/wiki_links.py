@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass
 
 from mtk.curation.wiki_marks import GONE
+from mtk.curation.wiki_names import words
 from mtk.curation.wiki_site import CATEGORY, FILE, Site
 from mtk.curation.wiki_words import LANGUAGE_CODES
 
 _BRACKETS = re.compile(r"\[\[|\]\]")
-_PROTOCOL = r"(?:(?:https?|ftp|ircs?|git|svn|gopher|telnet|nntp|worldwind|mms|sftp|ssh):)?//|mailto:|news:"
+_PROTOCOL = (
+    r"(?:(?:https?|ftp|ircs?|git|svn|gopher|telnet|nntp|worldwind|mms|sftp|ssh):)?//|mailto:|news:"
+)
 _EXTERNAL = re.compile(
     rf"\[(?:{_PROTOCOL})[^\s\[\]<>\"]*[ \t]*((?:[^\[\]\n]|\[\[[^\[\]\n]*\]\])*)\]", re.IGNORECASE
 )
@@ -34,10 +37,14 @@ def link_rules(site: Site) -> LinkRules:
 
 # Short or older names of the file and category namespaces, which dumps do not list.
 _ALIASES = frozenset(
-    "bild datei fichier archivo imagen immagine imagem ficheiro arquivo afbeelding bestand plik grafika "
-    "изображение файл зображення слика датотека картинка kategorie catégorie categoría categoria "
-    "kategoria kategori категория категорія 画像 ファイル 文件 图像 圖像 檔案 분류 파일 그림 tập tin hình"
-    " tiedosto kuva fil kép fájl soubor resim dosya קובץ תמונה ملف صورة تصنيف פרטי".split()
+    words(
+        """bild datei fichier archivo imagen immagine imagem ficheiro arquivo afbeelding
+        bestand plik grafika изображение файл зображення слика датотека картинка
+        kategorie catégorie categoría categoria kategoria kategori категория категорія
+        画像 ファイル 文件 图像 圖像 檔案 분류
+        파일 그림 hình tiedosto kuva fil kép fájl soubor resim dosya
+        קובץ תמונה ملف صورة تصنيف פרטי"""
+    )
 )
 
 

@@ -87,9 +87,9 @@ def convert(call: Call) -> str:
     values = call.unnamed()
     if len(values) < 2:
         return call.get("1") or GONE
-    shown, position = values[0], 1
+    shown, position = grouped(values[0]), 1
     while position + 1 < len(values) and values[position].lower() in _BETWEEN:
-        shown += _BETWEEN[values[position].lower()] + values[position + 1]
+        shown += _BETWEEN[values[position].lower()] + grouped(values[position + 1])
         position += 2
     unit = values[position] if position < len(values) else ""
     # Two units of one measure: {{convert|5|ft|10|in|cm}}.
@@ -115,12 +115,16 @@ def fraction(call: Call) -> str:
 
 
 def grouped_number(call: Call) -> str:
+    return grouped(call.get("1"))
+
+
+def grouped(number: str) -> str:
     """Digits in groups of three; what is no number stays as it is."""
-    whole, point, rest = call.get("1").partition(".")
+    whole, point, rest = number.partition(".")
     sign = whole[:1] if whole[:1] in ("-", "−", "+") else ""
     digits = whole[len(sign) :]
     if not digits.isascii() or not digits.isdigit() or len(digits) < 4:
-        return call.get("1")
+        return number
     return f"{sign}{int(digits):,}{point}{rest}"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mtk.curation.wiki_marks import GONE
+from mtk.curation.wiki_names import words
 from mtk.curation.wiki_templates import Call
 
-_MONTHS = (
+_MONTHS = words(
     "January February March April May June July August September October November December"
-).split()
+)
 
 
 def date_of(call: Call) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from mtk.artifacts.parts import Parts
-from mtk.curation.wiki_dump import Place, first_place, read_pages
+from mtk.curation.wiki_dump import Place, read_pages
 from mtk.curation.wiki_extract import Counts, Extracted, Extraction, Extractor
 from mtk.curation.wiki_pool import in_order
 from mtk.errors import DataError
@@ -85,14 +85,16 @@ class _Part:
 
     def write(self, first: Extracted, more: Iterator[Extracted]) -> dict[str, object]:
         """From ``first`` on until the part is full; its facts, as they are saved with it."""
-        with (self._folder / RECORDS).open("wb") as records:
-            with (self._folder / DROPPED).open("w", encoding="utf-8") as dropped:
-                extracted: Extracted | None = first
-                while extracted is not None:
-                    self._add(extracted, records, dropped)
-                    after = extracted.after
-                    full = self._counts.pages >= self._rules.pages
-                    extracted = None if full else next(more, None)
+        with (
+            (self._folder / RECORDS).open("wb") as records,
+            (self._folder / DROPPED).open("w", encoding="utf-8") as dropped,
+        ):
+            extracted: Extracted | None = first
+            while extracted is not None:
+                self._add(extracted, records, dropped)
+                after = extracted.after
+                full = self._counts.pages >= self._rules.pages
+                extracted = None if full else next(more, None)
         return {**self._counts.facts(), "next": after.to_json()}
 
     def _add(self, extracted: Extracted, records: IO[bytes], dropped: IO[str]) -> None:
@@ -111,5 +113,3 @@ class _Part:
                 dropped.write(page.line())
         self._counts.add(extracted)
         self._progress.advance(extracted.done / 1e6, articles=f"{self._counts.kept:,}")
-
-

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 from xml.parsers import expat
 
-from mtk.curation.wiki_stream import BrokenStream, DumpStream
+from mtk.curation.wiki_stream import BrokenStreamError, DumpStream
 from mtk.errors import DataError
 
 LARGEST_HEAD = 4 << 20
@@ -63,11 +63,13 @@ def read_site(path: Path) -> Site:
                 if not data:
                     break
                 head += data
-        except BrokenStream as error:
+        except BrokenStreamError as error:
             raise DataError(
                 f"{path}, before page 1 (byte {len(head)} uncompressed): the stream is broken: "
                 f"{error}. Restore the file."
             ) from error
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is encoded in UTF-16; dumps are UTF-8. Convert it.")
     parser = _HeadParser(path)
     parser.parse(bytes(head if first is None else head[: first.start()]))
     if first is None:

@@ -22,7 +22,7 @@ PLAIN_BLOCK = 1 << 20
 Start = tuple[int, int]  # byte on disk, byte of the unpacked dump
 
 
-class BrokenStream(Exception):
+class BrokenStreamError(Exception):
     """The packed bytes end too soon or are damaged."""
 
 
@@ -30,7 +30,7 @@ class DumpStream:
     """A file's unpacked bytes from ``start`` on; the packing is told by its first bytes.
 
     end: of what was handed out so far, in the unpacked dump. disk: the same on disk. Raises
-    DataError if the file cannot be opened, BrokenStream while reading.
+    DataError if the file cannot be opened, BrokenStreamError while reading.
     """
 
     def __init__(self, path: Path, start: Start = (0, 0)) -> None:
@@ -73,8 +73,8 @@ class DumpStream:
         """The next bytes; none at the end."""
         try:
             data = self._raw.read(PLAIN_BLOCK) if self._new is None else self._unpack()
-        except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
-            raise BrokenStream(str(error).rstrip(".")) from error
+        except _broken() as error:
+            raise BrokenStreamError(str(error).rstrip(".")) from error
         self.end += len(data)
         return data
 
@@ -116,9 +116,11 @@ def _unpacker(magic: bytes) -> Callable[[], Any] | None:
     return None
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
+def _broken() -> tuple[type[Exception], ...]:
+    """What decompressors raise."""
+    known: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     try:
         import zstandard
     except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
+        return known
+    return (*known, zstandard.ZstdError)

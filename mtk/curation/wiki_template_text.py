@@ -11,135 +11,23 @@ from collections.abc import Iterable, Mapping
 from mtk.curation.wiki_marks import GONE, shown
 from mtk.curation.wiki_measures import convert, fraction, grouped_number, value_with_error
 from mtk.curation.wiki_moments import as_of, date_of, start_date
+from mtk.curation.wiki_names import names
+from mtk.curation.wiki_superscript import superscript
+from mtk.curation.wiki_template_languages import own_handlers
+from mtk.curation.wiki_template_tables import AROUND, BEFORE, CONSTANTS, LAST_VALUE, SHOWN_VALUE
 from mtk.curation.wiki_templates import Call, Handler, normal_name
 
-# Templates that show one of their values; several numbers: the first that is there.
-_SHOWN_VALUE = {
-    "1": "nowrap|nobr|nobreak|nowraplinks|nobold|noitalic|normal|small|smaller|smalldiv|big|larger|resize"
-    "|em|strong|strongbad|abbr|abbrlink|tooltip|h:title|hover title|mvar|math|bigmath|tmath|var|varserif|samp|code|codett"
-    "|mono|tt|kbd|keypress2|key|pre|pre2|not a typo|notatypo|typo|proper name|as written|vanchor|visible anchor"
-    "|visible anchors|annotated link|flag|flagcountry|flagu|flagdeco+link|flag+link|noflag|flaglist|flagathlete"
-    "|avoid wrap|noitalics|italics correction|italic correction|ic|larger|resize|underline|u|strike|s|del|ins|bold|b"
-    "|i|italic|italics|smallcaps|sc|smallcaps all|caps|allcaps|script|serif|sans-serif|font|transl2|no italic"
-    "|center|centre|align|poem|poemquote|poem quote|verse translation|indent|block indent|in5|stack begin|plainlist|flatlist"
-    "|block|nts|number table sorting|url|chem2|translation needed|midsize|linktext|quote box2|red|green|blue"
-    "|hanging indent|outdent|para2|ipa link|ipalink|ruby|ruby-ja|furigana|okina text|lower|raise"
-    "|first word|large|huge|tone superscript|nastaliq|unicode|script/arabic|script/hebrew|script/greek|hebrew|rtl-para|lts"
-    "|polytonic|iast|iso 15919|contradict-inline text|text|clarify span|cn span2|r-to-l|rtl|ltr|bdi|bdo",
-    "2": "lang|lang2|rtl-lang|rtl lang|native name|native phrase|native-name|langx|lang-x|color|colour|font color|font colour"
-    "|colored text|coloured text|fontcolor|colorbox text|sort|resize2|wikt-lang|abbr2"
-    "|script/text|nihongo2x|sorttext",
-}
-_LAST_VALUE = "transl|transliteration|translit|xlit|tlit|resize|fontsize|font size|wikt-lang|wt|linktext|highlight|background color|text color"
-_CONSTANTS = {
-    "nbsp|space|spaces|sp|nb space|non-breaking space|thinspace|thinsp|thin space|hair space|hairsp|hsp|nnbsp": " ",
-    "ndash|en dash|endash|–": "–",
-    "snd|spnd|spaced ndash|spaced en dash|spndash|dash": " – ",
-    "mdash|em dash|emdash|mdashb|—": "—",
-    "spd|snds|spaced mdash|smd": " — ",
-    "·|dot|middot|bullet|•|bull|dotsep": " · ",
-    "'": "'",
-    "'s": "'s",
-    '"|quotation mark': '"',
-    "' \"": "'\"",
-    "\" '": "\"'",
-    "=": "=",
-    "!": "|",
-    "!!": "||",
-    "(|lb": shown("{"),
-    ")|rb": shown("}"),
-    "((": shown("{{"),
-    "))": shown("}}"),
-    "[|!((": shown("["),
-    "]|))!": shown("]"),
-    "okina|hamza2": "ʻ",
-    "hamza": "ʼ",
-    "ayin": "ʽ",
-    "pi|π": "π",
-    "euro|€": "€",
-    "mu": "μ",
-    "times": "×",
-    "minus": "−",
-    "degree|deg": "°",
-    "prime": "′",
-    "pprime|double prime": "″",
-    "flat|music flat": "♭",
-    "sharp|music sharp": "♯",
-    "natural|music natural": "♮",
-    "ellipsis|...|…": "…",
-    "nbhyph|nbhyphen|hyphen|nb hyphen": "-",
-    "indian rupee|indian rupee symbol|₹": "₹",
-    "wbr|shy|zwsp|zwj|zwnj|zero width joiner|·wrap|wrap": "",
-    "break|br|crlf|crlf2|pb|paragraph break|lf": "\n",
-}
-_BEFORE = {  # what stands in front of the first value
-    "us$|usd|us dollar": "US$",
-    "a$|aud|au$": "A$",
-    "c$|cad|ca$": "C$",
-    "nz$|nzd": "NZ$",
-    "hk$|hkd": "HK$",
-    "gbp|pound sterling|£|pounds": "£",
-    "eur|euro|€": "€",
-    "inr|₹|indian rupee": "₹",
-    "jpy|yen|¥|jp¥": "¥",
-    "cny|rmb": "CN¥",
-    "krw|won": "₩",
-    "php|₱|peso": "₱",
-    "circa|c.|ca.": "c. ",
-    "floruit|fl.|fl": "fl. ",
-    "reign|r.": "r. ",
-    "born|born in|b.": "b. ",
-    "died|d.": "d. ",
-    "sqrt|radic|√": "√",
-    "lit|literal translation|literally|lit.": "lit. ",
-    "issn|issn link": "ISSN ",
-    "isbn|isbnt": "ISBN ",
-    "hms": "HMS ",
-    "hmas": "HMAS ",
-    "hmcs": "HMCS ",
-    "hmnzs": "HMNZS ",
-    "ins": "INS ",
-    "rms": "RMS ",
-    "ss": "SS ",
-    "mv": "MV ",
-    "sms": "SMS ",
-    "gts": "GTS ",
-    "uscgc": "USCGC ",
-    "uss": "USS ",
-    "usns": "USNS ",
-    "jds": "JDS ",
-    "unichar": "U+",
-    "adyear|ad": "AD ",
-}
-_AROUND = {  # what stands before and behind the first value
-    "angbr|angle bracket|angle brackets|angbr ipa": "⟨|⟩",
-    "bracket|brackets|sqbracket|square bracket": shown("[") + "|" + shown("]"),
-    "gloss|single quotes|single+single": "'|'",
-    "double quotes|double+double|qq": '"|"',
-    "paren|parentheses": "(|)",
-    "bce|bc": "| BC",
-    "abs": shown("|") + "|" + shown("|"),
-}
 _ACCIDENTALS = {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}
-_SUPERSCRIPT = str.maketrans("0123456789+-−()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾ⁿⁱ")
-_RAISED = frozenset("0123456789+-−()ni")
 
 
-def superscript(text: str) -> str:
-    """Powers as Unicode writes them: 10⁶ is not 106. Letters and others stay on the line."""
-    text = text.strip()
-    if any(c.isdigit() for c in text) and _RAISED.issuperset(text) or text in ("n", "+", "-", "−"):
-        return text.translate(_SUPERSCRIPT)
-    return text
-
-
-def handlers(title: str, extra: Iterable[str] = ()) -> dict[str, Handler]:
+def handlers(title: str, language: str = "en", extra: Iterable[str] = ()) -> dict[str, Handler]:
     """By template name; functions (``lc:``) with their colon.
 
-    title: of the page, for ``{{PAGENAME}}``. extra: ``NAME=NUMBER``, further templates that
-    show one of their values.
+    title: of the page, for ``{{PAGENAME}}``. language: of the wiki. extra: ``NAME=NUMBER``,
+    further templates that show one of their values.
     """
-    found = {**_COMMON, "pagename": lambda _: title, "fullpagename": lambda _: title}
+    found = _COMMON | own_handlers(language)
+    found |= {"pagename": lambda _: title, "fullpagename": lambda _: title}
     for entry in extra:
         name, _, value = entry.rpartition("=")
         found[normal_name(name)] = _value(value)
@@ -177,7 +65,9 @@ def _lines(call: Call) -> str:
 
 def _quote(call: Call) -> str:
     text = call.get("text", "quote", "1")
-    by = ", ".join(v for v in (call.get("author", "sign", "2"), call.get("source", "title", "3")) if v)
+    by = ", ".join(
+        v for v in (call.get("author", "sign", "2"), call.get("source", "title", "3")) if v
+    )
     return f"\n\n{text}\n" + (f"— {by}\n" if by else "") + "\n" if text else GONE
 
 
@@ -203,7 +93,9 @@ def _nihongo(call: Call) -> str:
 def _scripts(call: Call) -> str:
     """Chinese, Korean: each spelling once, without the names of the systems."""
     keys = ("c", "t", "s", "hangul", "hanja", "kanji", "p", "rr", "mr", "w", "j", "poj", "1")
-    return "; ".join(dict.fromkeys(call.values[key] for key in keys if call.values.get(key))) or GONE
+    return (
+        "; ".join(dict.fromkeys(call.values[key] for key in keys if call.values.get(key))) or GONE
+    )
 
 
 def _ship(call: Call) -> str:
@@ -212,7 +104,9 @@ def _ship(call: Call) -> str:
 
 
 def _numbered_ship(prefix: str) -> Handler:
-    return lambda call: _ship(Call(call.name, {"1": prefix, "2": call.get("1"), "3": call.get("2")}))
+    return lambda call: _ship(
+        Call(call.name, {"1": prefix, "2": call.get("1"), "3": call.get("2")})
+    )
 
 
 def _ship_class(call: Call) -> str:
@@ -274,7 +168,7 @@ _FUNCTIONS: Mapping[str, Handler] = {
     "quote|blockquote|cquote|quotation|bquote|quote frame|centered pull quote|rquote": _quote,
     "bulleted list|blist|ubl|ublist|unbulleted list|unbulleted list2|ordered list|numbered list"
     "|ubli|collapsible list2|pagelist2|indented plainlist|olist": _lines,
-    "columns-list|column list|columns list|longitem|div col list|cols list": lambda call: f"\n{_last(call)}\n",
+    "columns-list|column list|columns list|longitem": lambda call: f"\n{_last(call)}\n",
     "vunblist|vubl": _lines,
     "simplenuclide|simplenuclide2|nuclide2|nuclide|isotope": _joined("-"),
     "railgauge|track gauge|bracketed|diagonal split header2": _value("1"),
@@ -286,7 +180,7 @@ _FUNCTIONS: Mapping[str, Handler] = {
     "ship": _ship,
     "uss|usns|uscgc": _numbered_ship("USS"),
     "sclass|sclass2|sclass-": _ship_class,
-    "ill|interlanguage link|illm|interlanguage link multi|link-interwiki|ill2|link language": _foreign_link,
+    "ill|interlanguage link|illm|interlanguage link multi|link-interwiki|ill2": _foreign_link,
     "convert|cvt|convertabbrev": convert,
     "frac|fraction|sfrac|frac2|fractext|vulgar fraction": fraction,
     "val": value_with_error,
@@ -322,17 +216,17 @@ _FUNCTIONS: Mapping[str, Handler] = {
 
 def _common() -> dict[str, Handler]:
     found: dict[str, Handler] = {}
-    for value, names in _SHOWN_VALUE.items():
-        found |= dict.fromkeys(names.split("|"), _value(value, "text", "1"))
-    found |= dict.fromkeys(_LAST_VALUE.split("|"), _last)
-    for names, text in _BEFORE.items():
-        found |= dict.fromkeys(names.split("|"), _wrapped(text))
-    for names, text in _CONSTANTS.items():
-        found |= dict.fromkeys((n for n in names.split("|") if n not in found), _constant(text))
-    for names, text in _AROUND.items():
-        found |= dict.fromkeys(names.split("|"), _wrapped(*text.split("|")))
-    for names, handler in _FUNCTIONS.items():
-        found |= dict.fromkeys(names.split("|"), handler)
+    for value, listed in SHOWN_VALUE.items():
+        found |= dict.fromkeys(names(listed), _value(value, "text", "1"))
+    found |= dict.fromkeys(names(LAST_VALUE), _last)
+    for listed, text in BEFORE.items():
+        found |= dict.fromkeys(names(listed), _wrapped(text))
+    for listed, text in CONSTANTS.items():
+        found |= dict.fromkeys((n for n in names(listed) if n not in found), _constant(text))
+    for listed, text in AROUND.items():
+        found |= dict.fromkeys(names(listed), _wrapped(*text.split("|")))
+    for listed, handler in _FUNCTIONS.items():
+        found |= dict.fromkeys(names(listed), handler)
     return found
 
 

@@ -24,6 +24,7 @@ class TextRules:
     :func:`mtk.curation.wiki_template_text.handlers`."""
 
     links: LinkRules
+    language: str = "en"
     dropped_sections: frozenset[str] = frozenset()
     headings: bool = True
     keep_math: bool = False
@@ -35,7 +36,7 @@ def plain_text(wikitext: str, title: str, rules: TextRules) -> str:
     """Paragraphs and headings with an empty line between them, list items a line each."""
     text = without_marks(wikitext).replace("\r\n", "\n")
     text = strip_elements(text, keep_math=rules.keep_math, keep_code=rules.keep_code)
-    text = expand_templates(text, handlers(title, rules.templates))
+    text = expand_templates(text, handlers(title, rules.language, rules.templates))
     text = drop_tables(text)
     text = resolve_links(text, rules.links)
     text = strip_magic(strip_quotes(strip_tags(text)))
