@@ -32,8 +32,11 @@ def link_rules(site: Site) -> LinkRules:
     english = {"file", "image", "category"}
     local = {name.lower() for number in (FILE, CATEGORY) for name in site.names_of(number)}
     spaces = {name.lower() for _, name in site.namespaces if name}
-    return LinkRules(frozenset(english | local | _ALIASES), frozenset(spaces | english | {"wp"}))
+    return LinkRules(frozenset(english | local | _ALIASES), frozenset(spaces | english | _EVERYWHERE))
 
+
+# Understood by every wiki.
+_EVERYWHERE = frozenset(words("talk user project wikipedia wp mediawiki template help portal draft"))
 
 # Short or older names of the file and category namespaces, which dumps do not list.
 _ALIASES = frozenset(

@@ -96,6 +96,8 @@ def convert(call: Call) -> str:
     if len(values) > position + 2 and values[position + 1].replace(".", "", 1).isdigit():
         return f"{shown} {_unit(unit)} {values[position + 1]} {_unit(values[position + 2])}"
     name = _unit(unit)
+    if call.get("adj") in ("on", "mid", "pre"):
+        return f"{shown}-{name}"
     return f"{shown}{name}" if name.startswith("/") else f"{shown} {name}".rstrip()
 
 
