@@ -29,7 +29,7 @@ def strip_elements(text: str, *, keep_math: bool, keep_code: bool) -> str:
     tag only. Linear in the length of the text."""
     out: list[str] = []
     position = 0
-    unclosed: set[str] = set()
+    ends = _Ends(text)
     while (opened := _OPEN.search(text, position)) is not None:
         out.append(text[position : opened.start()])
         name = (opened[1] or "").lower()
@@ -40,17 +40,34 @@ def strip_elements(text: str, *, keep_math: bool, keep_code: bool) -> str:
         if opened[3]:
             out.append(GONE)
             continue
-        closed = None if name in unclosed else _CLOSE[name].search(text, position)
-        if closed is None:
-            unclosed.add(name)
+        closed = ends.after(name, position)
+        if closed is None or (name == "ref" and _has_later_one(text, position, closed.start())):
             continue
         content = text[position : closed.start()]
-        if name == "ref" and "\n\n" in content and _REF.search(content):
-            continue  # the end belongs to a later one
         position = closed.end()
         out.append(_rendered(name, opened[2], content, keep_math=keep_math, keep_code=keep_code))
     out.append(text[position:])
     return "".join(out)
+
+
+class _Ends:
+    """The next closing tag of each name, looked for once for all openings before it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._found: dict[str, re.Match[str] | None] = {}
+
+    def after(self, name: str, position: int) -> re.Match[str] | None:
+        known = name in self._found
+        found = self._found.get(name)
+        if not known or (found is not None and found.start() < position):
+            found = self._found[name] = _CLOSE[name].search(self._text, position)
+        return found
+
+
+def _has_later_one(text: str, start: int, end: int) -> bool:
+    """Whether another reference begins before the end, some paragraphs on: the end is its."""
+    return text.find("\n\n", start, end) >= 0 and _REF.search(text, start, end) is not None
 
 
 def _comment_end(text: str, opened: re.Match[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from html.entities import html5
 
 from mtk.curation.wiki_marks import GONE
 from mtk.curation.wiki_names import words
@@ -115,4 +116,10 @@ def _apostrophe(line: str, marks: list[re.Match[str]], sizes: list[int]) -> int 
 
 def decode_entities(text: str) -> str:
     """Those with a semicolon, as MediaWiki does; unknown names stay."""
-    return _ENTITY.sub(lambda found: html.unescape(found[0]), text) if "&" in text else text
+    return _ENTITY.sub(_decoded, text) if "&" in text else text
+
+
+def _decoded(found: re.Match[str]) -> str:
+    entity = found[0]
+    known = entity[1] == "#" or entity[1:] in html5
+    return html.unescape(entity) if known else entity

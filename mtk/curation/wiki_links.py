@@ -32,11 +32,15 @@ def link_rules(site: Site) -> LinkRules:
     english = {"file", "image", "category"}
     local = {name.lower() for number in (FILE, CATEGORY) for name in site.names_of(number)}
     spaces = {name.lower() for _, name in site.namespaces if name}
-    return LinkRules(frozenset(english | local | _ALIASES), frozenset(spaces | english | _EVERYWHERE))
+    return LinkRules(
+        frozenset(english | local | _ALIASES), frozenset(spaces | english | _EVERYWHERE)
+    )
 
 
 # Understood by every wiki.
-_EVERYWHERE = frozenset(words("talk user project wikipedia wp mediawiki template help portal draft"))
+_EVERYWHERE = frozenset(
+    words("talk user project wikipedia wp mediawiki template help portal draft")
+)
 
 # Short or older names of the file and category namespaces, which dumps do not list.
 _ALIASES = frozenset(
@@ -67,7 +71,8 @@ def resolve_links(text: str, rules: LinkRules) -> str:
         elif len(stack) > 1:
             inner = "".join(stack.pop())
             stack[-1].append(_shown(inner, rules))
-        # An end without a beginning is dropped.
+        else:
+            stack[-1].append("]]")  # as in a[b[0]]
     stack[-1].append(text[position:])
     return "".join(piece for level in stack for piece in level)
 

@@ -21,6 +21,7 @@ def drop_tables(text: str) -> str:
 def _without(text: str, borders: list[tuple[int, int, bool]]) -> str:
     """borders: (start, end, whether a table opens there), in order."""
     out: list[str] = []
+    partners = _partners(borders)
     kept = 0  # everything before is dealt with
     index = 0
     while index < len(borders):
@@ -28,7 +29,7 @@ def _without(text: str, borders: list[tuple[int, int, bool]]) -> str:
         if not opens:
             index += 1  # an end without a beginning: the lines see to it
             continue
-        last = _partner(borders, index)
+        last = partners.get(index)
         out.append(text[kept:start])
         if last is None:
             heading = _HEADING.search(text, start)
@@ -40,10 +41,13 @@ def _without(text: str, borders: list[tuple[int, int, bool]]) -> str:
     return "".join([*out, text[kept:]])
 
 
-def _partner(borders: list[tuple[int, int, bool]], first: int) -> int | None:
-    depth = 0
-    for index in range(first, len(borders)):
-        depth += 1 if borders[index][2] else -1
-        if depth == 0:
-            return index
-    return None
+def _partners(borders: list[tuple[int, int, bool]]) -> dict[int, int]:
+    """Of every beginning that has one: its end."""
+    waiting: list[int] = []
+    found: dict[int, int] = {}
+    for index, (_, _, opens) in enumerate(borders):
+        if opens:
+            waiting.append(index)
+        elif waiting:
+            found[waiting.pop()] = index
+    return found

@@ -20,7 +20,7 @@ def _named(table: dict[str, Handler]) -> dict[str, Handler]:
 
 
 def _value(*keys: str) -> Handler:
-    return lambda call: call.get(*keys)
+    return lambda call: call.get(*keys) or GONE
 
 
 def _between(before: str, behind: str) -> Handler:

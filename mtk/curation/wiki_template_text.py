@@ -35,7 +35,7 @@ def handlers(title: str, language: str = "en", extra: Iterable[str] = ()) -> dic
 
 
 def _value(*keys: str) -> Handler:
-    return lambda call: call.get(*keys)
+    return lambda call: call.get(*keys) or GONE
 
 
 def _constant(text: str) -> Handler:

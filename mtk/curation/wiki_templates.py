@@ -99,10 +99,9 @@ def _without_call(text: str) -> str:
     start = 0
     while start < len(lines) and lines[start].lstrip().startswith("|"):
         start += 1
-    kept = lines[start:]
     # Inside a sentence the rest of the line is more likely to be text than a parameter.
-    head = "" if "|" in first or not first.strip() else first
-    return "\n".join([head, *kept])
+    head = "" if start or "|" in first else first
+    return "\n".join([head, *lines[start:]])
 
 
 def _called(inner: str, handlers: Mapping[str, Handler]) -> str:

@@ -89,7 +89,7 @@ GONE_BLOCKS = {
     "template": "{{{{Infobox thing\n| name = {w}\n| a = {{{{small|{w}}}}} {{{{flag|{w}}}}}\n"
     "| b = {{{{unbulleted list|{w}|[[{w}|{w}]]}}}}\n}}}}",
     "hatnote": "{{{{Main|{w}}}}}",
-    "table": '{{| class="wikitable"\n|+ {w}\n! {w} !! {w}\n|-\n| [[{w}]] || \'\'{w}\'\'\n|-\n'
+    "table": "{{| class=\"wikitable\"\n|+ {w}\n! {w} !! {w}\n|-\n| [[{w}]] || ''{w}''\n|-\n"
     "|\n{{|\n| {w}\n|}}\n|}}",
     "html table": "<table><tr><td>{w}</td><td><table><tr><td>{w}</td></tr></table></td></tr></table>",
     "comment": "<!-- {w}\n\n== {w} == {{{{ [[ -->",
@@ -130,7 +130,7 @@ KEPT_INLINE = {
     "italics": " ''{w}''",
     "bold italics": " '''''{w}'''''",
     "external link": " [https://example.org/a?b=c {w}]",
-    "tag": " <span class=\"x\">{w}</span>",
+    "tag": ' <span class="x">{w}</span>',
     "entity": " &quot;{w}&quot;&nbsp;&mdash;",
     "shown": " <nowiki>[[{w}]]</nowiki>",
     "language template": " {{{{lang|fr|''{w}''}}}}",
