@@ -146,8 +146,9 @@ class _Pages:
     def _start(self, buffer: bytearray, begin: int, base: int) -> int:
         found = _BEFORE_PAGE.match(buffer, begin)
         if found is None:
-            near = bytes(buffer[begin : begin + 60]).strip()[:40]
-            self._fail(base + begin, f"{near!r} stands where <page> or the end is expected")
+            near = bytes(buffer[begin : begin + 200]).lstrip()
+            begin += len(buffer[begin : begin + 200]) - len(near)
+            self._fail(base + begin, f"{near[:40]!r} stands where <page> or the end is expected")
         return found.end()
 
     def _fail(self, byte: int, what: str, *, after: bool = False) -> NoReturn:

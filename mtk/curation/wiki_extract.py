@@ -37,7 +37,7 @@ class Extraction:
             text = plain_text(page.text, page.title, self.text)
         except (RecursionError, ValueError, LookupError, TypeError) as error:
             # A fault of this program, not of the page; it is told like one.
-            raise PageError("cannot be cleaned", repr(error)) from error
+            raise PageError("cannot be cleaned", repr(error), page) from error
         if not text:
             return None, "empty"
         if len(text) < self.min_characters:
@@ -115,14 +115,13 @@ class Extractor:
     def _add(
         self, found: _Gathered, plan: Extraction, chunk: PageChunk, index: int, xml: bytes
     ) -> None:
-        page = Page()
         place = (chunk.file, chunk.first + index, chunk.bytes[index])
         try:
             page = parse_page(xml)
             record, reason = plan.of(page)
         except PageError as error:
-            where = (*place[:2], place[2] + error.byte)
-            bad = DroppedPage(*where, page.id, page.title, error.reason, error.detail)
+            where = (*place[:2], place[2] + error.byte, error.page.id, error.page.title)
+            bad = DroppedPage(*where, error.reason, error.detail)
             found.dropped.append(bad)
             found.bad.append(bad)
             return

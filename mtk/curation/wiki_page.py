@@ -16,14 +16,6 @@ _FIELDS = {
 }
 
 
-class PageError(Exception):
-    """A page that cannot be used. reason: a short constant to count by; byte: inside it."""
-
-    def __init__(self, reason: str, detail: str, byte: int = 0) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.byte = reason, detail, byte
-
-
 @dataclass
 class Page:
     """As the dump has it; of several revisions the last. ns is "" in dumps before 2012."""
@@ -36,6 +28,15 @@ class Page:
     model: str = "wikitext"
     text: str = ""
     redirect: bool = False
+
+
+class PageError(Exception):
+    """A page that cannot be used. reason: a short constant to count by; byte: inside it; page:
+    as far as it was read."""
+
+    def __init__(self, reason: str, detail: str, page: Page, byte: int = 0) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.page, self.byte = reason, detail, page, byte
 
 
 def parse_page(xml: bytes) -> Page:
@@ -67,9 +68,9 @@ def parse_page(xml: bytes) -> Page:
         parser.Parse(xml, True)
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
-        raise PageError("malformed XML", reason, parser.ErrorByteIndex) from None
+        raise PageError("malformed XML", reason, page, parser.ErrorByteIndex) from None
     page.title = page.title.strip()
     for name, value in (("title", page.title), ("id", page.id)):
         if not value:
-            raise PageError(f"no {name}", f"the page has no <{name}>")
+            raise PageError(f"no {name}", f"the page has no <{name}>", page)
     return page

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from xml.sax.saxutils import escape
 
 from mtk.data.demo_corpus import Document, demo_documents
@@ -91,7 +92,7 @@ GONE_BLOCKS = {
     "hatnote": "{{{{Main|{w}}}}}",
     "table": "{{| class=\"wikitable\"\n|+ {w}\n! {w} !! {w}\n|-\n| [[{w}]] || ''{w}''\n|-\n"
     "|\n{{|\n| {w}\n|}}\n|}}",
-    "html table": "<table><tr><td>{w}</td><td><table><tr><td>{w}</td></tr></table></td></tr></table>",
+    "html table": "<table><tr><td>{w}<table><tr><td>{w}</td></tr></table></td></tr></table>",
     "comment": "<!-- {w}\n\n== {w} == {{{{ [[ -->",
     "file": "[[File:{w}.jpg|thumb|200px|A [[{w}|{w}]] and [http://example.org/{w} {w}] {w}]]",
     "image": "[[image: {w}.png |left|{w}]]",
@@ -108,7 +109,7 @@ GONE_BLOCKS = {
     "include only": "<includeonly>{w}</includeonly>",
 }
 GONE_INLINE = {
-    "reference": '<ref name="{w}" group=a>{{{{cite web|url=http://x.org/{w}|title={w}}}}} {w}</ref>',
+    "reference": '<ref name="{w}" group=a>{{{{cite|url=http://x.org/{w}|title={w}}}}} {w}</ref>',
     "reference by name": '<ref name="{w}" />',
     "reference template": "{{{{sfn|{w}|2001|p=1}}}}",
     "wanted": "{{{{citation needed|date={w}}}}}",
@@ -166,7 +167,7 @@ def planted(seed: int = 1) -> Planted:
     """The demo corpus as articles with all of the above strewn in, and pages to be dropped."""
     out = Planted()
     chance = random.Random(seed)
-    for number, document in enumerate(demo_documents()):
+    for number, document in enumerate(prose()):
         _article(out, document, number, chance)
         if number % 9 == 0:
             _dropped(out, number, chance)
@@ -240,6 +241,11 @@ def _word(listed: dict[str, list[str]], kind: str) -> str:
     return words[-1]
 
 
+@lru_cache(maxsize=1)
+def prose() -> list[Document]:
+    return demo_documents()
+
+
 _MARKUP = {ord(c): f"&#{ord(c)};" for c in "[]{}|'<>&=*#:;_~!-"}
 
 
@@ -250,7 +256,7 @@ def _as_wikitext(paragraph: str) -> str:
 
 def many_pages(count: int) -> Iterator[Page]:
     """Articles of a few kilobytes with redirects between them."""
-    documents = demo_documents()
+    documents = prose()
     for number in range(count):
         document = documents[number % len(documents)]
         if number % 3 == 2:
