@@ -53,6 +53,7 @@ def run(config: CurateWikipediaConfig, session: Session | None = None) -> Artifa
         outputs = [Path(config.output), Path(f"{config.prefix}{LISTED}")]
         refuse_foreign(outputs, config.prefix, force=session.force)
         sites = [read_site(path) for path in files]
+        _refuse_twice(files, sites)
         with Parts(config.prefix, _key(config, inputs)) as parts:
             try:
                 counts = _extract(config, session, files, sites, parts)
@@ -64,6 +65,18 @@ def run(config: CurateWikipediaConfig, session: Session | None = None) -> Artifa
             parts.remove()
     _report(session, counts)
     return artifact
+
+
+def _refuse_twice(files: Sequence[Path], sites: Sequence[Site]) -> None:
+    """A glob often finds a dump whole and in pieces, or packed in two ways."""
+    seen: dict[tuple[str, str], Path] = {}
+    for path, site in zip(files, sites, strict=True):
+        other = seen.setdefault((site.name, site.first_page), path)
+        if other != path and site.name and site.first_page:
+            raise DataError(
+                f"{other} and {path} both begin with page {site.first_page} of {site.name}: the "
+                f"same articles would come twice. Name one of them with --input."
+            )
 
 
 def _extract(

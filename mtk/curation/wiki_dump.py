@@ -86,7 +86,7 @@ def _chunks(path: Path, stream: DumpStream, place: Place) -> Iterator[PageChunk]
         number += 1
         if size >= CHUNK_BYTES or len(pages) >= CHUNK_PAGES:
             end = start + len(page)
-            after = Place(place.file, number, end, stream.start_before(end))
+            after = Place(place.file, number, end, stream.start)
             first = number - len(pages) + 1
             done, disk = stream.disk - disk, stream.disk
             yield PageChunk(str(path), place.file, tuple(pages), first, tuple(starts), after, done)

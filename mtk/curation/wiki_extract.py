@@ -89,48 +89,42 @@ class _Gathered:
     bad: list[DroppedPage] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Extractor:
-    """Picklable work for a pool. plans: one a file."""
+def extract(task: tuple[Extraction, PageChunk]) -> Extracted:
+    """Picklable work for a pool."""
+    plan, chunk = task
+    found = _Gathered()
+    for index, xml in enumerate(chunk.pages):
+        _add(found, plan, chunk, index, xml)
+    return Extracted(
+        records=packed("".join(found.lines).encode(), plan.packing),
+        kept=len(found.lines),
+        text_bytes=found.text_bytes,
+        characters=found.characters,
+        dropped=tuple(found.dropped),
+        bad=tuple(found.bad),
+        pages=len(chunk.pages),
+        after=chunk.after,
+        done=chunk.done,
+    )
 
-    plans: tuple[Extraction, ...]
 
-    def __call__(self, chunk: PageChunk) -> Extracted:
-        plan = self.plans[chunk.index]
-        found = _Gathered()
-        for index, xml in enumerate(chunk.pages):
-            self._add(found, plan, chunk, index, xml)
-        return Extracted(
-            records=packed("".join(found.lines).encode(), plan.packing),
-            kept=len(found.lines),
-            text_bytes=found.text_bytes,
-            characters=found.characters,
-            dropped=tuple(found.dropped),
-            bad=tuple(found.bad),
-            pages=len(chunk.pages),
-            after=chunk.after,
-            done=chunk.done,
-        )
-
-    def _add(
-        self, found: _Gathered, plan: Extraction, chunk: PageChunk, index: int, xml: bytes
-    ) -> None:
-        place = (chunk.file, chunk.first + index, chunk.bytes[index])
-        try:
-            page = parse_page(xml)
-            record, reason = plan.of(page)
-        except PageError as error:
-            where = (*place[:2], place[2] + error.byte, error.page.id, error.page.title)
-            bad = DroppedPage(*where, error.reason, error.detail)
-            found.dropped.append(bad)
-            found.bad.append(bad)
-            return
-        if record is None:
-            found.dropped.append(DroppedPage(*place, page.id, page.title, reason))
-            return
-        found.lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        found.characters += len(record["text"])
-        found.text_bytes += len(record["text"].encode())
+def _add(found: _Gathered, plan: Extraction, chunk: PageChunk, index: int, xml: bytes) -> None:
+    place = (chunk.file, chunk.first + index, chunk.bytes[index])
+    try:
+        page = parse_page(xml)
+        record, reason = plan.of(page)
+    except PageError as error:
+        where = (*place[:2], place[2] + error.byte, error.page.id, error.page.title)
+        bad = DroppedPage(*where, error.reason, error.detail)
+        found.dropped.append(bad)
+        found.bad.append(bad)
+        return
+    if record is None:
+        found.dropped.append(DroppedPage(*place, page.id, page.title, reason))
+        return
+    found.lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    found.characters += len(record["text"])
+    found.text_bytes += len(record["text"].encode())
 
 
 def packed(data: bytes, packing: str) -> bytes:

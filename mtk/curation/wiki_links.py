@@ -79,7 +79,7 @@ def resolve_links(text: str, rules: LinkRules) -> str:
 
 def _shown(inner: str, rules: LinkRules) -> str:
     target, bar, label = inner.partition("|")
-    if "\n\n" in inner or "\n=" in inner:
+    if "\n" in target.strip() or "\n=" in inner:
         return inner  # brackets whose own end is missing
     target = target.strip()
     if target.startswith(":"):

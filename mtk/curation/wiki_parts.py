@@ -12,7 +12,7 @@ from typing import IO
 
 from mtk.artifacts.parts import Parts
 from mtk.curation.wiki_dump import Place, read_pages
-from mtk.curation.wiki_extract import Counts, Extracted, Extraction, Extractor
+from mtk.curation.wiki_extract import Counts, Extracted, Extraction, extract
 from mtk.curation.wiki_pool import in_order
 from mtk.errors import DataError
 from mtk.log import Progress
@@ -47,7 +47,8 @@ def extract_parts(
     total = finished_counts(parts)
     place = Place.from_json(parts.facts[-1]["next"]) if len(parts) else Place(0, 0, 0, (0, 0))
     chunks = read_pages(files, [plan.site for plan in plans], place)
-    with closing(in_order(Extractor(tuple(plans)), chunks, workers)) as extracted:
+    tasks = ((plans[chunk.index], chunk) for chunk in chunks)
+    with closing(in_order(extract, tasks, workers)) as extracted:
         for first in extracted:
             facts: dict[str, object] = {}
             with parts.grow(facts) as folder:

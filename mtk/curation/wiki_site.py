@@ -18,6 +18,7 @@ from mtk.errors import DataError
 LARGEST_HEAD = 4 << 20
 FILE, CATEGORY = 6, 14
 _FIRST_PAGE = re.compile(rb"<page[\s>]|</mediawiki\s*>")
+_ID = re.compile(rb"<id>\s*(\d+)\s*</id>")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -26,7 +27,8 @@ class Site:
     """A wiki as its dump describes it.
 
     base: address of pages, up to the title. namespaces: (number, name as it is written in
-    titles). head_bytes: where the first page, or the end of the dump, stands.
+    titles). head_bytes: where the first page, or the end of the dump, stands. first_page: its
+    number in the wiki, "" if it cannot be told.
     """
 
     name: str = ""
@@ -34,6 +36,7 @@ class Site:
     base: str = ""
     namespaces: tuple[tuple[int, str], ...] = ()
     head_bytes: int = 0
+    first_page: str = ""
 
     def url(self, title: str) -> str:
         """The page's address, with the characters that MediaWiki leaves as they are."""
@@ -58,7 +61,11 @@ def read_site(path: Path) -> Site:
     with DumpStream(path) as stream:
         head = bytearray()
         try:
-            while (first := _FIRST_PAGE.search(head)) is None and len(head) < LARGEST_HEAD:
+            while (first := _FIRST_PAGE.search(head)) is None or not _ID.search(
+                head, first.start()
+            ):
+                if len(head) >= LARGEST_HEAD:
+                    break
                 data = stream.read()
                 if not data:
                     break
@@ -77,7 +84,8 @@ def read_site(path: Path) -> Site:
             f"{path}: no <page> and no end of the dump in its first {len(head):,} bytes: it is cut "
             f"short, or not a dump of pages. Restore the file."
         )
-    return parser.site(first.start())
+    number = _ID.search(head, first.start())
+    return parser.site(first.start(), number[1].decode() if number else "")
 
 
 @dataclass
@@ -108,7 +116,7 @@ class _HeadParser:
         if not self.names and not self._inside:
             self._not_a_dump("no element")
 
-    def site(self, head_bytes: int) -> Site:
+    def site(self, head_bytes: int, first_page: str) -> Site:
         base = self.names.get("base", "")
         return Site(
             name=self.names.get("dbname") or self.names.get("sitename", ""),
@@ -116,6 +124,7 @@ class _HeadParser:
             base=base[: base.rfind("/") + 1],
             namespaces=tuple(self.spaces),
             head_bytes=head_bytes,
+            first_page=first_page,
         )
 
     def _start(self, name: str, attributes: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import zlib
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +28,10 @@ class BrokenStreamError(Exception):
 class DumpStream:
     """A file's unpacked bytes from ``start`` on; the packing is told by its first bytes.
 
-    end: of what was handed out so far, in the unpacked dump. disk: the same on disk. Raises
-    DataError if the file cannot be opened, BrokenStreamError while reading.
+    end: of what was handed out so far, in the unpacked dump. disk: the same on disk. start:
+    the last place at which unpacking could begin, before all that the last read gave; plain
+    files begin anywhere. Raises DataError if the file cannot be opened, BrokenStreamError
+    while reading.
     """
 
     def __init__(self, path: Path, start: Start = (0, 0)) -> None:
@@ -41,7 +42,7 @@ class DumpStream:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         self.end = start[1]
-        self._starts: deque[Start] = deque([start])
+        self.start = start
         self._stream: Any = None
         self._packed = b""
 
@@ -60,21 +61,14 @@ class DumpStream:
     def disk(self) -> int:
         return self._raw.tell() - len(self._packed)
 
-    def start_before(self, byte: int) -> Start:
-        """The last place at or before ``byte`` (unpacked) where reading can begin. Asked with
-        growing bytes only."""
-        if self._new is None:
-            return byte, byte
-        while len(self._starts) > 1 and self._starts[1][1] <= byte:
-            self._starts.popleft()
-        return self._starts[0]
-
     def read(self) -> bytes:
         """The next bytes; none at the end."""
         try:
             data = self._raw.read(PLAIN_BLOCK) if self._new is None else self._unpack()
         except _broken() as error:
             raise BrokenStreamError(str(error).rstrip(".")) from error
+        if self._new is None:
+            self.start = self.end, self.end
         self.end += len(data)
         return data
 
@@ -88,8 +82,7 @@ class DumpStream:
             if self._stream is None:
                 assert self._new is not None
                 self._stream = self._new()
-                if self.disk != self._starts[-1][0]:
-                    self._starts.append((self.disk, self.end))
+                self.start = self.disk, self.end
             data: bytes = self._stream.decompress(self._packed)
             if self._stream.eof:
                 self._packed, self._stream = self._stream.unused_data, None

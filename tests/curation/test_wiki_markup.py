@@ -47,7 +47,9 @@ CASES = {
     "a [[b": "a b",
     "a[b[0]]": "a[b[0]]",
     "[[a]] ]] b": "a ]] b",
-    "a [[b\n\nc]] d": "a b\n\nc d",
+    "a [[b\n\nc|d]] e": "a b\n\nc|d e",
+    "[[File:a.jpg|thumb|b\n\nc]]d": "d",
+    "[[File:a.jpg|thumb|b\n== C ==\nd]]": "File:a.jpg|thumb|b\n\nC\n\nd",
     "[[a|]]": "a",
     # External links
     "[http://x.org/a_b?c=d]": "",
@@ -158,6 +160,7 @@ CASES = {
     "a\n{|\n! b\n|-\n| c || {{d}}\n|}\ne": "a\n\ne",
     "{|\n|\n{|\n|b\n|}\n|}\nc": "c",
     ": {|\n| b\n|}\nc": "c",
+    "{|\n{|\n|}\nof the outer\n|}\nc": "c",
     "{|\n| never ends\n== H ==\nb": "H\n\nb",
     "<table><tr><td>a<table></table></td></tr></table>b": "b",
     "a\n| left over\n|}": "a",
@@ -234,6 +237,7 @@ def test_options(rules: dict[str, Any], wikitext: str, text: str) -> None:
 HOSTILE = {
     "templates": "{{a|" * 50_000,
     "closed templates": "{{small|" * 20_000 + "}}" * 20_000,
+    "deep templates": "{{small|" * 20_000 + "a" * 500_000 + "}}" * 20_000,
     "braces": "{" * 200_000 + "}" * 200_000,
     "parameters": "{{{a|" * 30_000 + "}}}" * 30_000,
     "links": "[[a|" * 50_000,

@@ -168,11 +168,17 @@ def test_neither_workers_nor_parts_change_a_byte(folder: Path) -> None:
 
 def test_several_files_keep_their_order_and_their_namespaces(folder: Path) -> None:
     (folder / "a.xml").write_bytes(dump([Page("Ä", "[[Datei:x.jpg|y]]Eins")], "de"))
-    (folder / "b.xml").write_bytes(dump([Page("B", "[[Datei:x.jpg|y]] two")]))
+    (folder / "b.xml").write_bytes(dump([Page("B", "[[Datei:x.jpg|y]] two")], first=50))
     run(folder, "--input", str(folder / "[ab].xml"), "--output", str(folder / "o" / "w.jsonl"))
     found = records(folder / "o" / "w.jsonl")
     assert [record["text"] for record in found[-2:]] == ["Eins", "two"]
     assert found[-2]["url"].startswith("https://de.")
+
+
+def test_the_same_dump_twice_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "d.xml.bz2").write_bytes(bz2.compress((folder / "d.xml").read_bytes()))
+    run(folder, "--input", str(folder / "d.xml*"), code=3)
+    assert "d.xml.bz2 both begin with page 1 of enwiki" in capfd.readouterr().err
 
 
 def test_the_list_is_bounded_for_each_reason(folder: Path) -> None:

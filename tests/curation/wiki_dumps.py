@@ -66,8 +66,8 @@ def head(language: str = "en") -> str:
 TAIL = "</mediawiki>\n"
 
 
-def dump(pages: Iterable[Page], language: str = "en") -> bytes:
-    body = "".join(page.xml(number) for number, page in enumerate(pages, start=1))
+def dump(pages: Iterable[Page], language: str = "en", first: int = 1) -> bytes:
+    body = "".join(page.xml(number) for number, page in enumerate(pages, start=first))
     return (head(language) + body + TAIL).encode()
 
 
@@ -176,7 +176,7 @@ def planted(seed: int = 1) -> Planted:
 
 def _dropped(out: Planted, number: int, chance: random.Random) -> None:
     kinds = {
-        "redirect": Page(f"R{number}", chance.choice(REDIRECTIONS), redirect="A & <B>"),
+        "redirect": Page(f"R{number}", "#Uelekezi [[A & <B>]]", redirect="A & <B>"),
         "redirect without tag": Page(f"O{number}", chance.choice(REDIRECTIONS)),
         "disambiguation": Page(
             f"D{number}", f"'''D''' may be:\n* [[A]]\n\n{chance.choice(DISAMBIGUATIONS)}"
