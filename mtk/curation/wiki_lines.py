@@ -16,6 +16,7 @@ _ODD = r"\t\u00a0\u2000-\u200b\u202f\u3000\ufeff\u00ad"
 _SPACES = re.compile(rf" [ {_ODD}]+|[{_ODD}][ {_ODD}]*")  # more than one plain space
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _OPENING, _CLOSING = ("(", "（"), (")", "）")
+_COMMAS = (",", ";", "，", "、")
 _BESIDE_BRACKETS = " \t,;:、，；"
 _NO_SPACE_BEFORE = (*",.;:)]!?’”»、。，；：）",)
 
@@ -116,8 +117,8 @@ def _without_gaps(line: str) -> str:
         out[-1] = left
         if right.startswith(_CLOSING) or left.endswith(_OPENING):
             out[-1], right = _in_brackets(left, right)
-        elif left.endswith((",", ";", "，", "、")) and right.startswith((",", ";", "，", "、")):
-            right = right[1:]
+        elif left.endswith(_COMMAS) and right.startswith(_COMMAS):
+            right = right[1:] if right[1:].strip() else ""
         elif right and left and spaced and not right.startswith(_NO_SPACE_BEFORE):
             out.append(" ")
         if right:

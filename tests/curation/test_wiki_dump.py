@@ -71,7 +71,10 @@ def test_every_packing_gives_every_page(packing: str, data: bytes, tmp_path: Pat
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_reading_begins_again_after_every_chunk(packing: str, data: bytes, tmp_path: Path) -> None:
+def test_reading_begins_again_after_every_chunk(
+    packing: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtk.curation.wiki_stream.PLAIN_BLOCK", 100_000)
     path = tmp_path / "d"
     path.write_bytes(PACKINGS[packing](data))
     chunks = read(path)
@@ -82,8 +85,8 @@ def test_reading_begins_again_after_every_chunk(packing: str, data: bytes, tmp_p
         assert [(c.pages, c.first, c.bytes, c.after) for c in again] == [
             (c.pages, c.first, c.bytes, c.after) for c in later
         ]
-        if "multistream" in packing and index:
-            assert 0 < place.start[1] <= place.byte, "it began at the start of the file"
+        if packing not in ("bz2", "gz", "zst"):
+            assert 0 <= place.byte - place.start[1] < 500_000, "it unpacks what is done"
 
 
 def test_small_reads_change_nothing(

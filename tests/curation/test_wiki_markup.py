@@ -71,6 +71,7 @@ CASES = {
     "a {{b}} c": "a c",
     "a{{b}}.": "a.",
     "a {{b}}, c": "a, c",
+    "a, {{b}}, {{c}}; d": "a, d",
     "A ({{IPA|x}}; born 1879) b": "A (born 1879) b",
     "A ({{IPA|x}}) b": "A b",
     "A ({{IPA|x}}, {{respell|x}}) b": "A b",

@@ -15,6 +15,7 @@ import zstandard
 from mtk.artifacts import open_artifact, verify, verify_lineage
 from mtk.artifacts.parts import parts_folder
 from mtk.cli.main import main
+from mtk.curation.wiki_site import Site, read_site
 from tests.curation.wiki_dumps import Page, dump, head, many_pages
 
 PAGES = [
@@ -173,6 +174,20 @@ def test_several_files_keep_their_order_and_their_namespaces(folder: Path) -> No
     found = records(folder / "o" / "w.jsonl")
     assert [record["text"] for record in found[-2:]] == ["Eins", "two"]
     assert found[-2]["url"].startswith("https://de.")
+
+
+def test_a_dump_that_changes_meanwhile_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def reads(path: Path) -> Site:
+        site = read_site(path)
+        path.write_bytes(path.read_bytes() + b" ")
+        return site
+
+    monkeypatch.setattr("stages.curate_wikipedia.read_site", reads)
+    run(folder, code=3)
+    assert "changed while it was read" in capfd.readouterr().err
+    assert files(folder / "out") == []
 
 
 def test_the_same_dump_twice_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
