@@ -58,6 +58,13 @@ STAGES = (
         group="corpus",
     ),
     Stage(
+        "wikipedia",
+        "mtk.config.curate_wikipedia:CurateWikipediaConfig",
+        "stages.curate_wikipedia:run",
+        "Turn a Wikipedia dump into clean articles, as JSON lines.",
+        group="curate",
+    ),
+    Stage(
         "train",
         "mtk.config.tokenizer:TrainTokenizerConfig",
         "stages.tokenizer:run",

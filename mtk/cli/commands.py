@@ -8,6 +8,7 @@ from mtk.cli import (
     artifact_commands,
     bench_commands,
     config_commands,
+    curate_commands,
     doctor_commands,
     evaluation_commands,
     flow_commands,
@@ -21,6 +22,7 @@ from mtk.cli import (
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
+    "curate": "Raw dumps and crawls to clean corpora.",
     "flow": "Prefect flows: chains of stages.",
     "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
@@ -41,6 +43,7 @@ TOPICS = (
     bench_commands,
     verify_commands,
     evaluation_commands,
+    curate_commands,
 )
 
 

@@ -57,13 +57,17 @@ Record = tuple[int, int, bytes]  # number, start, content
 
 
 def expand_inputs(
-    patterns: Sequence[str], output_prefix: str | None = None, option: str = "--input"
+    patterns: Sequence[str],
+    output_prefix: str | None = None,
+    option: str = "--input",
+    *,
+    any_format: bool = False,
 ) -> list[Path]:
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
     A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
     the same command has the same input again. Raises DataError for a pattern without a
-    match, a folder, or an unknown suffix.
+    match, a folder, or (unless ``any_format``) an unknown suffix.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -75,12 +79,13 @@ def expand_inputs(
             inputs = [name for name in sorted(names) if not _is_output(name, output_prefix)]
             found = [Path(name) for name in inputs]
         if path.is_dir():
-            raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
+            suffix = "" if any_format else ".jsonl"
+            raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*{suffix}'.")
         found = [file for file in found if not file.is_dir()]
         if not found:
             raise DataError(f"{option} {pattern}: no such file, and no file matches it as a glob.")
         files.update(dict.fromkeys(found))
-    for file in files:
+    for file in () if any_format else files:
         file_format(file)
     return list(files)
 
