@@ -96,6 +96,11 @@ class IndexedDataset:
     def num_documents(self) -> int:
         return len(self.document_indices) - 1
 
+    @property
+    def tokens(self) -> Tokens:
+        """All tokens of all sequences, a read-only view [num_tokens]."""
+        return self._tokens
+
     def get(self, i: int, offset: int = 0, length: int | None = None) -> Tokens:
         """Tokens ``offset .. offset + length`` of sequence ``i`` (a read-only view, [length]).
 
