@@ -191,6 +191,15 @@ def trace_step(run: TracedRun, step: int, *, verify_corpus: bool = True) -> Trac
     return with_origins(found, verify_corpus=verify_corpus)
 
 
+def trace_samples(
+    samples: SampleDataset, numbers: Sequence[int], *, verify_corpus: bool = True
+) -> Trace:
+    """Samples of a dataset outside of any training: of step, rank and micro-batch 0."""
+    tracer = _Tracer(samples)
+    found = [tracer.sample(k, 0, 0, 0) for k in numbers]
+    return with_origins(found, verify_corpus=verify_corpus)
+
+
 class _Tracer:
     """Opens every dataset once."""
 
