@@ -59,7 +59,7 @@ def bench_index(config: IndexBenchConfig, reporter: Reporter) -> IndexRow:
 
 def measured(config: IndexBenchConfig) -> IndexRow:
     """The measurement itself."""
-    compiled = config.compiled and shuffle.compiled_shuffle_exists()
+    compiled = config.compiled and shuffle.numba_exists()
     least = 0 if compiled else sys.maxsize
     started = time.perf_counter()
     shuffle.shuffle_in_place(np.arange(10, dtype=np.uint32), np.random.RandomState(0), least)

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from mtk.artifacts.hashing import sha256_file, sha256_json
 from mtk.artifacts.staging import remove_leftovers, staging_prefix, sync_folder
+from mtk.data.mapped import mapped_bytes
 from mtk.data.token_source import Notify, ignore
 
 Arrays = dict[str, npt.NDArray[np.integer]]
@@ -122,9 +123,22 @@ def _read(entry: Path, content: Mapping[str, Any]) -> Arrays:
         unchanged = large and _stamp(path) == record["stamp"]
         if not unchanged and sha256_file(path) != record["sha256"]:
             raise ValueError(f"{path.name} has another SHA-256")
-        mode: Any = "r" if record["items"] else None  # nothing cannot be mapped
-        arrays[name] = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+        arrays[name] = _mapped(path)
     return arrays
+
+
+def _mapped(path: Path) -> npt.NDArray[np.integer]:
+    """What ``numpy.load`` gives, read-only; a map of the file where it is large."""
+    with path.open("rb") as stream:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"{path.name} has version {version} of its format")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+        begin = stream.tell()
+    if by_columns or dtype.hasobject:
+        raise ValueError(f"{path.name} holds {dtype} in another order")
+    found: npt.NDArray[np.integer] = mapped_bytes(path)[begin:].view(dtype).reshape(shape)
+    return found
 
 
 def _store(entry: Path, content: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def shuffle_in_place(
 
     least: from how many numbers on the compiled loop is used, if numba is there.
     """
-    if not least <= len(values) <= LONGEST or not compiled_shuffle_exists():
+    if not least <= len(values) <= LONGEST or not numba_exists():
         state.shuffle(values)
         return
     found: Any = state.get_state(legacy=False)
@@ -37,7 +37,7 @@ def shuffle_in_place(
     state.set_state({**found, "state": {"key": key, "pos": position}})
 
 
-def compiled_shuffle_exists() -> bool:
+def numba_exists() -> bool:
     """Whether numba is installed."""
     return find_spec("numba") is not None
 
