@@ -205,6 +205,8 @@ class _LeftOut:
 
 
 def _listed(path: Path) -> list[tuple[str, int]]:
-    """File and number of the records in a list of bad ones."""
+    """File and number of the records in a list of bad ones, which need not be there."""
+    if not path.is_file():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return [(entry["file"], int(entry["number"])) for entry in map(json.loads, lines)]
