@@ -134,9 +134,12 @@ def saved_run(folder: Path) -> SavedRun:
     """Read a checkpoint of a training. Raises CheckpointError for one that was converted."""
     artifact = open_artifact(folder, "checkpoint")
     path = folder / TRAINING_RECORD
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {TRAINING_RECORD}: mtk did not train it.")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not {"progress", "identity"} <= set(record):
+        raise CheckpointError(
+            f"{folder} does not say what it was trained on: it was converted, or is not of a "
+            f"training of mtk. Give the training's options with --config."
+        )
     progress, layout = record["progress"], record.get("layout") or {}
     return SavedRun(
         artifact.stage,
