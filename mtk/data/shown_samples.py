@@ -48,10 +48,14 @@ class SampleOptions:
                     "query_in_block_prob", self.query_in_block_prob, "must lie in 0..1", nearest
                 )
             )
-        for name, least in (("length", 1), ("decoder_length", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+        for name, value, least in (
+            ("seq_length", self.length, 1),
+            ("decoder_seq_length", self.decoder_length, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
                 rule = f"must be at least {least}"
-                problems.append(Problem(name, getattr(self, name), rule, f"Nearest: {least}."))
+                problems.append(Problem(name, value, rule, f"Nearest: {least}."))
         if problems:
             raise ConfigError(problems)
 

@@ -198,8 +198,8 @@ def test_packed_conversations_are_traced_to_their_lines(tmp_path: Path, packed: 
     save_native(tmp_path / "base", llama(seq_length=48, max_position_embeddings=64, num_layers=1))
     talks = []
     for number in range(25):
-        question = {"role": "user", "content": f"the quick {number}"}
-        talks.append({"messages": [question, {"role": "assistant", "content": "fox" * 2}]})
+        question = {"role": "user", "content": f"q{number:02}"}
+        talks.append({"messages": [question, {"role": "assistant", "content": "a"}]})
     lines = [json.dumps(talk) for talk in talks]
     lines[4] = BAD
     # Two conversations stand in one line.
