@@ -43,3 +43,17 @@ def test_equals_the_plain_rule() -> None:
         spent = exhaustive_blending_indices(sizes)
         shares = (sizes / np.float64(total)).tolist()
         assert spent.dataset.tolist() == naive_blend(shares, total, sizes.tolist())[0]
+
+
+def test_a_spent_dataset_drops_out() -> None:
+    """Weights that ask a dataset for more than it has."""
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        count = int(rng.integers(2, 10))
+        weights = rng.random(count) + 0.01
+        weights /= weights.sum()
+        sizes = rng.integers(1, 30, count)
+        total = int(sizes.sum())
+        found = blend_indices._indices(weights, sizes, total)
+        assert found.dataset.tolist() == naive_blend(weights.tolist(), total, sizes.tolist())[0]
+        assert found.counts(count).tolist() == sizes.tolist()
