@@ -21,14 +21,15 @@ from mtk.data.index_cache import IndexCache
 from mtk.log import Reporter
 
 COLUMNS = (
-    *("samples", "documents", "order", "shuffle", "build", "M samples/s"),
+    *("samples", "documents", "order", "shuffle", "build", "cpu", "M samples/s"),
     *("arrays GB", "beyond GB", "store", "open"),
 )
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One measurement. seconds: of building, without compiling; beyond: bytes of the process at
+    """One measurement. seconds: of building, without compiling;
+    cpu_seconds: of all its threads, which other programs change less; beyond: bytes of the process at
     its peak that the arrays do not account for, Python and libraries among them; base: bytes
     before the build, of Python, libraries and document lengths."""
 
@@ -39,6 +40,7 @@ class IndexRow:
     compiled: bool
     compile_seconds: float
     seconds: float
+    cpu_seconds: float
     arrays: int
     base: int
     beyond: int
@@ -67,10 +69,10 @@ def measured(config: IndexBenchConfig) -> IndexRow:
     compile_seconds = time.perf_counter() - started
     sizes, plan = _corpus(config)
     base = peak()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     documents = np.arange(len(sizes), dtype=np.int32)
     built = vars(build_indices(sizes, documents, 1234, plan, least))
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     arrays = sum(array.nbytes for array in built.values())
     beyond = peak() - arrays
     store_seconds = open_seconds = None
@@ -85,6 +87,7 @@ def measured(config: IndexBenchConfig) -> IndexRow:
         open_seconds = time.perf_counter() - started
     return IndexRow(
         plan.samples, len(sizes), plan.epochs, plan.order, compiled, compile_seconds, seconds,
+        cpu_seconds,
         arrays, base, beyond, store_seconds, open_seconds,
     )  # fmt: skip
 
@@ -113,6 +116,7 @@ def cells(row: IndexRow) -> Sequence[str]:
     return (
         f"{row.samples:,}", f"{row.documents:,} x {row.epochs}", row.order,
         "numba" if row.compiled else "numpy", f"{row.seconds:.1f} s",
+        f"{row.cpu_seconds:.1f} s",
         f"{row.samples / row.seconds / 1e6:.1f}", f"{row.arrays / 1e9:.2f}",
         f"{row.beyond / 1e9:.2f}", *(s or "-" for s in seconds),
     )  # fmt: skip
