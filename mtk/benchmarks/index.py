@@ -29,9 +29,9 @@ COLUMNS = (
 @dataclass(frozen=True)
 class IndexRow:
     """One measurement. seconds: of building, without compiling;
-    cpu_seconds: of all its threads, which other programs change less; beyond: bytes of the process at
-    its peak that the arrays do not account for, Python and libraries among them; base: bytes
-    before the build, of Python, libraries and document lengths."""
+    cpu_seconds: of all its threads, which other programs change less; beyond: bytes of the
+    process at its peak that the arrays do not account for, Python and libraries among them;
+    base: bytes before the build, of Python, libraries and document lengths."""
 
     samples: int
     documents: int
