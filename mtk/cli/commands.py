@@ -9,6 +9,8 @@ from mtk.cli import (
     bench_commands,
     config_commands,
     curate_commands,
+    data_commands,
+    data_trace,
     doctor_commands,
     evaluation_commands,
     flow_commands,
@@ -23,6 +25,7 @@ GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
     "curate": "Raw dumps and crawls to clean corpora.",
+    "data": "What is in datasets, and what a training step saw of them.",
     "flow": "Prefect flows: chains of stages.",
     "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
@@ -44,6 +47,8 @@ TOPICS = (
     verify_commands,
     evaluation_commands,
     curate_commands,
+    data_commands,
+    data_trace,
 )
 
 

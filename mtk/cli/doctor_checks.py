@@ -62,6 +62,7 @@ PACKAGES = (
     Package("zstandard", "0.22", extra="formats"),
     Package("pyarrow", "16", extra="formats"),
     Package("tensorboard", "2.16", extra="track"),
+    Package("numba", "0.60", extra="fast"),
     Package("triton", extra="for fused kernels on CUDA; torch for CUDA brings it"),
     Package("flash-attn", extra="for --attention-backend flash-attn; needs nvcc to build"),
     Package("flash-attn-3", extra="for --attention-backend flash3; needs nvcc to build"),

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.mapped import mapped_bytes
 from mtk.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -73,7 +74,7 @@ class IndexedDataset:
             if not path.is_file():
                 raise DataError(f"{path} does not exist; the dataset {prefix} needs both files.")
         self.dtype, count, boundaries = _read_header(index)
-        raw = np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray)
+        raw = mapped_bytes(index)
         lengths_end = HEADER.size + 4 * count
         pointers_end = lengths_end + 8 * count
         self.sizes: npt.NDArray[np.int32] = raw[HEADER.size : lengths_end].view("<i4")
@@ -83,11 +84,7 @@ class IndexedDataset:
         ].view("<i8")
         self.num_tokens = _check(self, index, tokens)
         empty = np.empty(0, self.dtype)
-        self._tokens: Tokens = (
-            np.memmap(tokens, mode="r", dtype=self.dtype).view(np.ndarray)
-            if self.num_tokens
-            else empty
-        )
+        self._tokens: Tokens = mapped_bytes(tokens).view(self.dtype) if self.num_tokens else empty
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -95,6 +92,11 @@ class IndexedDataset:
     @property
     def num_documents(self) -> int:
         return len(self.document_indices) - 1
+
+    @property
+    def tokens(self) -> Tokens:
+        """All tokens of all sequences, a read-only view [num_tokens]."""
+        return self._tokens
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> Tokens:
         """Tokens ``offset .. offset + length`` of sequence ``i`` (a read-only view, [length]).
