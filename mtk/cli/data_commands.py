@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,9 @@ import typer
 if TYPE_CHECKING:
     from mtk.data.document_text import ShownDocument
     from mtk.data.statistics import Lengths, Statistics
+    from mtk.tokenizers import Tokenizer
+
+LONGEST_LIST = 16  # runs that are printed of a sample's field
 
 _PREFIX = typer.Argument(help="A dataset's prefix, e.g. data/wiki_text_document.")
 _JSON = typer.Option("--json", help="Machine-readable JSON lines on stdout, people on stderr.")
@@ -143,10 +147,9 @@ def _show_sample(info: Any, options: Any, sample: int, verify: bool, json_: bool
     tokenizer = None if info.tokenizer_folder is None else load_tokenizer(info.tokenizer_folder)
     for name, value in content.items():
         if tokenizer is not None and name.endswith("tokens"):
-            # Piece by piece: decoding would leave out CLS, MASK and other special tokens.
-            lines += [f"{name}:", " ".join(tokenizer.piece(i) for i in value)]
+            lines += [f"{name}:", spelled(tokenizer, value)]
         elif not (value and isinstance(value, list) and isinstance(value[0], list)):
-            lines.append(f"{name}: {value}")
+            lines.append(f"{name}: {runs(value)}")
     fields = found.to_dict()
     Reporter(json_lines=json_).result(
         "\n".join(lines),
@@ -156,6 +159,27 @@ def _show_sample(info: Any, options: Any, sample: int, verify: bool, json_: bool
         unknown=dict(trace.unknown),
         content=content,
     )
+
+
+def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Tokens as text with the special ones by their names; by pieces where these are not bytes."""
+    parts = [tokenizer.token_bytes(i) for i in ids]
+    if not tokenizer.exact_bytes or any(part is None for part in parts):
+        return " ".join(tokenizer.piece(i) for i in ids)
+    named = (part or tokenizer.piece(i).encode() for i, part in zip(ids, parts, strict=True))
+    return b"".join(named).decode(errors="replace")
+
+
+def runs(value: Any) -> str:
+    """A list with equal neighbours counted together, its middle left out where it is long."""
+    if not isinstance(value, list):
+        return str(value)
+    found = [(item, len(list(same))) for item, same in groupby(value)]
+    shown = [f"{item} x {count:,}" if count > 1 else f"{item}" for item, count in found]
+    if len(shown) <= LONGEST_LIST:
+        return ", ".join(shown)
+    shown[LONGEST_LIST // 2 : -LONGEST_LIST // 2] = ["..."]
+    return f"{', '.join(shown)} ({len(value):,} in all; --json has every one)"
 
 
 # -- stats --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mtk.cli.data_commands import runs, spelled
 from mtk.cli.main import main
 from mtk.config import make, to_dict
 from mtk.config.preprocess import PreprocessConfig
@@ -134,3 +135,31 @@ def test_mistakes(
     words = [str(folder / "A_text_document") if word == "P" else word for word in words]
     assert main(["data", *words]) == code
     assert message in capsys.readouterr().err
+
+
+def test_long_fields_are_shortened() -> None:
+    assert runs([1.0] * 1024) == "1.0 x 1,024"
+    assert runs([1, 1, 0]) == "1 x 2, 0"
+    assert runs(True) == "True"
+    shortened = runs(list(range(100)))
+    assert shortened.startswith("0, 1, 2, 3, 4, 5, 6, 7, ..., 92, ")
+    assert shortened.endswith("99 (100 in all; --json has every one)")
+
+
+class Bytes:
+    """A tokenizer of bytes with one special token."""
+
+    def __init__(self, *, exact: bool) -> None:
+        self.exact_bytes = exact
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token == 0 else bytes([token])
+
+    def piece(self, token: int) -> str:
+        return "<eod>" if token == 0 else f"b{token}"
+
+
+def test_tokens_are_spelled_with_special_ones_by_name() -> None:
+    ids = [*"hé".encode(), 0]
+    assert spelled(Bytes(exact=True), ids) == "hé<eod>"  # type: ignore[arg-type]
+    assert spelled(Bytes(exact=False), [104, 0]) == "b104 <eod>"  # type: ignore[arg-type]
