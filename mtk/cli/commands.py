@@ -21,6 +21,7 @@ from mtk.cli import (
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
+    "curate": "Raw dumps and crawls to clean corpora.",
     "flow": "Prefect flows: chains of stages.",
     "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
