@@ -55,7 +55,7 @@ def find_duplicates(desk: Desk, config: CurateDuplicatesConfig, source: Source) 
             workers=desk.workers,
             progress=progress,
         )
-    naming = Naming(signed, desk.files, key, config.records.id_key)
+    naming = Naming(signed, desk.files, config.records.id_key)
     total = sum((folder / "lines").stat().st_size for folder in folders) / 1e6
     with reporter.progress(desk.step.stage, total, "MB") as progress:
         firsts = groups.all_firsts()

@@ -55,7 +55,7 @@ def run_urls(config: CurateUrlsConfig, session: Session | None = None) -> Artifa
         def work(desk: Desk) -> dict[str, Any]:
             source = Source(desk.files, config.urls.url_key, "line")
             seen = seen_before(desk.parts, KEEP)
-            desk.run(KEEP, source, plan, UrlWriting(step.reporting, seen))
+            desk.run(KEEP, source, plan, UrlWriting(step.reporting, seen, config.records.id_key))
             return {
                 "blocked_domains": len(plan.domains),
                 "blocked_extensions": len(plan.extensions),

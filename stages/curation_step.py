@@ -87,7 +87,7 @@ class Desk:
                 plan,
                 writing,
                 workers=self.workers,
-                part_bytes=self.step.records.part_mb * 1_000_000,
+                part_bytes=int(self.step.records.part_mb * 1_000_000),
                 progress=progress,
             )
 

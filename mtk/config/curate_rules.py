@@ -35,15 +35,16 @@ class RecordOptions:
         False, help="Write P.dropped.jsonl: what was left out, from where, and why."
     )
     id_key: str = option("url", help="Field that names a page in lists (else its place does).")
-    part_mb: int = option(
-        64, help="A killed run goes on after the last so many MB of (uncompressed) input."
+    part_mb: float = option(
+        64.0, help="A killed run goes on after the last so many MB of (uncompressed) input."
     )
     workers: int | None = option(
         None, help="Processes (default: by cores and size of the input).", runtime=True
     )
 
     def problems(self) -> Iterator[Problem]:
-        yield from _at_least(1, part_mb=self.part_mb)
+        if not self.part_mb > 0:
+            yield Problem("part_mb", self.part_mb, "must be greater than 0", "Usual: 64.")
         if self.workers is not None:
             yield from _at_least(1, workers=self.workers)
         fraction = self.max_bad_fraction

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mtk.artifacts.parts import Parts
 from mtk.curation.matching import MATCH, PAIRS
 from mtk.curation.output import packed
-from mtk.curation.pages import Page, name_of
+from mtk.curation.pages import name_of_record
 from mtk.curation.passes import PHASE, close, is_closed, part_numbers
 from mtk.curation.sifting import KEPT, Dropped, Reporting, dropped_list
 from mtk.curation.signing import DIGESTS, LINES, PLACES, Lines, SignedParts
@@ -38,8 +38,8 @@ def copies(signed: SignedParts) -> npt.NDArray[np.int64]:
 class Naming:
     """What documents are called in reports."""
 
-    def __init__(self, signed: SignedParts, files: tuple[Path, ...], key: str, id_key: str) -> None:
-        self._signed, self._files, self._key, self._id_key = signed, files, key, id_key
+    def __init__(self, signed: SignedParts, files: tuple[Path, ...], id_key: str) -> None:
+        self._signed, self._files, self._id_key = signed, files, id_key
         self._lines = Lines(tuple(map(str, signed.folders)))
         self._places = [np.load(folder / PLACES, mmap_mode="r") for folder in signed.folders]
 
@@ -52,10 +52,8 @@ class Naming:
     def name(self, document: int) -> str:
         [place] = self._signed.locate(np.array([document]))
         file, number = self.place(document)
-        page = Page(self._lines[place], False, self._key, "")
-        if self._id_key == self._key:
-            return f"{Path(file).name}:{number}"
-        return name_of(page, self._id_key, f"{Path(file).name}:{number}")
+        record = json.loads(self._lines[place])
+        return name_of_record(record, self._id_key, f"{Path(file).name}:{number}")
 
 
 def write_firsts(

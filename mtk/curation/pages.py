@@ -132,6 +132,10 @@ def to_line(record: dict[str, Any]) -> bytes:
 
 def name_of(page: Page, id_key: str, place: str) -> str:
     """What a page is called in reports: its field ``id_key``, else its place."""
-    value = page.text if page.key == id_key else page.record.get(id_key)
+    return name_of_record(page.record, id_key, place)
+
+
+def name_of_record(record: dict[str, Any], id_key: str, place: str) -> str:
+    value = record.get(id_key)
     named = isinstance(value, (str, int)) and not isinstance(value, bool)
     return str(value).encode(errors="replace").decode() if named else place

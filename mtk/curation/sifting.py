@@ -51,7 +51,7 @@ class Dropped:
 @dataclass
 class Sifted:
     """Of one stretch: what to write, and what was left out. digests: of what must not come
-    twice, one for each entry of ``kept``, with the page's name."""
+    twice, one for each entry of ``kept``, with the page's text and number."""
 
     end: Place
     size: int
@@ -59,7 +59,7 @@ class Sifted:
     records: int
     file: str
     kept: list[tuple[bytes, ...]] = field(default_factory=list)
-    names: list[tuple[str, int]] = field(default_factory=list)
+    sources: list[tuple[str, int]] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
@@ -82,7 +82,7 @@ def sift(stretch: Stretch, key: str, id_key: str, judge: Judge) -> Sifted:
             found.kept.append(verdict.lines)
             if verdict.digest is not None:
                 found.digests.append(verdict.digest)
-                found.names.append((page.text, number))
+                found.sources.append((page.text, number))
         else:
             name = name_of(page, id_key, f"{Path(chunk.file).name}:{number}")
             found.dropped.append(Dropped(name, chunk.file, number, verdict.reason, verdict.detail))

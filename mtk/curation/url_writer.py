@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mtk.artifacts.parts import Parts
+from mtk.curation.pages import name_of_record
 from mtk.curation.passes import part_numbers
 from mtk.curation.seen import Digests, Seen
 from mtk.curation.sifting import Dropped, Reporting, Sifted, SiftedWriter, sifted_writer
@@ -29,20 +31,20 @@ def seen_before(parts: Parts, phase: str) -> Seen:
 class UrlWriting:
     """Opens writers that drop what any part before has; call it once for each part, in order."""
 
-    def __init__(self, reporting: Reporting, seen: Seen) -> None:
-        self._reporting, self._seen = reporting, seen
+    def __init__(self, reporting: Reporting, seen: Seen, id_key: str) -> None:
+        self._reporting, self._seen, self._id_key = reporting, seen, id_key
 
     @contextmanager
     def __call__(self, folder: Path) -> Iterator[_UrlWriter]:
         with sifted_writer(folder, self._reporting) as writer:
-            own = _UrlWriter(writer, self._seen)
+            own = _UrlWriter(writer, self._seen, self._id_key)
             yield own
         np.save(folder / SEEN, np.concatenate([np.zeros(0, np.uint64), *own.written]))
 
 
 class _UrlWriter:
-    def __init__(self, writer: SiftedWriter, seen: Seen) -> None:
-        self._writer, self._seen = writer, seen
+    def __init__(self, writer: SiftedWriter, seen: Seen, id_key: str) -> None:
+        self._writer, self._seen, self._id_key = writer, seen, id_key
         self.written: list[Digests] = []
 
     @property
@@ -58,8 +60,14 @@ class _UrlWriter:
             if fresh:
                 kept.append(found.kept[index])
             else:
-                name, number = found.names[index]
+                url, number = found.sources[index]
+                name = _name(found.kept[index][0], url, self._id_key)
                 found.dropped.append(Dropped(name, found.file, number, DUPLICATE, ""))
         found.kept = kept
         found.dropped.sort(key=lambda dropped: dropped.number)
         self._writer.add(found)
+
+
+def _name(line: bytes, url: str, id_key: str) -> str:
+    """A bare URL, or a record without the field, is called by its URL."""
+    return url if line == url.encode() else name_of_record(json.loads(line), id_key, url)
