@@ -70,4 +70,5 @@ class _UrlWriter:
 
 def _name(line: bytes, url: str, id_key: str) -> str:
     """A bare URL, or a record without the field, is called by its URL."""
-    return url if line == url.encode() else name_of_record(json.loads(line), id_key, url)
+    record = json.loads(line) if line.startswith(b"{") else {}
+    return name_of_record(record, id_key, url.strip())
