@@ -117,8 +117,8 @@ def curate(
 ) -> Artifact:
     """Do the work, or what is left of it, and publish; a complete artifact is not made again.
 
-    Raises DataError (input), ArtifactError (output), ConfigError, WorkerError. Parts stay after
-    a kill or an interruption; they are removed after an error that repeating would not cure.
+    Raises DataError (input), ArtifactError (output), ConfigError, WorkerError. Finished parts
+    stay after a kill or an interruption, not after an error that repeating would not cure.
     """
     config = step.config
     before = stamps(list(files))
@@ -150,8 +150,9 @@ def curate(
                 _check(metrics, step)
                 _join(step, parts, publication.folder)
                 publication.metrics |= metrics | more
-        except (DataError, ConfigError):
-            parts.remove()
+        except BaseException as error:
+            if not len(parts) or isinstance(error, (DataError, ConfigError)):
+                parts.remove()
             raise
         parts.remove()
     _report(step, metrics, session)

@@ -4,6 +4,7 @@ chance, the same answer everywhere."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from mtk.errors import ConfigError
@@ -13,7 +14,7 @@ UNKNOWN = "und"  # a text without letters
 
 
 def language_finder() -> Callable[[str], str]:
-    """Text -> ISO 639 code. Loading takes most of a second."""
+    """Text -> ISO 639 code. The first call in a process loads the model for most of a second."""
     identifier = _model()
 
     def find(text: str) -> str:
@@ -39,6 +40,7 @@ def _excerpt(text: str) -> str:
     )
 
 
+@lru_cache(maxsize=1)
 def _model() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
