@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtk.data.sources import expand_inputs
 from mtk.errors import DataError
 from mtk.evaluation.documents import read_records, read_text
 
@@ -49,15 +49,16 @@ def find_files(patterns: Sequence[str], option: str) -> tuple[Path, ...]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
+        files = [path]  # whatever its suffix: WikiText's is .tokens
         if path.is_dir():
-            inside = sorted(path.rglob("*.txt"))
-            if not inside:
-                raise DataError(f"{option} {path}: there is no .txt file below this folder.")
-            found.update(dict.fromkeys(inside))
-        elif path.is_file():
-            found[path] = None  # whatever its suffix: WikiText's is .tokens
-        else:
-            found.update(dict.fromkeys(expand_inputs([pattern], option=option)))
+            files = sorted(path.rglob("*.txt"))
+        elif not path.exists():
+            names = glob.glob(pattern, recursive=True)  # noqa: PTH207 - absolute patterns too
+            files = [file for file in map(Path, sorted(names)) if file.is_file()]
+        if not files:
+            what = "no .txt file lies below it" if path.is_dir() else "no such file"
+            raise DataError(f"{option} {pattern}: {what}.")
+        found.update(dict.fromkeys(files))
     return tuple(found)
 
 

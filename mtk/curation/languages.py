@@ -9,7 +9,7 @@ from typing import Any
 
 from mtk.errors import ConfigError
 
-LOOKED_AT = 2000  # characters each of the beginning, the middle and the end
+LOOKED_AT = 600  # characters each of the beginning, the middle and the end
 UNKNOWN = "und"  # a text without letters
 
 

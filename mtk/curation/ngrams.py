@@ -8,8 +8,9 @@ enough words is an n-gram as a whole; one that is shorter yet gives none.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 WORDS, NGRAMS = "words.txt", "ngrams.npz"
 _WORD = re.compile(r"\w+")
+_BY_WORD = re.compile("[\u0130\u03a3]")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _FILTER_BITS = 20  # of the hash, in a table that answers "surely not" for most places
 Ids = npt.NDArray[np.uint32]
@@ -67,7 +69,7 @@ class NgramTable:
         ids: dict[str, int] = {}
         found: dict[int, list[Ids]] = {}
         for text in texts:
-            words = [ids.setdefault(w.lower(), len(ids) + 1) for w in _WORD.findall(text)]
+            words = [ids.setdefault(word, len(ids) + 1) for word in _lower_words(text)]
             length = min(longest, len(words))
             if length >= shortest:
                 found.setdefault(length, []).append(_windows(np.array(words, np.uint32), length))
@@ -87,32 +89,43 @@ class NgramTable:
 
     def find(self, text: str) -> list[Hit]:
         """Every place of every n-gram, by its first word, longer ones first."""
-        spans = [match.span() for match in _WORD.finditer(text)]
-        get = self._ids.get
-        ids = np.fromiter(
-            (get(text[start:end].lower(), 0) for start, end in spans), np.uint32, len(spans)
-        )
-        hits = [hit for length in self._blocks for hit in self._find(ids, spans, length)]
-        return sorted(hits, key=lambda hit: (hit.word, -hit.end))
-
-    def _find(self, ids: Ids, spans: list[tuple[int, int]], length: int) -> list[Hit]:
-        if len(ids) < length:
+        words = _lower_words(text)
+        ids = np.fromiter(map(self._ids.get, words, repeat(0)), np.uint32, len(words))
+        found = [
+            (place, length, ngram)
+            for length, hashes in _rolled(ids, max(self._blocks, default=0))
+            if length in self._blocks
+            for place, ngram in self._matches(ids, hashes, length)
+        ]
+        if not found:
             return []
-        windows = _windows(ids, length)
-        hashes = _rolled(ids, length)
+        spans = [match.span() for match in _WORD.finditer(text)]
+        found.sort(key=lambda item: (item[0], -item[1]))
+        return [
+            Hit(ngram, place, spans[place][0], spans[place + length - 1][1])
+            for place, length, ngram in found
+        ]
+
+    def _matches(self, ids: Ids, hashes: Hashes, length: int) -> Iterator[tuple[int, int]]:
+        """(word, n-gram) of every n-gram of one length."""
         # Nearly every place ends here.
         places = np.flatnonzero(self._filters[length][_filter_places(hashes)])
         known, grams = self._blocks[length]
-        found = []
         for place in places.tolist():
             at = int(np.searchsorted(known, hashes[place]))
             while at < len(known) and known[at] == hashes[place]:
-                if np.array_equal(grams[at], windows[place]):
-                    start, end = spans[place][0], spans[place + length - 1][1]
-                    found.append(Hit(self._firsts[length] + at, place, start, end))
+                if np.array_equal(grams[at], ids[place : place + length]):
+                    yield place, self._firsts[length] + at
                     break
                 at += 1
-        return found
+
+
+def _lower_words(text: str) -> list[str]:
+    """Each word in lower case. A whole text is lowered at once where that is the same: not with
+    a dotted capital I, which becomes two characters, or a sigma, whose form its word decides."""
+    if text.isascii() or not _BY_WORD.search(text):
+        return _WORD.findall(text.lower())
+    return [word.lower() for word in _WORD.findall(text)]
 
 
 def _windows(ids: Ids, length: int) -> Ids:
@@ -128,14 +141,12 @@ def _hashes(grams: Ids) -> Hashes:
     return hashes
 
 
-def _rolled(ids: Ids, length: int) -> Hashes:
-    """[W - length + 1] the hash of every window."""
-    count = len(ids) - length + 1
-    hashes = np.zeros(count, np.uint64)
-    for offset in range(length):
-        hashes *= _BASE
-        hashes += ids[offset : offset + count]
-    return hashes
+def _rolled(ids: Ids, longest: int) -> Iterator[tuple[int, Hashes]]:
+    """(length, [W - length + 1] hash of every run of so many words) up to the longest."""
+    hashes = np.zeros(len(ids), np.uint64)
+    for length in range(1, min(longest, len(ids)) + 1):
+        hashes = hashes[: len(ids) - length + 1] * _BASE + ids[length - 1 :]
+        yield length, hashes
 
 
 def _filter_places(hashes: Hashes) -> npt.NDArray[np.int64]:

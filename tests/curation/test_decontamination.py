@@ -20,7 +20,21 @@ from tests.curation import plain
 from tests.curation.crawl import make_crawl
 from tests.curation.inputs import QUIET, read_lines, write_lines
 
-WORDS = ["the", "of", "Rome", "sea", "a", "ship", "was", "İstanbul", "naïve", "x1", "and", "old"]
+WORDS = [
+    "the",
+    "of",
+    "Rome",
+    "sea",
+    "a",
+    "ship",
+    "was",
+    "İstanbul",
+    "ΟΔΟΣ",
+    "naïve",
+    "x1",
+    "and",
+    "old",
+]
 SENTENCE = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen."
 
 
@@ -29,7 +43,7 @@ def prose(chance: random.Random, words: int) -> str:
     found = []
     for _ in range(words):
         found.append(chance.choice(WORDS))
-        found.append(chance.choice((" ", " ", " ", ", ", ". ", "! ", "-", "  ", "\n")))
+        found.append(chance.choice((" ", " ", " ", ", ", ". ", "! ", "-", "'", "\n")))
     return "".join(found)
 
 
@@ -67,7 +81,10 @@ def test_hashes_that_agree_do_not_match(tmp_path: Path, monkeypatch: pytest.Monk
     text = prose(chance, 200) + texts[3]
     expected = NgramTable.build(texts, 3, 4).find(text)
     monkeypatch.setattr(module, "_hashes", lambda grams: np.zeros(len(grams), np.uint64))
-    monkeypatch.setattr(module, "_rolled", lambda ids, n: np.zeros(len(ids) - n + 1, np.uint64))
+    rolled = module._rolled
+    monkeypatch.setattr(
+        module, "_rolled", lambda ids, n: ((m, h * np.uint64(0)) for m, h in rolled(ids, n))
+    )
     found = NgramTable.build(texts, 3, 4).find(text)
     assert [(hit.start, hit.end) for hit in found] == [(hit.start, hit.end) for hit in expected]
 
