@@ -83,8 +83,9 @@ class SignedWriter:
 
     def __init__(self, folder: Path, lines: Sink, bad: BadLines) -> None:
         self._folder, self._lines, self._bad = folder, lines, bad
-        self._sizes: list[int] = []
-        self._places: list[tuple[int, int]] = []
+        self._documents = 0
+        self._sizes: list[npt.NDArray[np.int64]] = []
+        self._places: list[npt.NDArray[np.int64]] = []
         self._digests: list[Hashes] = []
         self._bands: list[Hashes] = []
         self._counts = {"records": 0, "bytes_read": 0}
@@ -92,7 +93,7 @@ class SignedWriter:
     @property
     def facts(self) -> dict[str, Any]:
         return {
-            "documents": len(self._sizes),
+            "documents": self._documents,
             "counts": self._counts,
             "bad": dict(self._bad.by_reason),
         }
@@ -104,15 +105,17 @@ class SignedWriter:
         self._counts["bytes_read"] += found.size
         for line in found.lines:
             self._lines.write(line + b"\n")
-        self._sizes += [len(line) + 1 for line in found.lines]
-        self._places += [(found.end[0], number) for number in found.numbers]
+        self._documents += len(found.lines)
+        self._sizes.append(np.array([len(line) + 1 for line in found.lines], np.int64))
+        numbers = np.array(found.numbers, np.int64)
+        self._places.append(np.stack([np.full_like(numbers, found.end[0]), numbers], axis=1))
         self._digests.append(found.digests)
         self._bands.append(found.bands)
 
     def save(self) -> None:
-        starts = np.concatenate([[0], np.cumsum(self._sizes, dtype=np.int64)])
-        np.save(self._folder / STARTS, starts.astype(np.int64))
-        np.save(self._folder / PLACES, np.array(self._places, np.int64).reshape(-1, 2))
+        ends = np.cumsum(np.concatenate(self._sizes))
+        np.save(self._folder / STARTS, np.concatenate([np.zeros(1, np.int64), ends]))
+        np.save(self._folder / PLACES, np.concatenate(self._places))
         np.save(self._folder / DIGESTS, np.concatenate(self._digests))
         np.save(self._folder / BANDS, np.concatenate(self._bands))
 
