@@ -66,6 +66,7 @@ def test_stopped_after_every_part(
     assert contents(folder / f"every-{step}") == contents(folder / f"whole-{step}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_any_moment(step: str, folder: Path) -> None:
@@ -104,6 +105,7 @@ def test_killed_at_any_moment(step: str, folder: Path) -> None:
     print(f"{step}: {kills} kills, {finished} runs that ended before theirs")
 
 
+@pytest.mark.slow
 def test_web_goes_on_with_the_step_it_was_killed_in(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
