@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -193,7 +193,7 @@ def _bytes(text: str) -> int:
 
 def encode_chunks(
     chunks: Iterator[Chunk], plan: EncodingPlan, workers: int
-) -> Iterator[EncodedChunk]:
+) -> Generator[EncodedChunk, None, None]:
     """Encode every chunk, in order, with ``workers`` processes (1: in this process).
 
     Raises WorkerError if a worker dies or fails, EngineMismatchError if the plan's engine is

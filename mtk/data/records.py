@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mtk.data.lines import Overlong
 from mtk.data.sources import Chunk, TextDocuments, read_chunks
 from mtk.errors import DataError
 
+quick_json: Any
 try:
     import orjson as quick_json
 except ImportError:  # it comes with the extra "fast"
-    quick_json = None  # type: ignore[assignment]
+    quick_json = None
 
 Texts = list[str | list[str]]  # by key: a text, or ready-made sentences
 
@@ -90,7 +92,7 @@ def _quick_texts(raw: bytes, keys: Sequence[str]) -> Texts | None:
         return None
     if type(record) is not dict:
         return None
-    texts = [record.get(key) for key in keys]
+    texts: list[Any] = [record.get(key) for key in keys]
     return texts if all(type(text) is str for text in texts) else None
 
 

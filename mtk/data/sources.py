@@ -175,7 +175,9 @@ def _chunks(
 ) -> Iterator[Chunk]:
     waiting: list[Record] = []
     size = before = 0
-    for record in records:
+    for index, record in enumerate(records):
+        if index == 0 and record[0] > 1:  # what lies in front was read by an earlier run
+            before = position()
         waiting.append(record)
         size += len(record[2])
         if size >= CHUNK_BYTES or len(waiting) >= CHUNK_RECORDS:

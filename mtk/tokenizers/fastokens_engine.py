@@ -18,7 +18,7 @@ import numpy as np
 
 from mtk.errors import DataError
 from mtk.tokenizers.base import Tokenizer
-from mtk.tokenizers.flat import Flat, ReferenceEncoder, with_exceptions
+from mtk.tokenizers.flat import Flat, Ids, ReferenceEncoder, with_exceptions
 from mtk.tokenizers.tiktoken_ranks import MODEL, PATTERNS, parse_ranks
 
 NAME = "fastokens"
@@ -53,9 +53,10 @@ class FastokensEncoder:
             ids, ends = self._library.encode_batch_flat(list(texts), split_special_tokens=True)
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError("the text holds a lone surrogate, so it is not Unicode") from error
-        found = np.frombuffer(ids, np.uint32)
-        lengths = np.diff(np.frombuffer(ends, np.uint64).astype(np.int64))
-        return (found + np.uint32(self._offset) if self._offset else found), lengths
+        found: Ids = np.frombuffer(ids, np.uint32)
+        places = np.frombuffer(ends, np.uint64).astype(np.int64)
+        found = found + np.uint32(self._offset) if self._offset else found
+        return found, places[1:] - places[:-1]
 
 
 def fastokens_encoder(tokenizer: Tokenizer) -> FastokensEncoder | None:
