@@ -41,10 +41,17 @@ class PunktSplitter:
     keep_newlines: bool
 
     @cached_property
+    def plain(self) -> Any:
+        """NLTK's tokenizer with these parameters."""
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+        return PunktSentenceTokenizer(_parameters(Path(self.path)))
+
+    @cached_property
     def _punkt(self) -> Any:
         from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-        punkt = PunktSentenceTokenizer(_parameters(Path(self.path)))
+        punkt = PunktSentenceTokenizer(self.plain._params)
         # Most of the time goes into whether a sentence ends in "dog. The", which depends on
         # nothing but these words and the parameters.
         punkt.text_contains_sentbreak = lru_cache(CONTEXTS)(punkt.text_contains_sentbreak)
