@@ -45,7 +45,7 @@ class PunktSplitter:
         """NLTK's tokenizer with these parameters."""
         from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-        return PunktSentenceTokenizer(_parameters(Path(self.path)))
+        return PunktSentenceTokenizer(read_parameters(Path(self.path)))
 
     @cached_property
     def _punkt(self) -> Any:
@@ -125,7 +125,8 @@ def _as_json(parameters: Any, language: str, origin: str) -> dict[str, Any]:
     }
 
 
-def _parameters(path: Path) -> Any:
+def read_parameters(path: Path) -> Any:
+    """What :func:`write_parameters` wrote, as NLTK's object. Raises DataError."""
     from nltk.tokenize.punkt import PunktParameters
 
     try:
