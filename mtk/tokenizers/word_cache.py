@@ -3,8 +3,8 @@
 Exact because a text is cut only where the tokenizer's result cannot reach across: the ids of
 the pieces, one after another, are those of the whole.
 
-* WordPiece: at blanks, tabs and line ends, which every BERT splitter drops. A word of ASCII
-  is cut further into runs of letters and digits and single punctuation marks.
+* WordPiece: at blanks, tabs and line ends, which every BERT splitter drops; in ASCII also
+  around every punctuation mark, which it sets apart.
 * SentencePiece BPE: at a single space between two printable ASCII characters, if no piece of
   the vocabulary goes on over a space and every text begins with a space of the model's own.
   (Not for unigram models: sums of scores round differently in a longer text.)
@@ -26,8 +26,8 @@ CACHE_BYTES = 160 << 20  # about what the remembered words may take
 WORD_COST = 200  # bytes a word takes beside its characters: two objects, a slot of the table
 SPACE = "\u2581"  # how SentencePiece spells it
 
-_ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
-_ASCII_WORD = re.compile(r"[!-~]+")
+_PARTS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")  # blanks between them are dropped
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SINGLE_SPACE = re.compile(r"(?<=[!-~]) (?=[!-~])")
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -64,26 +64,6 @@ class WordCache:
         return (array("I", ids).tobytes() for ids in self._encode(words))
 
 
-class AsciiParts(WordCache):
-    """Makes a new word of ASCII from its parts, which are far fewer than the words."""
-
-    def __init__(self, encode: Encode, limit: int = CACHE_BYTES) -> None:
-        super().__init__(encode, limit // 2)
-        self._parts = WordCache(encode, limit // 2)
-
-    def _new_ids(self, words: list[str]) -> Iterable[bytes]:
-        ascii_only = [_ASCII_WORD.fullmatch(word) is not None for word in words]
-        cut = [
-            _ASCII_PARTS.findall(w)
-            for w, is_ascii in zip(words, ascii_only, strict=True)
-            if is_ascii
-        ]
-        made = iter(self._parts.look_up(cut))
-        rest = [word for word, is_ascii in zip(words, ascii_only, strict=True) if not is_ascii]
-        others = iter(super()._new_ids(rest))
-        return [next(made if is_ascii else others) for is_ascii in ascii_only]
-
-
 class WordCacheEncoder:
     """cut: a text to its words."""
 
@@ -101,14 +81,30 @@ class WordCacheEncoder:
 def word_cache_encoder(tokenizer: Tokenizer) -> WordCacheEncoder | None:
     """An encoder with the ids of ``tokenizer``; None if it cannot be cut into words."""
     if tokenizer.kind in ("BertWordPieceLowerCase", "BertWordPieceCase"):
-        return WordCacheEncoder(_at_blanks, AsciiParts(tokenizer.encode_batch))
+        return WordCacheEncoder(bert_words, WordCache(tokenizer.encode_batch))
     if _is_sentencepiece_bpe(tokenizer):
         return WordCacheEncoder(_SINGLE_SPACE.split, WordCache(tokenizer.encode_batch))
     return None
 
 
-def _at_blanks(text: str) -> list[str]:
-    return text.replace("\n", " ").replace("\t", " ").replace("\r", " ").split(" ")
+def bert_words(text: str) -> list[str]:
+    """Runs of letters and digits and single punctuation marks where all is ASCII; elsewhere
+    whole words between blanks. Words with control characters, which BERT's splitter drops from
+    their middle, stay whole as well."""
+    if _is_simple(text):
+        return _PARTS.findall(text)
+    words: list[str] = []
+    for line in text.split("\n"):
+        if _is_simple(line):
+            words += _PARTS.findall(line)
+            continue
+        for word in line.replace("\t", " ").replace("\r", " ").split(" "):
+            words += _PARTS.findall(word) if _is_simple(word) else [word]
+    return words
+
+
+def _is_simple(text: str) -> bool:
+    return text.isascii() and _CONTROL.search(text) is None
 
 
 def _is_sentencepiece_bpe(tokenizer: Tokenizer) -> bool:

@@ -24,7 +24,7 @@ from mtk.tokenizers.huggingface import HuggingFaceTokenizer
 from mtk.tokenizers.protobuf import fields
 from mtk.tokenizers.sentencepiece_model import GPTSentencePieceTokenizer, SentencePieceTokenizer
 from mtk.tokenizers.tiktoken_ranks import MODEL, PATTERNS, TikTokenizer, resolve_options
-from mtk.tokenizers.word_cache import AsciiParts, WordCache
+from mtk.tokenizers.word_cache import WordCache
 from tests.tokenizers.samples import CORPUS, TRICKY, gpt2_files, trained
 
 BLOCKS = (
@@ -209,7 +209,7 @@ def test_wordpiece(cased: bool) -> None:
 
     kind = BertWordPieceCase if cased else BertWordPieceLowerCase
     tokenizer = kind(base.options, base.files)
-    assert_same(tokenizer, "auto", [*TEXTS, "x" * 300, "!" * 300, *every_code_point()[::7]])
+    assert_same(tokenizer, "auto", [*TEXTS, "x" * 300, "!" * 300, "a\x01b c\x7f.d e\x1cf\n\x0bg h\x0ci.j", *every_code_point()[::7]])
     assert choose_engine(tokenizer).name == "words"
 
 
@@ -266,17 +266,13 @@ def test_a_cache_forgets_when_it_is_full() -> None:
         calls.append(list(words))
         return [[len(word)] * len(word) for word in words]
 
-    for kind in (WordCache, AsciiParts):
-        calls.clear()
-        cache = kind(encode, limit=4000)
-        for number in range(200):
-            text = [f"w{number}", "same", "", "é"]
-            assert (
-                cache.look_up([text, text])
-                == [b"".join((len(part).to_bytes(4, "little") * len(part)) for part in text)] * 2
-            )
-            assert len(cache) < 40
-        assert 10 < sum("same" in call for call in calls) < 60
+    cache = WordCache(encode, limit=4000)
+    for number in range(200):
+        text = [f"w{number}", "same", "", "é"]
+        ids = [len(word).to_bytes(4, "little") * len(word) for word in text]
+        assert cache.look_up([text, text]) == [b"".join(ids)] * 2
+        assert len(cache) < 40
+    assert 10 < sum("same" in call for call in calls) < 60
 
 
 def test_lone_surrogates_and_nothing() -> None:
