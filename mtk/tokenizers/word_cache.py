@@ -5,8 +5,9 @@ the pieces, one after another, are those of the whole.
 
 * WordPiece: at blanks, tabs and line ends, which every BERT splitter drops; in ASCII also
   around every punctuation mark, which it sets apart.
-* SentencePiece BPE: at a single space between two printable ASCII characters, if no piece of
-  the vocabulary goes on over a space and every text begins with a space of the model's own.
+* SentencePiece BPE: at a single space between two printable ASCII characters (at all blanks,
+  where the model takes them for one space), if no piece of the vocabulary goes on over a space
+  and every text begins with a space of the model's own.
   (Not for unigram models: sums of scores round differently in a longer text.)
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +26,13 @@ from mtk.tokenizers.flat import Flat
 NAME = "words"
 CACHE_BYTES = 160 << 20  # about what the remembered words may take
 WORD_COST = 200  # bytes a word takes beside its characters: two objects, a slot of the table
+BLANKS = (" ", "\t", "\n", "\r", "  ", "\r\n", " \t\n\r ")
 SPACE = "\u2581"  # how SentencePiece spells it
 
 _PARTS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")  # blanks between them are dropped
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SINGLE_SPACE = re.compile(r"(?<=[!-~]) (?=[!-~])")
+_BLANKS = re.compile(r"(?<=[!-~])[ \t\n\r]+(?=[!-~])")
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -83,7 +87,10 @@ def word_cache_encoder(tokenizer: Tokenizer) -> WordCacheEncoder | None:
     if tokenizer.kind in ("BertWordPieceLowerCase", "BertWordPieceCase"):
         return WordCacheEncoder(bert_words, WordCache(tokenizer.encode_batch))
     if _is_sentencepiece_bpe(tokenizer):
-        return WordCacheEncoder(_SINGLE_SPACE.split, WordCache(tokenizer.encode_batch))
+        processor: Any = tokenizer.processor  # type: ignore[attr-defined]
+        alike = all(processor.normalize(f"a{blanks}b") == f"{SPACE}a{SPACE}b" for blanks in BLANKS)
+        cut = _BLANKS if alike else _SINGLE_SPACE
+        return WordCacheEncoder(cut.split, WordCache(tokenizer.encode_batch))
     return None
 
 

@@ -209,7 +209,17 @@ def test_wordpiece(cased: bool) -> None:
 
     kind = BertWordPieceCase if cased else BertWordPieceLowerCase
     tokenizer = kind(base.options, base.files)
-    assert_same(tokenizer, "auto", [*TEXTS, "x" * 300, "!" * 300, "a\x01b c\x7f.d e\x1cf\n\x0bg h\x0ci.j", *every_code_point()[::7]])
+    assert_same(
+        tokenizer,
+        "auto",
+        [
+            *TEXTS,
+            "x" * 300,
+            "!" * 300,
+            "a\x01b c\x7f.d e\x1cf\n\x0bg h\x0ci.j",
+            *every_code_point()[::7],
+        ],
+    )
     assert choose_engine(tokenizer).name == "words"
 
 
