@@ -14,13 +14,13 @@ from mtk.artifacts import Artifact, InputRecord, publish_prefix
 from mtk.artifacts.parts import Parts, parts_folder
 from mtk.config import config_digest
 from mtk.config.curate_wikipedia import CurateWikipediaConfig
-from mtk.curation.wiki_extract import Counts, Extraction
-from mtk.curation.wiki_filter import PageRules
-from mtk.curation.wiki_links import link_rules
-from mtk.curation.wiki_parts import DROPPED, RECORDS, PartRules, extract_parts, join_parts
-from mtk.curation.wiki_site import Site, read_site
-from mtk.curation.wiki_text import TextRules
-from mtk.curation.wiki_words import Words, words_of
+from mtk.curation.wikipedia.extract import Counts, Extraction
+from mtk.curation.wikipedia.filter import PageRules
+from mtk.curation.wikipedia.links import link_rules
+from mtk.curation.wikipedia.parts import DROPPED, RECORDS, PartRules, extract_parts, join_parts
+from mtk.curation.wikipedia.site import Site, read_site
+from mtk.curation.wikipedia.text import TextRules
+from mtk.curation.wikipedia.words import Words, words_of
 from mtk.data.dataset_artifact import refuse_foreign
 from mtk.data.encoding import choose_workers
 from mtk.data.sources import expand_inputs

@@ -32,9 +32,9 @@ def _wikitext(
     from mtk.config import resolve
     from mtk.config.curate_wikipedia import CurateWikipediaConfig
     from mtk.config.files import set_layer
-    from mtk.curation.wiki_site import Site
-    from mtk.curation.wiki_text import plain_text
-    from mtk.curation.wiki_words import words_of
+    from mtk.curation.wikipedia.site import Site
+    from mtk.curation.wikipedia.text import plain_text
+    from mtk.curation.wikipedia.words import words_of
     from mtk.log import Reporter
     from stages.curate_wikipedia import text_rules
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mtk.curation import wiki_dump
-from mtk.curation.wiki_dump import Place, read_pages
-from mtk.curation.wiki_page import PageError, parse_page
-from mtk.curation.wiki_site import read_site
+from mtk.curation.wikipedia import dump as reading
+from mtk.curation.wikipedia.dump import Place, read_pages
+from mtk.curation.wikipedia.page import PageError, parse_page
+from mtk.curation.wikipedia.site import read_site
 from mtk.errors import DataError
 from tests.curation.wiki_dumps import TAIL, Page, dump, head, many_pages
 
@@ -49,7 +49,7 @@ def data() -> bytes:
     return dump(many_pages(COUNT))
 
 
-def read(path: Path, place: Place = START) -> list[wiki_dump.PageChunk]:
+def read(path: Path, place: Place = START) -> list[reading.PageChunk]:
     return list(read_pages([path], [read_site(path)], place))
 
 
@@ -74,7 +74,7 @@ def test_every_packing_gives_every_page(packing: str, data: bytes, tmp_path: Pat
 def test_reading_begins_again_after_every_chunk(
     packing: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtk.curation.wiki_stream.PLAIN_BLOCK", 100_000)
+    monkeypatch.setattr("mtk.curation.wikipedia.stream.PLAIN_BLOCK", 100_000)
     path = tmp_path / "d"
     path.write_bytes(PACKINGS[packing](data))
     chunks = read(path)
@@ -97,7 +97,7 @@ def test_small_reads_change_nothing(
     path.write_bytes(dump(many_pages(20)))
     whole = [(chunk.pages, chunk.bytes) for chunk in read(path)]
     for size in (3, 7, 64):
-        monkeypatch.setattr("mtk.curation.wiki_stream.PLAIN_BLOCK", size)
+        monkeypatch.setattr("mtk.curation.wikipedia.stream.PLAIN_BLOCK", size)
         assert [(chunk.pages, chunk.bytes) for chunk in read(path)] == whole
 
 
@@ -159,7 +159,7 @@ def test_the_place_of_a_break_is_exact(data: bytes, tmp_path: Path) -> None:
 def test_an_endless_page_is_refused(
     data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wiki_dump, "LARGEST_PAGE", 1 << 20)
+    monkeypatch.setattr(reading, "LARGEST_PAGE", 1 << 20)
     path = tmp_path / "d"
     path.write_bytes(head().encode() + b"<page><title>" + b"a" * (4 << 20))
     with pytest.raises(DataError, match="does not end within 1 MiB"):

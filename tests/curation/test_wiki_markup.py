@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from mtk.curation.wiki_links import link_rules
-from mtk.curation.wiki_site import Site
-from mtk.curation.wiki_text import TextRules, plain_text
-from mtk.curation.wiki_words import words_of
+from mtk.curation.wikipedia.links import link_rules
+from mtk.curation.wikipedia.site import Site
+from mtk.curation.wikipedia.text import TextRules, plain_text
+from mtk.curation.wikipedia.words import words_of
 
 GERMAN = Site(language="de", namespaces=((6, "Datei"), (14, "Kategorie"), (12, "Hilfe")))
 

@@ -15,7 +15,7 @@ import zstandard
 from mtk.artifacts import open_artifact, verify, verify_lineage
 from mtk.artifacts.parts import parts_folder
 from mtk.cli.main import main
-from mtk.curation.wiki_site import Site, read_site
+from mtk.curation.wikipedia.site import Site, read_site
 from tests.curation.wiki_dumps import Page, dump, head, many_pages
 
 PAGES = [
@@ -247,7 +247,7 @@ def test_a_fault_of_the_cleaner_is_told(
             raise RecursionError("too deep")
         return text
 
-    monkeypatch.setattr("mtk.curation.wiki_extract.plain_text", fails)
+    monkeypatch.setattr("mtk.curation.wikipedia.extract.plain_text", fails)
     run(folder, code=3)
     assert "page 6 (byte" in (message := capfd.readouterr().err)
     assert "'C++ & more'): cannot be cleaned: RecursionError('too deep')" in message

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from mtk.curation.workers import IN_FLIGHT, in_order
+from mtk.curation.workers import in_order
+from mtk.data.workers import IN_FLIGHT
 from mtk.errors import DataError, WorkerError
 
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mtk.curation.wiki_marks import GONE, shown
-from mtk.curation.wiki_measures import convert, fraction, grouped_number, value_with_error
-from mtk.curation.wiki_moments import as_of, date_of, start_date
-from mtk.curation.wiki_names import names
-from mtk.curation.wiki_superscript import superscript
-from mtk.curation.wiki_template_languages import own_handlers
-from mtk.curation.wiki_template_tables import AROUND, BEFORE, CONSTANTS, LAST_VALUE, SHOWN_VALUE
-from mtk.curation.wiki_templates import Call, Handler, normal_name
+from mtk.curation.wikipedia.marks import GONE, shown
+from mtk.curation.wikipedia.measures import convert, fraction, grouped_number, value_with_error
+from mtk.curation.wikipedia.moments import as_of, date_of, start_date
+from mtk.curation.wikipedia.names import names
+from mtk.curation.wikipedia.superscript import superscript
+from mtk.curation.wikipedia.template_languages import own_handlers
+from mtk.curation.wikipedia.template_tables import (
+    AROUND,
+    BEFORE,
+    CONSTANTS,
+    LAST_VALUE,
+    SHOWN_VALUE,
+)
+from mtk.curation.wikipedia.templates import Call, Handler, normal_name
 
 _ACCIDENTALS = {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mtk.curation.wiki_inline import decode_entities
-from mtk.curation.wiki_marks import GONE, unveiled
+from mtk.curation.wikipedia.inline import decode_entities
+from mtk.curation.wikipedia.marks import GONE, unveiled
 
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*")
 _LIST = re.compile(r"[*#:;]+\s*")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from mtk.artifacts.parts import Parts
-from mtk.curation.wiki_dump import Place, read_pages
-from mtk.curation.wiki_extract import Counts, Extracted, Extraction, extract
-from mtk.curation.wiki_pool import in_order
+from mtk.curation.wikipedia.dump import Place, read_pages
+from mtk.curation.wikipedia.extract import Counts, Extracted, Extraction, extract
+from mtk.data.workers import in_order
 from mtk.errors import DataError
 from mtk.log import Progress
 

@@ -6,9 +6,9 @@ import html
 import re
 from html.entities import html5
 
-from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_names import words
-from mtk.curation.wiki_superscript import superscript
+from mtk.curation.wikipedia.marks import GONE
+from mtk.curation.wikipedia.names import words
+from mtk.curation.wikipedia.superscript import superscript
 
 _BLOCKS = words(
     """p div br hr li ul ol dl dd dt blockquote center h1 h2 h3 h4 h5 h6 tr td th caption poem

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mtk.curation.wiki_site import Site
-from mtk.curation.wiki_stream import BrokenStreamError, DumpStream, Start
+from mtk.curation.wikipedia.site import Site
+from mtk.curation.wikipedia.stream import BrokenStreamError, DumpStream, Start
 from mtk.errors import DataError
 
 CHUNK_PAGES = 200

@@ -1,7 +1,7 @@
 """Templates in any nesting, as MediaWiki's preprocessor pairs their braces.
 
 A template's text lives on another page, so most are taken out whole; those that only dress
-up a text they carry are replaced by it (:mod:`mtk.curation.wiki_template_text`).
+up a text they carry are replaced by it (:mod:`mtk.curation.wikipedia.template_text`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mtk.curation.wiki_marks import GONE
+from mtk.curation.wikipedia.marks import GONE
 
 DEEPEST = 40  # as in MediaWiki
 _BRACES = re.compile(r"\{\{+|\}\}+")

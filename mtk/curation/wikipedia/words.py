@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtk.curation.wiki_names import names, words
+from mtk.curation.wikipedia.names import names, words
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_names import words
-from mtk.curation.wiki_templates import Call
+from mtk.curation.wikipedia.marks import GONE
+from mtk.curation.wikipedia.names import words
+from mtk.curation.wikipedia.templates import Call
 
 _MONTHS = words(
     "January February March April May June July August September October November December"

@@ -1,13 +1,13 @@
 """Templates of other languages' wikis that carry text, in the manner of
-:mod:`mtk.curation.wiki_template_text`."""
+:mod:`mtk.curation.wikipedia.template_text`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_measures import grouped
-from mtk.curation.wiki_templates import Call, Handler
+from mtk.curation.wikipedia.marks import GONE
+from mtk.curation.wikipedia.measures import grouped
+from mtk.curation.wikipedia.templates import Call, Handler
 
 
 def own_handlers(language: str) -> dict[str, Handler]:

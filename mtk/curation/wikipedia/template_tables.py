@@ -1,8 +1,8 @@
-"""Names of templates whose text needs no thought, for :mod:`mtk.curation.wiki_template_text`."""
+"""Names of templates whose text needs no thought, for ``template_text``."""
 
 from __future__ import annotations
 
-from mtk.curation.wiki_marks import shown
+from mtk.curation.wikipedia.marks import shown
 
 # Templates that show one of their values, by its number.
 SHOWN_VALUE = {

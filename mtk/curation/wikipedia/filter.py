@@ -6,17 +6,17 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mtk.curation.wiki_elements import strip_elements
-from mtk.curation.wiki_page import Page
-from mtk.curation.wiki_site import Site
-from mtk.curation.wiki_words import REDIRECTS, Words
+from mtk.curation.wikipedia.elements import strip_elements
+from mtk.curation.wikipedia.page import Page
+from mtk.curation.wikipedia.site import Site
+from mtk.curation.wikipedia.words import REDIRECTS, Words
 
 _REDIRECT = re.compile(rf"\s*#(?:{'|'.join(map(re.escape, REDIRECTS))})\b[^\n]{{0,40}}?\[\[", re.I)
 
 
 @dataclass(frozen=True)
 class PageRules:
-    """words: in lower case; see :class:`mtk.curation.wiki_words.Words`."""
+    """words: in lower case; see :class:`mtk.curation.wikipedia.words.Words`."""
 
     namespaces: frozenset[int]
     words: Words

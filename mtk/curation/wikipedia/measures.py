@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_templates import Call
+from mtk.curation.wikipedia.marks import GONE
+from mtk.curation.wikipedia.templates import Call
 
 _BETWEEN = {
     "-": "–",

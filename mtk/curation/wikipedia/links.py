@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mtk.curation.wiki_marks import GONE
-from mtk.curation.wiki_names import words
-from mtk.curation.wiki_site import CATEGORY, FILE, Site
-from mtk.curation.wiki_words import LANGUAGE_CODES
+from mtk.curation.wikipedia.marks import GONE
+from mtk.curation.wikipedia.names import words
+from mtk.curation.wikipedia.site import CATEGORY, FILE, Site
+from mtk.curation.wikipedia.words import LANGUAGE_CODES
 
 _BRACKETS = re.compile(r"\[\[|\]\]")
 _PROTOCOL = (

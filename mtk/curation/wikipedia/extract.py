@@ -8,11 +8,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mtk.curation.wiki_dump import PageChunk, Place
-from mtk.curation.wiki_filter import PageRules, why_dropped
-from mtk.curation.wiki_page import Page, PageError, parse_page
-from mtk.curation.wiki_site import Site
-from mtk.curation.wiki_text import TextRules, plain_text
+from mtk.curation.wikipedia.dump import PageChunk, Place
+from mtk.curation.wikipedia.filter import PageRules, why_dropped
+from mtk.curation.wikipedia.page import Page, PageError, parse_page
+from mtk.curation.wikipedia.site import Site
+from mtk.curation.wikipedia.text import TextRules, plain_text
 
 PACKINGS = ("", ".gz", ".zst")
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtk.curation.wiki_elements import strip_elements
-from mtk.curation.wiki_inline import strip_magic, strip_quotes, strip_tags
-from mtk.curation.wiki_lines import clean_lines, sections_of, without_dropped, without_empty
-from mtk.curation.wiki_links import LinkRules, resolve_links
-from mtk.curation.wiki_marks import without_marks
-from mtk.curation.wiki_tables import drop_tables
-from mtk.curation.wiki_template_text import handlers
-from mtk.curation.wiki_templates import expand_templates
+from mtk.curation.wikipedia.elements import strip_elements
+from mtk.curation.wikipedia.inline import strip_magic, strip_quotes, strip_tags
+from mtk.curation.wikipedia.lines import clean_lines, sections_of, without_dropped, without_empty
+from mtk.curation.wikipedia.links import LinkRules, resolve_links
+from mtk.curation.wikipedia.marks import without_marks
+from mtk.curation.wikipedia.tables import drop_tables
+from mtk.curation.wikipedia.template_text import handlers
+from mtk.curation.wikipedia.templates import expand_templates
 
 
 @dataclass(frozen=True)
 class TextRules:
     """What is kept of a page. dropped_sections: headings in lower case. templates: see
-    :func:`mtk.curation.wiki_template_text.handlers`."""
+    :func:`mtk.curation.wikipedia.template_text.handlers`."""
 
     links: LinkRules
     language: str = "en"

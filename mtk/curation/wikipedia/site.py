@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 from xml.parsers import expat
 
-from mtk.curation.wiki_stream import BrokenStreamError, DumpStream
+from mtk.curation.wikipedia.stream import BrokenStreamError, DumpStream
 from mtk.errors import DataError
 
 LARGEST_HEAD = 4 << 20

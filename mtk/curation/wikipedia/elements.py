@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-from mtk.curation.wiki_inline import decode_entities
-from mtk.curation.wiki_marks import GONE, shown, verbatim
-from mtk.curation.wiki_names import words
+from mtk.curation.wikipedia.inline import decode_entities
+from mtk.curation.wikipedia.marks import GONE, shown, verbatim
+from mtk.curation.wikipedia.names import words
 
 FORMULAS = frozenset(["math", "chem", "ce"])
 CODE = frozenset(["syntaxhighlight", "source"])
