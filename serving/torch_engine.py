@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mtk.config.serve import CacheConfig
 from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
@@ -25,7 +26,7 @@ from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
 from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
 from serving.paged.batch import PagedBatch
-from serving.paged.budget import PagedOptions, paged_settings
+from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
 
 # A decode step this recent (seconds) proves health without a probe of its own.
@@ -62,8 +63,9 @@ class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
-    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. report:
-    gets the traceback if the thread dies. Raises ConfigError for a cache that holds nothing.
+    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
+    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). report: gets the traceback
+    if the thread dies. Raises ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class TorchEngine:
         context: int,
         max_batch_size: int = 8,
         max_queue: int = 64,
-        paged: PagedOptions | None = None,
+        paged: CacheConfig | None = None,
+        ahead: bool | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
@@ -89,7 +92,7 @@ class TorchEngine:
         self._stopping = False
         self._death: str | None = None
         self._crashed = False
-        self._batch = self._make_batch(paged)
+        self._batch = self._make_batch(paged, ahead)
         self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
         self._beam: _BeamSearch | None = None
         self._admitted: _Job | None = None  # begun, but not yet among the owners
@@ -99,11 +102,11 @@ class TorchEngine:
         self._thread.start()
 
     @torch.inference_mode()
-    def _make_batch(self, paged: PagedOptions | None) -> SequenceBatch:
+    def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
         if paged is None:
             return Batch(Decoder(self._model))
         settings = paged_settings(
-            self._model, paged, rows=self._max_batch_size, context=self._context
+            self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
         return PagedBatch(self._model, self._vocabulary, settings, self._report)

@@ -14,7 +14,7 @@ from serving.paged.results import Found, Pending, choose_next
 from serving.paged.runner import Launched, Runner
 from serving.paged.schedule import Row, Scheduler
 from serving.paged.storage import Storage
-from serving.requests import Delta
+from serving.requests import Delta, TokenLogprob
 
 Deltas = list[tuple[RunningSequence, Delta]]
 
@@ -141,7 +141,8 @@ class PagedBatch:
         return deltas
 
     def _take(self, row: Row, found: Found) -> Delta:
-        sequence, scored = row.sequence, ()
+        sequence = row.sequence
+        scored: tuple[TokenLogprob, ...] = ()
         if not sequence.tokens and sequence.score_top is not None:
             scored = tuple(row.scored)
         if not sequence.tokens and not sequence.scored_well(list(scored)):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.gpt import GPT
 from serving.paged.batch import PagedSettings
@@ -18,22 +17,12 @@ FREE_SHARE = 0.85
 KEPT_TIMES = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class PagedOptions:
-    """As the options of ``mtk serve`` of these names; ``ahead`` None: on a GPU."""
-
-    kv_cache_tokens: int | None = None
-    kv_cache_gib: float | None = None
-    max_batched_tokens: int = 2048
-    prefix_caching: bool = True
-    cuda_graphs: bool = True
-    compile: bool = False
-    ahead: bool | None = None
-
-
-def paged_settings(model: GPT, options: PagedOptions, *, rows: int, context: int) -> PagedSettings:
+def paged_settings(
+    model: GPT, options: CacheConfig, *, rows: int, context: int, ahead: bool | None = None
+) -> PagedSettings:
     """Settings for ``rows`` sequences of at most ``context`` tokens. A cache too small for one of
-    that length lowers the context. Raises ConfigError for one too small for any."""
+    that length lowers the context. ahead: as in :class:`PagedSettings` (default: on a GPU).
+    Raises ConfigError for a cache too small for any."""
     shape = cache_shape(model)
     blocks = cache_blocks(shape, options, rows=rows, context=context)
     gpu = shape.device.type == "cuda"
@@ -43,15 +32,16 @@ def paged_settings(model: GPT, options: PagedOptions, *, rows: int, context: int
         blocks=blocks,
         tokens=options.max_batched_tokens,
         remember=options.prefix_caching,
-        ahead=gpu if options.ahead is None else options.ahead,
+        ahead=gpu if ahead is None else ahead,
         graphs=gpu and options.cuda_graphs,
         compile=options.compile,
     )
 
 
-def cache_blocks(shape: CacheShape, options: PagedOptions, *, rows: int, context: int) -> int:
+def cache_blocks(shape: CacheShape, options: CacheConfig, *, rows: int, context: int) -> int:
     """Blocks that were asked for, or by default those that all sequences can fill, on a GPU twice
     as many if ``FREE_SHARE`` of what is free holds them."""
+    asked: float | None = None
     most = rows * -(-context // shape.block)
     if options.kv_cache_tokens is not None:
         asked, name = options.kv_cache_tokens, "cache.kv_cache_tokens"
@@ -61,7 +51,7 @@ def cache_blocks(shape: CacheShape, options: PagedOptions, *, rows: int, context
         blocks = int(options.kv_cache_gib * 2**30) // shape.block_bytes
     elif shape.device.type == "cuda" and shape.block_bytes:
         free, _ = torch.cuda.mem_get_info(shape.device)
-        asked, name = None, "cache.kv_cache_gib"
+        name = "cache.kv_cache_gib"
         blocks = min(KEPT_TIMES * most, int(FREE_SHARE * free) // shape.block_bytes)
     else:
         return most

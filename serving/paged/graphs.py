@@ -68,7 +68,7 @@ class Graphs:
 
     def _capture(self, inputs_2B: Tensor, width: int) -> _Captured:
         static_2B = inputs_2B.clone()
-        ahead = torch.cuda.Stream(inputs_2B.device)
+        ahead = torch.cuda.Stream(inputs_2B.device)  # type: ignore[no-untyped-call]
         ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ahead):
             for _ in range(WARM_UPS):

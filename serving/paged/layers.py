@@ -60,9 +60,9 @@ def can_stack(modules: Sequence[nn.Module]) -> bool:
     return plain and len({getattr(module, "bias", None) is None for module in modules}) == 1
 
 
-def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
     joined = torch.cat([parameter.detach() for parameter in parameters])
-    parts = joined.split([parameter.shape[0] for parameter in parameters])
+    parts = torch.split(joined, [parameter.shape[0] for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
     return joined
@@ -94,9 +94,8 @@ class PagedAttention:
         own = self._own
         heads_ND = qkv.view(qkv.shape[0], -1, own.head_size)
         groups = storage.shape.groups
-        q_NHD, k_NGD, v_NGD = heads_ND.split(
-            (heads_ND.shape[1] - 2 * groups, groups, groups), dim=1
-        )
+        sizes = [heads_ND.shape[1] - 2 * groups, groups, groups]
+        q_NHD, k_NGD, v_NGD = torch.split(heads_ND, sizes, dim=1)
         if own.query_scale is not None:
             q_NHD = q_NHD * own.query_scale
         if own.query_norm is not None and own.key_norm is not None:

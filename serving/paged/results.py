@@ -41,7 +41,7 @@ class Pending:
         self._scored = scored
         self._event: Any = None
         if packed_2B.is_cuda:
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def read(self) -> list[Found]:
@@ -69,7 +69,7 @@ class _Scored:
 
     def read(self, tokens: Sequence[int]) -> dict[int, tuple[TokenLogprob, ...]]:
         lists = (self.chosen_L.tolist(), self.ids_LK.tolist(), self.values_LK.tolist())
-        found = {}
+        found: dict[int, tuple[TokenLogprob, ...]] = {}
         for row, top, chosen, ids, values in zip(self.rows, self.tops, *lists, strict=True):
             likeliest = tuple(zip(ids[:top], values[:top], strict=True))
             found[row] = (TokenLogprob(tokens[row], chosen, likeliest),)

@@ -122,8 +122,11 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self._tokens - len(decode)
         reading = deque(row for row in self.running if row.reads)
-        while budget > 0 and (row := reading.popleft() if reading else self._next()) is not None:
-            chunks.append(self._read(row, budget))
+        while budget > 0:
+            reader = reading.popleft() if reading else self._next()
+            if reader is None:
+                break
+            chunks.append(self._read(reader, budget))
             budget -= chunks[-1].count
         for row in decode:
             row.cached += 1
