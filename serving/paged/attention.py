@@ -14,17 +14,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mtk.models.attention import Form, sdpa_kernel
+from mtk.models.attention import Attention, Form, sdpa_kernel
 from serving.paged.storage import Storage
 
 
 class Attend(Protocol):
-    """Attention of one forward pass: queries of all its tokens to what ``layer`` has stored.
+    """Attention of one forward pass."""
 
-    k, v: of the new tokens, which are stored already.
-    """
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        """Of all tokens' queries to what ``layer`` has stored. k, v: of the new tokens, which are
+        stored already."""
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
+    def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
+        """All that lies between the projections of ``own``, [N, H, D], if this can do it at once:
+        norms, rotation, storing, attention."""
 
 
 def attend_blocks(
@@ -67,6 +70,9 @@ class DecodeAttention:
         keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
         return attend_blocks(q_NHD, keys, values, self.table_BW, self.lengths_B, self.window)
 
+    def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
+        return None
+
 
 @dataclass(frozen=True)
 class Span:
@@ -92,6 +98,9 @@ class PrefillAttention:
             outs.append(self._one(layer, span, q_NHD[own], k_NGD[own], v_NGD[own]))
             done += span.count
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
+        return None
 
     def _one(self, layer: int, span: Span, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
         q_BHSD = q_SHD.transpose(0, 1)[None]

@@ -23,7 +23,7 @@ Deltas = list[tuple[RunningSequence, Delta]]
 class PagedSettings:
     """rows: sequences at once. context: most tokens of one. blocks: of the cache. tokens: computed
     in one step. remember: share beginnings. ahead: launch a step before the last one's tokens
-    have been looked at. padded, graphs: see :class:`serving.paged.runner.Runner`."""
+    have been looked at. padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
 
     rows: int
     context: int
@@ -33,6 +33,7 @@ class PagedSettings:
     ahead: bool = False
     padded: bool = False
     graphs: bool = False
+    kernels: bool | None = None
     compile: bool = False
 
 
@@ -61,8 +62,10 @@ class PagedBatch:
             drawable=vocabulary.size,
             padded=settings.padded,
             graphs=settings.graphs,
+            kernels=settings.kernels,
             report=report,
         )
+        self.runner.capture()
         self._vocabulary, self._ahead = vocabulary, settings.ahead
         self._pending: list[Pending] = []
 

@@ -11,6 +11,8 @@ channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ from mtk.models.rotary import rotate
 from serving.paged.attention import Attend
 from serving.paged.storage import CacheShape, Storage
 
-Rotary = tuple[Tensor, Tensor] | None
 Part = Callable[[Tensor], Tensor]
+Leave = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def can_page(model: GPT) -> bool:
@@ -39,6 +41,41 @@ def cache_shape(model: GPT) -> CacheShape:
     weight, config = model.output_weight, model.config
     layers = sum(getattr(block, "attention", None) is not None for block in model.layers.values())
     return CacheShape(layers, config.query_groups, config.head_size, weight.dtype, weight.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What a forward pass reads: ids, and where each token is in its sequence, all int64 [N].
+    slots: rows of ``table_RW``, int64 [slots, blocks of a sequence], of each token's sequence.
+    tables: see :func:`rotary_tables`."""
+
+    ids_N: Tensor
+    slots_N: Tensor
+    positions_N: Tensor
+    table_RW: Tensor
+    block: int
+    tables: tuple[Tensor, Tensor] | None
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where keys and values go: blocks, and places in them."""
+        blocks_N = self.table_RW[self.slots_N, self.positions_N // self.block]
+        return blocks_N, self.positions_N % self.block
+
+    @cached_property
+    def rotary(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [N, 1, R] of the tokens' positions, if the model rotates."""
+        if self.tables is None:
+            return None
+        cos, sin = (table[self.positions_N][:, None] for table in self.tables)
+        return cos, sin
+
+
+def rotary_tables(model: GPT) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines, fp32 [positions, rotated channels], if the model rotates."""
+    if model.config.position_embedding_type != "rope":
+        return None
+    return model.rotary_cos, model.rotary_sin  # type: ignore[return-value]
 
 
 class Stacked:
@@ -72,7 +109,7 @@ class PagedAttention:
     """An attention layer's projections, norms and rotation around attention to blocks."""
 
     def __init__(self, attention: Attention, layer: int) -> None:
-        self._own, self.layer = attention, layer
+        self.own, self.layer = attention, layer
         projections = (attention.query, attention.key, attention.value)
         self.stacked = Stacked(projections) if can_stack(projections) else None
 
@@ -80,18 +117,20 @@ class PagedAttention:
         """Queries, keys and values of all heads side by side."""
         if self.stacked is not None:
             return self.stacked(x_NE)
-        return torch.cat(self._own.project(x_NE, x_NE), dim=-1)
+        return torch.cat(self.own.project(x_NE, x_NE), dim=-1)
 
     def between(
         self,
         qkv: Tensor,
-        rotary: Rotary,
+        tokens: Tokens,
         storage: Storage,
-        places: tuple[Tensor, Tensor],
         attend: Attend,
     ) -> Tensor:
         """[N, H x D]: stores keys and values and looks at all stored so far."""
-        own = self._own
+        own = self.own
+        done = attend.whole(self.layer, own, qkv)
+        if done is not None:
+            return done.flatten(1)
         heads_ND = qkv.view(qkv.shape[0], -1, own.head_size)
         groups = storage.shape.groups
         sizes = [heads_ND.shape[1] - 2 * groups, groups, groups]
@@ -100,14 +139,11 @@ class PagedAttention:
             q_NHD = q_NHD * own.query_scale
         if own.query_norm is not None and own.key_norm is not None:
             q_NHD, k_NGD = own.query_norm(q_NHD), own.key_norm(k_NGD)
-        if rotary is not None:
-            q_NHD = rotate(q_NHD, *rotary, interleaved=own.interleaved)
-            k_NGD = rotate(k_NGD, *rotary, interleaved=own.interleaved)
-        storage.write(self.layer, places, k_NGD, v_NGD)
+        if tokens.rotary is not None:
+            q_NHD = rotate(q_NHD, *tokens.rotary, interleaved=own.interleaved)
+            k_NGD = rotate(k_NGD, *tokens.rotary, interleaved=own.interleaved)
+        storage.write(self.layer, tokens.places, k_NGD, v_NGD)
         return attend(self.layer, q_NHD, k_NGD, v_NGD).flatten(1)
-
-    def after(self, attended: Tensor) -> Tensor:
-        return self._own.output(attended)  # type: ignore[no-any-return]
 
 
 class GatedMLP:
@@ -115,14 +151,28 @@ class GatedMLP:
 
     def __init__(self, mlp: MLP) -> None:
         assert mlp.gate is not None
-        self._own, self.stacked = mlp, Stacked((mlp.gate, mlp.up))
+        self.activation, self.down = mlp.activation, mlp.down
+        # May be replaced by a kernel.
+        self.join: Part = self._join
+        self.stacked = Stacked((mlp.gate, mlp.up))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.stacked(x).chunk(2, dim=-1)
-        return self._own.down(self._own.activation(gate) * up)  # type: ignore[no-any-return]
+    def inner(self, x: Tensor) -> Tensor:
+        """What ``down`` is to be multiplied with."""
+        return self.join(self.stacked(x))
+
+    def _join(self, wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
-def paged_mlp(mlp: nn.Module) -> Part:
+def add_product(x_NE: Tensor, inner: Tensor, linear: nn.Module) -> Tensor:
+    """``x_NE`` += linear(inner); of a plain matrix in the product's own kernel."""
+    if type(linear) is nn.Linear and getattr(linear, "bias", None) is None:
+        return x_NE.addmm_(inner, linear.weight.T)
+    return x_NE.add_(linear(inner))
+
+
+def paged_mlp(mlp: nn.Module) -> GatedMLP | nn.Module:
     if type(mlp) is MLP and mlp.gate is not None and can_stack((mlp.gate, mlp.up)):
         return GatedMLP(mlp)
     return mlp
@@ -140,53 +190,54 @@ class PagedBlock:
         self.mlp = None if mlp is None else paged_mlp(mlp)
         self.parallel: bool = getattr(block, "parallel", False)
         self.enter: Part = self._enter
-        self.leave: Callable[[Tensor, Tensor | None], Tensor] = self._leave
+        self.leave: Leave = self._leave
 
     def _enter(self, x_NE: Tensor) -> Tensor:
         assert self.attention is not None
-        return self.attention.before(self._norm("attention_norm", x_NE))
+        return self.attention.before(self.norm("attention_norm")(x_NE))
 
     def _leave(self, x_NE: Tensor, attended: Tensor | None) -> Tensor:
-        inner = x_NE
+        """Adds into ``x_NE``, as nobody else has it."""
+        normed = self.norm("mlp_norm")(x_NE) if self.parallel else None
         if attended is not None and self.attention is not None:
-            inner = x_NE + self.attention.after(attended)
+            x_NE = add_product(x_NE, attended, self.attention.own.output)
         if self.mlp is None:
-            return inner
-        return inner + self.mlp(self._norm("mlp_norm", x_NE if self.parallel else inner))
+            return x_NE
+        normed = self.norm("mlp_norm")(x_NE) if normed is None else normed
+        if isinstance(self.mlp, GatedMLP):
+            return add_product(x_NE, self.mlp.inner(normed), self.mlp.down)
+        return x_NE.add_(self.mlp(normed))
 
-    def _norm(self, name: str, x_NE: Tensor) -> Tensor:
-        return getattr(self._block, name)(x_NE)  # type: ignore[no-any-return]
+    def norm(self, name: str) -> nn.Module:
+        return getattr(self._block, name)  # type: ignore[no-any-return]
 
 
 class PagedModel:
-    """The model's forward pass over tokens [N] of any sequences, to states after the last norm."""
+    """The model's forward pass over tokens of any sequences side by side."""
 
     def __init__(self, model: GPT, storage: Storage) -> None:
         self.model, self.storage = model, storage
+        self.tables = rotary_tables(model)
         self.blocks: list[PagedBlock] = []
         layer = 0
         for block in model.layers.values():
             self.blocks.append(PagedBlock(block, layer))
             layer += self.blocks[-1].attention is not None
+        self.logits: Part = self._logits
 
-    def hidden(
-        self, tokens_N: Tensor, positions_N: Tensor, places: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
-        """States [N, E]. places: where each token's keys and values go."""
-        model = self.model
-        assert model.embedding is not None and model.final_norm is not None
-        x_NE = model.embedding(tokens_N, positions_N)
-        rotary = self._rotary(positions_N)
+    def states(self, tokens: Tokens, attend: Attend) -> Tensor:
+        """States [N, E] after the last layer."""
+        assert self.model.embedding is not None
+        x_NE: Tensor = self.model.embedding(tokens.ids_N, tokens.positions_N)
         for block in self.blocks:
             attended = None
             if block.attention is not None:
                 qkv = block.enter(x_NE)
-                attended = block.attention.between(qkv, rotary, self.storage, places, attend)
+                attended = block.attention.between(qkv, tokens, self.storage, attend)
             x_NE = block.leave(x_NE, attended)
-        return model.final_norm(x_NE)  # type: ignore[no-any-return]
+        return x_NE
 
-    def _rotary(self, positions_N: Tensor) -> Rotary:
-        if self.model.config.position_embedding_type != "rope":
-            return None
-        cos, sin = self.model.rotary_cos, self.model.rotary_sin
-        return cos[positions_N][:, None], sin[positions_N][:, None]  # type: ignore[index]
+    def _logits(self, x_NE: Tensor) -> Tensor:
+        """[N, V] of the token after each of ``x_NE``, states after the last layer."""
+        assert self.model.final_norm is not None
+        return self.model.logits(self.model.final_norm(x_NE))

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mtk.kernels import fused_on
 from mtk.kernels.transfer import send
 from mtk.models.attention import form_of
 from mtk.models.gpt import GPT
@@ -23,9 +25,12 @@ from serving.generation import SCORED_AT_ONCE, logprobs_of
 from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
 from serving.paged.choose import index
 from serving.paged.graphs import BUCKETS, Graphs
-from serving.paged.layers import PagedModel
+from serving.paged.layers import PagedModel, Tokens
 from serving.paged.schedule import Chunk, Row
 from serving.paged.storage import Storage
+
+if TYPE_CHECKING:
+    from serving.paged.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def look(logits_BV: Tensor, drawable: int) -> Launched:
 
 class Runner:
     """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. padded:
-    run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``)."""
+    run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
+    use those of :mod:`serving.paged.kernels` (default: where they can run)."""
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Runner:
         drawable: int,
         padded: bool = False,
         graphs: bool = False,
+        kernels: bool | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self.storage, self._drawable = storage, drawable
@@ -73,6 +80,9 @@ class Runner:
         self.idle_slot = slots
         self.tokens_R = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self.table_RW = torch.zeros(slots + 1, self._columns, dtype=torch.int64, device=self.device)
+        self._kernels: Kernels | None = None
+        if fused_on(self.device) if kernels is None else kernels:
+            self._kernels = _kernels(self.paged, context)
         self._padded = padded or graphs
         self.graphs = Graphs(self._decode, self.device, report) if graphs else None
 
@@ -106,18 +116,30 @@ class Runner:
         return run(inputs_2B, width).first(len(rows))
 
     def _width(self, rows: Sequence[Row]) -> int:
-        """Columns of the table that this step looks at."""
+        """Columns of the table that this step looks at; kernels find out themselves."""
+        if self._kernels is not None:
+            return self._columns
         needed = max(len(row.table.blocks) for row in rows)
         return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
 
     def _decode(self, inputs_2B: Tensor, width: int) -> Launched:
         slots_B, positions_B = inputs_2B.unbind(0)
-        table_BW = self.table_RW[slots_B, :width]
-        attend: Attend = DecodeAttention(self.storage, table_BW, positions_B + 1, self._form.window)
-        places = self._places(slots_B, positions_B)
-        tokens_B = self.tokens_R[slots_B]
-        hidden_BE = self.paged.hidden(tokens_B, positions_B, places, attend)
-        return look(self.model.logits(hidden_BE), self._drawable)
+        tokens = self._tokens(self.tokens_R[slots_B], slots_B, positions_B)
+        return self._look(self.paged.states(tokens, self._attend(tokens, width)))
+
+    def _attend(self, tokens: Tokens, width: int) -> Attend:
+        window = self._form.window
+        if self._kernels is not None:
+            return self._kernels.attention(tokens, window)
+        table_BW = self.table_RW[tokens.slots_N, :width]
+        return DecodeAttention(self.storage, table_BW, tokens.positions_N + 1, window)
+
+    def _tokens(self, ids_N: Tensor, slots_N: Tensor, positions_N: Tensor) -> Tokens:
+        block = self.storage.shape.block
+        return Tokens(ids_N, slots_N, positions_N, self.table_RW, block, self.paged.tables)
+
+    def _look(self, x_BE: Tensor) -> Launched:
+        return look(self.paged.logits(x_BE), self._drawable)
 
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
         """Read chunks of text; what follows those that are the last of their rows, if any.
@@ -129,29 +151,23 @@ class Runner:
             row, end = chunk.row, chunk.start + chunk.count
             assert row.slot is not None
             columns += [(row.ids[i], row.slot, i) for i in range(chunk.start, end)]
-        tokens_N, slots_N, positions_N = send(torch.tensor(columns), self.device).unbind(1)
+        tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
         attend = PrefillAttention(self.storage, [self._span(c) for c in chunks], self._form)
-        places = self._places(slots_N, positions_N)
-        hidden_NE = self.paged.hidden(tokens_N, positions_N, places, attend)
+        x_NE = self.paged.states(tokens, attend)
         ends, done = [], 0
         for chunk in chunks:
-            self._score(chunk, hidden_NE[done : done + chunk.count])
+            self._score(chunk, x_NE[done : done + chunk.count])
             done += chunk.count
             ends += [done - 1] * chunk.last
         if not ends:
             return None
-        last_BE = hidden_NE[index(ends, self.device)]
-        return look(self.model.logits(last_BE), self._drawable)
+        return self._look(x_NE[index(ends, self.device)])
 
     def _span(self, chunk: Chunk) -> Span:
         blocks = -(-(chunk.start + chunk.count) // self.storage.shape.block)
         return Span(chunk.start, chunk.count, self.table_RW[chunk.row.slot, :blocks])
 
-    def _places(self, slots_N: Tensor, positions_N: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.storage.shape.block
-        return self.table_RW[slots_N, positions_N // size], positions_N % size
-
-    def _score(self, chunk: Chunk, hidden_SE: Tensor) -> None:
+    def _score(self, chunk: Chunk, x_SE: Tensor) -> None:
         row = chunk.row
         top = row.sequence.score_top
         if top is None or row.sequence.tokens:
@@ -161,15 +177,23 @@ class Runner:
         for start in range(0, count, SCORED_AT_ONCE):
             end = min(start + SCORED_AT_ONCE, count)
             following = row.ids[chunk.start + start + 1 : chunk.start + end + 1]
-            row.scored += logprobs_of(self.model.logits(hidden_SE[start:end]), following, top)
+            row.scored += logprobs_of(self.paged.logits(x_SE[start:end]), following, top)
 
     def capture(self) -> None:
-        """Capture the graphs of all sizes whose tables do not matter, before there is traffic."""
-        if self.graphs is None:
+        """Capture the graphs of all sizes before there is traffic, if the tokens that sequences
+        have do not matter to them."""
+        if self.graphs is None or self._kernels is None:
             return
         for size in (*(b for b in BUCKETS if b < self.idle_slot), self.idle_slot):
             pairs = torch.tensor([[self.idle_slot] * size, [0] * size], device=self.device)
-            self.graphs(pairs, 1)
+            self.graphs(pairs, self._columns)
+
+
+def _kernels(paged: PagedModel, context: int) -> Kernels:
+    # Triton is not everywhere.
+    from serving.paged.kernels import Kernels
+
+    return Kernels(paged, context)
 
 
 def bucket(rows: int, most: int) -> int:

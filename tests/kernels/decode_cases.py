@@ -137,6 +137,16 @@ def check_rotation(turn: Turn, device: torch.device) -> None:
         assert torch.equal(old.nan_to_num(), store.nan_to_num())
 
 
+def check_gate(device: torch.device, dtype: torch.dtype) -> None:
+    from mtk.kernels.gated import silu_product
+
+    wide = (torch.randn(5, 2 * 1500) * 4).to(device, dtype)
+    gate, up = wide.double().chunk(2, dim=-1)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    found = silu_product(wide).double()
+    torch.testing.assert_close(found, F.silu(gate) * up, rtol=near, atol=near)
+
+
 @dataclass(frozen=True)
 class Product:
     """One kernel's product and what lies around it."""

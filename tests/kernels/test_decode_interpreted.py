@@ -12,6 +12,9 @@ import torch
 from mtk.kernels import has_triton
 from tests.kernels import decode_cases
 from tests.kernels.decode_cases import CASES, PRODUCTS, TURNS, Heads, Product, Turn
+from tests.serving.models import greedy_without_cache, tiny_model
+from tests.serving.paged.running import ask, generate_paged
+from tests.serving.paged.test_batch import KINDS
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or os.environ.get("TRITON_INTERPRET") != "1",
@@ -46,6 +49,23 @@ def test_nan_stays_where_it_is() -> None:
 @pytest.mark.parametrize("turn", TURNS, ids=str)
 def test_rotation(turn: Turn) -> None:
     decode_cases.check_rotation(turn, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate(dtype: torch.dtype) -> None:
+    decode_cases.check_gate(CPU, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "window"])
+def test_whole_steps(kind: str, rows: int) -> None:
+    """The engine's batch on kernels gives the tokens of the model without a cache."""
+    model, prompts = tiny_model(**KINDS[kind]), (tuple(b"Hello world"), tuple(b"x" * 20), (7,))
+    outputs, _ = generate_paged(
+        model, ask(*prompts, max_tokens=6), rows=rows, kernels=True, ahead=True
+    )
+    expected = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
+    assert [list(output.tokens) for output in outputs] == expected
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
