@@ -11,7 +11,7 @@ import torch
 from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError
 from mtk.models.gpt import GPT
-from mtk.tokenizers import Tokenizer
+from mtk.tokenizers.null import NullTokenizer
 from serving.generation import RunningSequence, Vocabulary
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
@@ -90,13 +90,17 @@ def measure_decode(
     options = options or CacheConfig(prefix_caching=False)
     context = prompt_tokens + new_tokens
     vocab = model.config.vocab_size or 0
-    vocabulary = Vocabulary(_NoText(vocab), vocab)
+    vocabulary = Vocabulary(NullTokenizer({"vocab_size": vocab, "eod": 0}), vocab)
     settings = paged_settings(model.eval(), options, rows=batch, context=context)
     if settings.blocks * cache_shape(model).block < batch * context:
         raise ConfigError("the cache does not hold all sequences at once. Lower batch or tokens.")
     running = PagedBatch(model, vocabulary, settings)
     sequences = [_sequence(i, prompt_tokens, new_tokens, vocabulary, sampling, seed)
                  for i in range(batch)]  # fmt: skip
+    # Prompts are read once before, for what libraries do at first.
+    running.add(_sequence(batch, prompt_tokens, 1, vocabulary, sampling, seed))
+    while running.count:
+        running.step()
     for sequence in sequences:
         running.add(sequence)
     _wait(model)
@@ -130,6 +134,10 @@ def _timed(running: PagedBatch, sequences: Sequence[RunningSequence]) -> list[fl
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
+    if not seconds:
+        raise ConfigError(
+            "the first sequence ended before the last was read. Give more new tokens."
+        )
     errors = [sequence.error for sequence in sequences if sequence.error is not None]
     if errors:
         raise errors[0]
@@ -143,31 +151,6 @@ def _sequence(
     ids = torch.randint(vocabulary.size, (prompt,), generator=chance).tolist()
     request = GenerationRequest(prompts=(tuple(ids),), max_tokens=new, sampling=sampling)
     return RunningSequence(request, 0, vocabulary)
-
-
-class _NoText(Tokenizer):
-    """Ids without texts: what is measured is the model."""
-
-    kind = "None"
-    eod = 0
-
-    def __init__(self, size: int) -> None:
-        super().__init__({}, {})
-        self.vocab_size = size
-
-    def encode(self, text: str) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
-
-    def piece(self, token_id: int) -> str:
-        return ""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b""
-
-    return cache_shape(model).block
 
 
 def _weight_bytes(model: GPT) -> int:

@@ -20,10 +20,11 @@ MOST_STEPS = 5000
 
 
 def make_batch(model: GPT, **values: Any) -> PagedBatch:
+    report = values.pop("report", print)
     settings = {"rows": 3, "context": CONTEXT, "blocks": 18, **values}
     vocabulary = Vocabulary(ByteTokenizer(), model.config.vocab_size or 257)
     with torch.inference_mode():
-        return PagedBatch(model, vocabulary, PagedSettings(**settings))
+        return PagedBatch(model, vocabulary, PagedSettings(**settings), report)
 
 
 def ask(*prompts: tuple[int, ...], **values: Any) -> GenerationRequest:
