@@ -106,9 +106,6 @@ class CacheConfig:
     cuda_graphs: bool = option(
         True, help="Launch a step of decoding as one CUDA graph.", runtime=True
     )
-    compile: bool = option(
-        False, help="Compile what lies between attentions with torch.compile.", runtime=True
-    )
 
     def problems(self) -> Iterator[Problem]:
         for name in ("kv_cache_tokens", "max_batched_tokens"):

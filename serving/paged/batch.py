@@ -34,7 +34,6 @@ class PagedSettings:
     padded: bool = False
     graphs: bool = False
     kernels: bool | None = None
-    compile: bool = False
 
 
 class PagedBatch:

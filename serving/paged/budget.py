@@ -34,7 +34,6 @@ def paged_settings(
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
         graphs=gpu and options.cuda_graphs,
-        compile=options.compile,
     )
 
 

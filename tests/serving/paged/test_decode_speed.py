@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError
 from serving.decode_speed import WARM_UP, measure_decode
 from serving.paged.batch import PagedBatch
+from tests.docs.shell_commands import fenced
 from tests.serving.models import LLAMA_LIKE, MAMBA, tiny_model
 
 
@@ -46,3 +48,10 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_measured(model: dict[str, Any], new: int, options: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         measure_decode(tiny_model(**model), 3, 10, new, options=options)
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[3] / "docs" / "serving.md"
+    (code,) = [text for language, text in fenced(page) if language == "python"]
+    exec(code, {})
+    assert "tokens/s" in capsys.readouterr().out
