@@ -92,25 +92,31 @@ class PrefillAttention:
     form: Form
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        first = self.spans[0]
+        if all(span.start == 0 and span.count == first.count for span in self.spans):
+            return self._alike(first.count, q_NHD, k_NGD, v_NGD)
         done, outs = 0, []
         for span in self.spans:
             own = slice(done, done + span.count)
             outs.append(self._one(layer, span, q_NHD[own], k_NGD[own], v_NGD[own]))
             done += span.count
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return torch.cat(outs)
+
+    def _alike(self, count: int, *heads_N: Tensor) -> Tensor:
+        """Whole beginnings of one length, at once; a single one too."""
+        q, k, v = (x.unflatten(0, (-1, count)).transpose(1, 2) for x in heads_N)
+        out_BHSD = sdpa_kernel(q, k, v, mask=None, dropout=0.0, form=self.form)
+        return out_BHSD.transpose(1, 2).flatten(0, 1)
 
     def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
         return None
 
     def _one(self, layer: int, span: Span, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
-        q_BHSD = q_SHD.transpose(0, 1)[None]
         if span.start == 0:
-            k, v = k_SGD.transpose(0, 1)[None], v_SGD.transpose(0, 1)[None]
-            out = sdpa_kernel(q_BHSD, k, v, mask=None, dropout=0.0, form=self.form)
-        else:
-            k, v = self._seen(layer, span)
-            mask = self._mask(span, q_SHD.device)
-            out = sdpa_kernel(q_BHSD, k, v, mask=mask, dropout=0.0)
+            return self._alike(span.count, q_SHD, k_SGD, v_SGD)
+        k, v = self._seen(layer, span)
+        mask = self._mask(span, q_SHD.device)
+        out = sdpa_kernel(q_SHD.transpose(0, 1)[None], k, v, mask=mask, dropout=0.0)
         return out[0].transpose(0, 1)
 
     def _seen(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
