@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import time
+from contextlib import suppress
 
 from flask import Flask, Response, g, request
 
-from mtk.errors import ServingError
-from serving import errors, info_routes, megatron_api, openai_api
+from serving import (
+    chat_api,
+    errors,
+    info_routes,
+    megatron_api,
+    openai_api,
+    openapi,
+    page_routes,
+)
 from serving.engine import Engine
+from serving.errors import KeyNeededError
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.settings import ServerSettings
@@ -27,8 +37,10 @@ def create_app(engine: Engine, settings: ServerSettings) -> Flask:
     errors.register(app, settings.log)
     _account(app, service)  # before the guard, so that refused keys are accounted for
     _guard(app, settings)
-    for routes in (megatron_api, openai_api, info_routes):
+    for routes in (megatron_api, openai_api, chat_api, info_routes, openapi):
         app.register_blueprint(routes.blueprint(service))
+    app.register_blueprint(page_routes.blueprint())
+    app.after_request(_harden)
     return app
 
 
@@ -37,21 +49,40 @@ def service_of(app: Flask) -> Service:
     return service
 
 
+def _harden(response: Response) -> Response:
+    """Browsers neither guess types, nor tell other sites where they come from, nor let other
+    sites read or embed an answer."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    return response
+
+
 def _guard(app: Flask, settings: ServerSettings) -> None:
+    """A key on every route but ``/livez``: as a bearer token, or as the password that browsers
+    ask for (then they send it with the page's own requests, too)."""
     keys = [key.encode() for key in settings.api_keys]
 
     @app.before_request
     def check_key() -> None:
         if not keys or request.path == "/livez":
             return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        sent = given.strip().encode("utf-8", errors="replace")
+        sent = _sent_key(request.headers.get("Authorization", ""))
         # Every key is compared, so that the time taken tells nothing.
         matches = [hmac.compare_digest(sent, key) for key in keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ServingError(
-                "a valid key is needed: send the header Authorization: Bearer KEY", status=401
-            )
+        if not any(matches):
+            raise KeyNeededError(asks_browser=request.path == "/")
+
+
+def _sent_key(header: str) -> bytes:
+    """b"", which is no key, for what is neither of the two schemes."""
+    scheme, _, given = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip().encode("utf-8", errors="replace")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    return b""
 
 
 def _account(app: Flask, service: Service) -> None:

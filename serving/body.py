@@ -62,18 +62,24 @@ class Fields:
             raise wrong_type(name, value, "true or false")
         return value
 
-    def integer(self, name: str, default: int, *, low: int, high: int) -> int:
+    def integer(self, name: str, default: int, *, low: int, high: int, limit: str = "") -> int:
+        """limit: the server's option that ``high`` comes from, for the message."""
         value = self._data.get(name)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong_type(name, value, "a whole number")
         if not low <= value <= high:
-            raise ServingError(f"{name} = {_short(value)}: must lie in {low}..{high}", param=name)
+            source = f" ({limit} = {high})" if limit and value > high else ""
+            raise ServingError(
+                f"{name} = {_short(value)}: must lie in {low}..{high}{source}", param=name
+            )
         return value
 
-    def optional_integer(self, name: str, *, low: int, high: int) -> int | None:
-        return self.integer(name, low, low=low, high=high) if self.given(name) else None
+    def optional_integer(self, name: str, *, low: int, high: int, limit: str = "") -> int | None:
+        if not self.given(name):
+            return None
+        return self.integer(name, low, low=low, high=high, limit=limit)
 
     def number(self, name: str, default: float, *, low: float, high: float) -> float:
         """A finite number in [low, high]; whole numbers count."""

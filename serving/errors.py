@@ -17,6 +17,7 @@ from mtk.errors import MtkError, ServingError
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "request_timeout",
     405: "method_not_allowed",
     413: "request_too_large",
     415: "unsupported_media_type",
@@ -37,6 +38,18 @@ class NotReadyError(OverloadedError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=503, retry_after=10)
+
+
+class KeyNeededError(ServingError):
+    """No valid API key was sent (401). asks_browser: a browser is to ask for it."""
+
+    def __init__(self, *, asks_browser: bool) -> None:
+        super().__init__(
+            "a valid key is needed: send the header Authorization: Bearer KEY (in a browser, the "
+            "key is the password)",
+            status=401,
+        )
+        self.challenge = 'Basic realm="mtk", charset="UTF-8"' if asks_browser else "Bearer"
 
 
 def error_type(status: int) -> str:
@@ -60,6 +73,8 @@ def respond(error: ServingError) -> Response:
     response.status_code = error.status
     if isinstance(error, OverloadedError):
         response.headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, KeyNeededError):
+        response.headers["WWW-Authenticate"] = error.challenge
     return response
 
 

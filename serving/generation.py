@@ -126,6 +126,7 @@ class RunningSequence:
         self.error: ServingError | None = None
         self._vocabulary = vocabulary
         self._sampler = Sampler(request.sampling, index % request.samples)
+        self._guide = request.guide.begin() if request.guide is not None else None
         self._text = TextStream(vocabulary.tokenizer, self.prompt)
         self._stops = StopStrings(request.stop.strings)
         self._line: LineStop | None = None
@@ -177,6 +178,8 @@ class RunningSequence:
         if not torch.isfinite(logits_V).all():
             return self._broken()
         token = self._sampler.choose(self._allowed(logits_V))
+        if self._guide is not None:
+            self._guide.accept(token)
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.sampling.logprobs is not None:
             top = self.request.sampling.logprobs
@@ -233,7 +236,7 @@ class RunningSequence:
         if self.forbids_newline:
             newlines = self._vocabulary.newlines(logits_V.device)
             logits_V = logits_V.index_fill(0, newlines, float("-inf"))
-        return logits_V
+        return logits_V if self._guide is None else self._guide.apply(logits_V)
 
     def output(self) -> SequenceOutput:
         if self.finish is None:

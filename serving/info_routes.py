@@ -9,7 +9,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import MtkError, ServingError
 from serving.body import Fields, encode, read_json, wrong_type
-from serving.openai_api import check_model
+from serving.openai_fields import check_model
 from serving.service import Service
 
 
@@ -101,11 +101,12 @@ def _model(service: Service, started: int) -> dict[str, Any]:
         "created": started,
         "owned_by": "mtk",
         "max_model_len": service.engine.context,
+        "chat": service.settings.chat is not None,
     }
 
 
 def _health(service: Service) -> dict[str, Any]:
-    found = service.engine.probe(service.settings.probe_timeout)
+    found = service.health()
     ready, reason = found.ready, found.reason
     if service.draining:
         ready, reason = False, "the server is stopping"

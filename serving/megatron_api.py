@@ -15,6 +15,7 @@ from flask import Blueprint, Response, jsonify, request
 from mtk.errors import ServingError
 from serving.body import Fields, checked_text, encode, read_json, wrong_type
 from serving.engine import Engine
+from serving.openai_fields import check_prompt_tokens
 from serving.requests import (
     MAX_PENALTY,
     BeamParams,
@@ -28,7 +29,6 @@ from serving.service import Service
 from serving.settings import ServerSettings
 from serving.text import pieces
 
-MAX_PROMPTS, MAX_NEW_TOKENS = 128, 2**31 - 1
 OLD_NAMES = {"max_len": "tokens_to_generate", "sentences": "prompts"}
 FIELDS = (
     "prompts",
@@ -71,11 +71,13 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     Raises ServingError (400) for the first violation.
     """
     fields = Fields(data)
-    prompts = _prompts(fields)
+    prompts = _prompts(fields, settings)
     for old, new in OLD_NAMES.items():
         if old in data:
             raise ServingError(f"{old} is no longer used; give {new} instead", param=old)
-    new_tokens = fields.integer("tokens_to_generate", 64, low=0, high=MAX_NEW_TOKENS)
+    new_tokens = fields.integer(
+        "tokens_to_generate", 64, low=0, high=settings.most_new_tokens, limit="max_new_tokens"
+    )
     logprobs = fields.flag("logprobs")
     if new_tokens == 0 and not logprobs:
         raise ServingError(
@@ -95,6 +97,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     eod = engine.tokenizer.eod
     start = (eod,) if add_bos else ()
     ids = tuple(_ids(engine, text, start, number) for number, text in enumerate(prompts))
+    check_prompt_tokens(ids, settings, "prompts")
     # As in Megatron, the rules about lines replace the end of document.
     stop = StopRules(line=line) if line else StopRules(token_ids=frozenset({eod}))
     asked = GenerationRequest(
@@ -111,7 +114,7 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     return asked
 
 
-def _prompts(fields: Fields) -> list[str]:
+def _prompts(fields: Fields, settings: ServerSettings) -> list[str]:
     if not fields.given("prompts"):
         old = "sentences is its old name" if fields.given("sentences") else ""
         hint = f" ({old})" if old else ""
@@ -119,9 +122,11 @@ def _prompts(fields: Fields) -> list[str]:
     found = fields.raw("prompts")
     if not isinstance(found, list):
         raise wrong_type("prompts", found, "a list of texts")
-    if not 1 <= len(found) <= MAX_PROMPTS:
+    high = min(settings.max_prompts, settings.max_sequences)
+    if not 1 <= len(found) <= high:
         raise ServingError(
-            f"prompts holds {len(found)} texts; 1..{MAX_PROMPTS} are allowed", param="prompts"
+            f"prompts holds {len(found)} texts; 1..{high} are allowed (max_prompts)",
+            param="prompts",
         )
     return [checked_text("prompts", text) for text in found]
 
@@ -167,7 +172,9 @@ def _line_stop(fields: Fields) -> Literal["eol", "double_eol"] | None:
 def _beam(
     fields: Fields, engine: Engine, settings: ServerSettings, prompts: int, new_tokens: int
 ) -> BeamParams | None:
-    width = fields.optional_integer("beam_width", low=1, high=settings.max_beam_width)
+    width = fields.optional_integer(
+        "beam_width", low=1, high=settings.max_beam_width, limit="max_beam_width"
+    )
     if width is not None and prompts > 1:
         raise ServingError("beam search takes one prompt", param="beam_width")
     stop = fields.integer("stop_token", engine.tokenizer.eod, low=0, high=engine.vocab_size - 1)
@@ -191,7 +198,12 @@ def answer(
 ) -> dict[str, Any]:
     """Megatron's reply: whole texts, their pieces, and log-probabilities or beam scores."""
     segments = [pieces(engine.tokenizer, (*output.prompt, *output.tokens)) for output in outputs]
-    reply: dict[str, Any] = {"text": ["".join(p) for p in segments], "segments": segments}
+    reply: dict[str, Any] = {
+        "text": ["".join(p) for p in segments],
+        "segments": segments,
+        # Megatron's newer servers add the ids.
+        "tokens": [[*output.prompt, *output.tokens] for output in outputs],
+    }
     if asked.beam is not None:
         reply["scores"] = [output.score for output in outputs]
     else:

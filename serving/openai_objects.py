@@ -1,15 +1,16 @@
-"""The objects of OpenAI's completions: replies, choices, usage, log-probabilities."""
+"""The objects of OpenAI's completions: replies, chunks of streams, usage, log-probabilities."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mtk.tokenizers import Tokenizer
-from serving.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from serving.requests import Delta, GenerationRequest, SequenceOutput, TokenLogprob
+from serving.service import Service
 from serving.settings import ServerSettings
 from serving.text import pieces
 
@@ -23,18 +24,75 @@ class Completion:
     include_usage: bool
 
 
-def envelope(settings: ServerSettings) -> dict[str, Any]:
+class CompletionObjects:
+    """Implements :class:`serving.sse.Objects`; all chunks of a stream carry the same id."""
+
+    def __init__(self, service: Service, asked: Completion) -> None:
+        self.asked = asked
+        self._tokenizer = service.engine.tokenizer
+        self._envelope = envelope(service.settings, "cmpl", "text_completion")
+        self._offsets: dict[int, int] = {}
+        self._tokens = 0
+
+    def whole(self, outputs: Sequence[SequenceOutput]) -> dict[str, Any]:
+        produced = sum(len(output.tokens) for output in outputs)
+        return {
+            **self._envelope,
+            "choices": [choice(output, self.asked, self._tokenizer) for output in outputs],
+            "usage": usage(self.asked.generation, produced),
+        }
+
+    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """One chunk for a step that brought something to show, and the echoed prompt first."""
+        self._tokens += len(delta.tokens)
+        if delta.index not in self._offsets:
+            self._offsets[delta.index] = 0
+            if self.asked.echo:
+                yield self._echo(delta)
+        shown = delta.text or delta.finish or delta.logprobs
+        if shown:
+            texts = [delta.text] * len(delta.tokens)
+            yield self._chunk(delta.index, delta.text, texts, delta.logprobs, delta.finish)
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        if self.asked.include_usage:
+            counted = usage(self.asked.generation, self._tokens)
+            yield {**self._envelope, "choices": [], "usage": counted}
+
+    def _echo(self, delta: Delta) -> dict[str, Any]:
+        prompt = self.asked.generation.prompts[delta.index // self.asked.generation.samples]
+        texts = pieces(self._tokenizer, prompt)
+        values = (None, *delta.prompt_logprobs)
+        return self._chunk(delta.index, "".join(texts), texts, values, None)
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        texts: list[str],
+        values: tuple[TokenLogprob | None, ...],
+        finish: str | None,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.asked.generation.sampling.logprobs is not None:
+            logprobs = logprobs_object(texts, values, self._tokenizer, self._offsets[index])
+        self._offsets[index] += len(text)
+        found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._envelope, "choices": [found]}
+
+
+def envelope(settings: ServerSettings, prefix: str, kind: str) -> dict[str, Any]:
     """What every reply and every chunk of a stream begins with."""
     return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
         "created": int(time.time()),
         "model": settings.model,
     }
 
 
-def usage(asked: Completion, produced: int) -> dict[str, int]:
-    prompt = sum(len(ids) for ids in asked.generation.prompts)
+def usage(asked: GenerationRequest, produced: int) -> dict[str, int]:
+    prompt = sum(len(ids) for ids in asked.prompts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": produced,

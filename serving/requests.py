@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mtk.errors import ServingError
+from serving.guides import Guide
 from serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -52,6 +53,7 @@ class GenerationRequest:
     prompts: token ids, none empty. max_tokens: new tokens a sequence; 0 only scores the
     prompts. prompt_logprobs: also for the prompts' tokens. newline_after_colon: False
     keeps a newline from following a colon. stream: deltas are wanted, not only the end.
+    guide: changes logits before a token is chosen (not in beam search).
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -63,6 +65,7 @@ class GenerationRequest:
     newline_after_colon: bool = True
     beam: BeamParams | None = None
     stream: bool = False
+    guide: Guide | None = None
 
     @property
     def sequences(self) -> int:

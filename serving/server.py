@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -17,36 +16,18 @@ from typing import Any
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
 from waitress.server import create_server
-from waitress.task import ErrorTask
 
-from mtk.errors import ConfigError, Problem, ServingError
+from mtk.errors import ConfigError, Problem
 from serving.app import service_of
-from serving.errors import error_body
+from serving.channel import JsonChannel, Sweeper
 
 # Threads beyond those that generate: health, metrics, and refusals while all are busy.
 SPARE_THREADS = 8
 # Seconds after which a silent connection without a request is closed.
 IDLE_TIMEOUT = 120
-
-
-class _JsonErrorTask(ErrorTask):  # type: ignore[misc]
-    """What waitress itself refuses (too large, not HTTP) is answered in JSON as well."""
-
-    def execute(self) -> None:
-        error = self.request.error
-        problem = ServingError(f"{error.reason}: {error.body}", status=error.code)
-        body = json.dumps(error_body(problem)).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class _JsonChannel(HTTPChannel):  # type: ignore[misc]
-    error_task_class = _JsonErrorTask
+# Bytes of an answer that may wait for a slow reader before its thread waits as well.
+MAX_UNSENT = 1 << 20
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -88,12 +69,17 @@ class HttpServer:
             # Flask refuses what is larger than the setting; this bounds what is read at all.
             max_request_body_size=8 * service.settings.max_body_bytes,
             channel_timeout=IDLE_TIMEOUT,
+            outbuf_high_watermark=MAX_UNSENT,
             # Looking ahead is what notices that a client has gone while it waits.
             channel_request_lookahead=1,
             clear_untrusted_proxy_headers=True,
             ident="mtk",
         )
-        self._server.channel_class = _JsonChannel
+        self._server.channel_class = JsonChannel
+        self._sweeper = Sweeper(
+            read_timeout=service.settings.read_timeout,
+            write_timeout=service.settings.write_timeout,
+        )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{port}"
@@ -134,6 +120,7 @@ class HttpServer:
 
     def _poll(self) -> None:
         wasyncore.loop(timeout=0.1, map=self._map, use_poll=True, count=1)
+        self._sweeper.sweep(self._server.active_channels.values())
 
 
 def connection_limit(concurrency: int) -> int:

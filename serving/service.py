@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from flask import g, has_request_context, request
 
 from mtk.errors import ServingError
-from serving.engine import Engine, Ticket
+from serving.engine import Engine, Health, Ticket
 from serving.errors import NotReadyError, OverloadedError
+from serving.grammar import JsonGrammars
 from serving.metrics import Metrics
 from serving.requests import Delta, GenerationRequest, SequenceOutput
 from serving.settings import ServerSettings
@@ -34,6 +35,8 @@ class Service:
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.grammars = JsonGrammars(engine.tokenizer, engine.vocab_size)
+        self._probing, self._last_health = threading.Lock(), Health(True)
         self._flight, self._changed = _Flight(), threading.Condition()
 
     @property
@@ -52,6 +55,17 @@ class Service:
     def note(self, *, quiet: bool) -> None:
         """Whether this request asks not to be logged (Megatron's ``no_log``)."""
         g.quiet = quiet
+
+    def health(self) -> Health:
+        """Whether the engine decodes. One caller asks the engine; those who come meanwhile get
+        the last answer, so that an engine that hangs does not hang all threads."""
+        if not self._probing.acquire(blocking=False):
+            return self._last_health
+        try:
+            self._last_health = self.engine.probe(self.settings.probe_timeout)
+            return self._last_health
+        finally:
+            self._probing.release()
 
     def answer(self, asked: GenerationRequest) -> list[SequenceOutput]:
         """Submit and wait for the end. Raises ServingError, also when the client has gone."""

@@ -30,7 +30,7 @@ from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
 
 # A decode step this recent (seconds) proves health without a probe of its own.
-RECENT = 5.0
+RECENT = 1.0
 
 
 @dataclass

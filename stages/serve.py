@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtk.config.serve import CacheConfig, ServeConfig
 from mtk.errors import ConfigError, Problem, WorkerError
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from mtk.models.gpt import GPT
+    from serving.chat_prompt import ChatPrompt
+    from serving.settings import ServerSettings
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -25,6 +29,7 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     ArtifactError (model), WorkerError if the engine died meanwhile.
     """
     from serving.app import create_app
+    from serving.chat_prompt import open_chat
     from serving.open_served import open_served
     from serving.server import (
         HttpServer,
@@ -35,7 +40,6 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         ready_file,
         stopped_by_signals,
     )
-    from serving.settings import ServerSettings
     from serving.torch_engine import TorchEngine
 
     reporter = (session or Session()).reporter
@@ -48,6 +52,7 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         dtype, device = _place(config)
         served = open_served(config.load, dtype=dtype, device=device)
         context = context_length(config, served.model)
+        chat = open_chat(config.chat_template, served.tokenizer, config.load)
         engine = TorchEngine(
             served.model,
             served.tokenizer,
@@ -63,14 +68,8 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
                 f"the cache holds {context} tokens: sequences may not be longer "
                 f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
             )
-        settings = ServerSettings(
-            model=config.model_name or Path(config.load).resolve().name,
-            lineage=served.lineage,
-            api_keys=keys,
-            max_concurrency=limits.max_concurrency,
-            max_body_bytes=limits.max_body_bytes,
-            request_timeout=limits.request_timeout,
-            log=reporter.info,
+        settings = server_settings(
+            config, lineage=served.lineage, keys=keys, chat=chat, log=reporter.info
         )
         quiet_waitress()
         server = HttpServer(
@@ -88,6 +87,29 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     reporter.event("stopped", url=server.url)
     if engine.died:
         raise WorkerError(f"{engine.died}; the server answered 503 since. Its log has the cause.")
+
+
+def server_settings(
+    config: ServeConfig,
+    *,
+    lineage: dict[str, Any] | None,
+    keys: frozenset[str],
+    chat: ChatPrompt | None,
+    log: Callable[[str], None],
+) -> ServerSettings:
+    """The limits of the configuration, of which the server's have the same names."""
+    from serving.settings import ServerSettings
+
+    known = {field.name for field in dataclasses.fields(ServerSettings)}
+    limits = {k: v for k, v in vars(config.limits).items() if k in known}
+    return ServerSettings(
+        model=config.model_name or Path(config.load).resolve().name,
+        lineage=lineage,
+        api_keys=keys,
+        chat=chat,
+        log=log,
+        **limits,
+    )
 
 
 def _place(config: ServeConfig) -> tuple[torch.dtype, str]:

@@ -9,6 +9,19 @@ from typing import Literal
 from mtk.config.schema import group, option
 from mtk.errors import Problem
 
+AT_LEAST_ONE = (
+    "max_batch_size",
+    "max_concurrency",
+    "max_body_bytes",
+    "max_prompts",
+    "max_sequences",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "max_stop_length",
+    "max_schema_bytes",
+    "max_beam_width",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListenConfig:
@@ -51,23 +64,54 @@ class LimitsConfig:
     max_body_bytes: int = option(
         2_000_000, help="Largest request body; a larger one gets 413.", runtime=True
     )
+    max_prompts: int = option(128, help="Prompts of a request.", runtime=True)
+    max_sequences: int = option(128, help="Prompts x n of a request.", runtime=True)
+    max_prompt_tokens: int | None = option(
+        None, help="Tokens of a prompt (default: what the context holds).", runtime=True
+    )
+    max_new_tokens: int | None = option(
+        None, help="Tokens a sequence may ask for (default: what the context holds).", runtime=True
+    )
+    max_stop_strings: int = option(16, help="Stop strings of a request.", runtime=True)
+    max_stop_length: int = option(256, help="Characters of a stop string.", runtime=True)
+    max_top_logprobs: int = option(20, help="Alternatives told for a token.", runtime=True)
+    max_logit_bias: int = option(300, help="Tokens in logit_bias.", runtime=True)
+    max_schema_bytes: int = option(
+        65_536, help="Size of the JSON schema of response_format.", runtime=True
+    )
+    max_beam_width: int = option(32, help="Beams of a request.", runtime=True)
     request_timeout: float = option(
         600.0, help="Seconds until a request is given up with 504.", runtime=True
+    )
+    read_timeout: float = option(
+        60.0, help="Seconds that a request may take to arrive.", runtime=True
+    )
+    write_timeout: float = option(
+        60.0, help="Seconds that a client may leave an answer unread.", runtime=True
+    )
+    probe_timeout: float = option(
+        2.5, help="Seconds for the token of a health check; then /readyz is red.", runtime=True
     )
     drain_timeout: float = option(
         30.0, help="Seconds that running requests have to end after SIGTERM.", runtime=True
     )
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("max_batch_size", "max_concurrency", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                yield Problem(name, getattr(self, name), "must be at least 1", "Nearest: 1.")
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, value, "must be at least 1", "Nearest: 1.")
+        for name in ("max_queue", "max_stop_strings", "max_logit_bias"):
+            if getattr(self, name) < 0:
+                yield Problem(name, getattr(self, name), "must not be negative", "Nearest: 0.")
+        if not 0 <= self.max_top_logprobs <= 20:
+            fix = f"Nearest: {min(max(self.max_top_logprobs, 0), 20)}."
+            yield Problem("max_top_logprobs", self.max_top_logprobs, "must lie in 0..20", fix)
         if self.max_seq_length is not None and self.max_seq_length < 2:
             yield Problem("max_seq_length", self.max_seq_length, "must be at least 2")
-        if self.max_queue < 0:
-            yield Problem("max_queue", self.max_queue, "must not be negative", "Nearest: 0.")
-        if not 0 < self.request_timeout < float("inf"):
-            yield Problem("request_timeout", self.request_timeout, "must be greater than 0")
+        for name in ("request_timeout", "read_timeout", "write_timeout", "probe_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                yield Problem(name, getattr(self, name), "must be greater than 0")
         if not 0 <= self.drain_timeout < float("inf"):
             yield Problem("drain_timeout", self.drain_timeout, "must not be negative")
         if self.max_concurrency > 1000:
@@ -133,6 +177,12 @@ class ServeConfig:
     model_name: str | None = option(
         None, help="The model's name in the API (default: name of the --load folder).", runtime=True
     )
+    chat_template: str | None = option(
+        None,
+        help="For /v1/chat/completions: chatml, llama3, plain, or a file with a Jinja template "
+        "(default: what the model's tokenizer brings).",
+        runtime=True,
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="Precision of the weights.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where to run.", runtime=True)
     num_threads: int | None = option(
@@ -145,5 +195,6 @@ class ServeConfig:
     def problems(self) -> Iterator[Problem]:
         if self.num_threads is not None and self.num_threads < 1:
             yield Problem("num_threads", self.num_threads, "must be at least 1", "Nearest: 1.")
-        if self.model_name == "":
-            yield Problem("model_name", "", "must not be empty")
+        for name in ("model_name", "chat_template"):
+            if getattr(self, name) == "":
+                yield Problem(name, "", "must not be empty")

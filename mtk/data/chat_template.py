@@ -77,6 +77,10 @@ class ChatTemplate:
             return _take_marks(text)
         return text, self._by_prefixes(conversation, text)
 
+    def question(self, conversation: Conversation) -> str:
+        """The text that asks for the assistant's next answer. Raises RecordError."""
+        return _take_marks(self._text(conversation, prompt=True))[0]
+
     def _by_prefixes(self, conversation: Conversation, whole: str) -> list[Span]:
         """An answer is what comes on top of the text that asks for it."""
         spans: list[Span] = []
@@ -165,11 +169,14 @@ def _end_of_turn(answered: str, content: str) -> int:
     return behind + len(closing) if closing else len(answered)
 
 
-def choose_template(wanted: str | None, tokenizer: Tokenizer, model: str) -> ChatTemplate:
+def choose_template(
+    wanted: str | None, tokenizer: Tokenizer, model: str, *, key: str = "chat.chat_template"
+) -> ChatTemplate:
     """The template of ``--chat-template``, else the tokenizer's own.
 
-    model: where the tokenizer comes from. Raises ConfigError for an unknown name, or where
-    none is known at all; DataError for one that does not parse.
+    model: where the tokenizer comes from. key: the option's name in the configuration. Raises
+    ConfigError for an unknown name, or where none is known at all; DataError for one that does
+    not parse.
     """
     tokens = special_names(tokenizer)
     if wanted is None:
@@ -177,17 +184,17 @@ def choose_template(wanted: str | None, tokenizer: Tokenizer, model: str) -> Cha
         if found is None:
             rule = f"the tokenizer of {model} brings no chat template"
             fix = f"Choose one: {', '.join(BUILT_IN)}, or a file."
-            raise ConfigError([Problem("chat.chat_template", None, rule, fix)])
+            raise ConfigError([Problem(key, None, rule, fix)])
         template = ChatTemplate(found, "of the tokenizer", tokens)
     elif wanted in BUILT_IN:
         template = ChatTemplate(BUILT_IN[wanted], wanted, tokens)
     else:
-        template = ChatTemplate(_read(wanted), wanted, tokens)
+        template = ChatTemplate(_read(wanted, key), wanted, tokens)
     template.check()
     return template
 
 
-def _read(wanted: str) -> str:
+def _read(wanted: str, key: str) -> str:
     path = Path(wanted)
     try:
         return path.read_text(encoding="utf-8")
@@ -195,7 +202,7 @@ def _read(wanted: str) -> str:
         near = difflib.get_close_matches(wanted, BUILT_IN, n=1)
         rule = f"is neither one of {', '.join(BUILT_IN)} nor a file that can be read"
         fix = f"Did you mean {near[0]}?" if near else "Check the path."
-        raise ConfigError([Problem("chat.chat_template", wanted, rule, fix)]) from error
+        raise ConfigError([Problem(key, wanted, rule, fix)]) from error
 
 
 def own_template(tokenizer: Tokenizer) -> str | None:

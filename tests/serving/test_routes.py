@@ -100,7 +100,8 @@ def test_metrics_count(make_engine: MakeEngine) -> None:
         ("POST", "/health", 405),
         ("GET", "/nothing", 404),
         ("GET", "/v1/models/../../etc/passwd", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/embeddings", 404),
     ],
 )
 def test_wrong_verbs_and_routes(client: FlaskClient, method: str, path: str, status: int) -> None:

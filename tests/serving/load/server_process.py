@@ -1,0 +1,113 @@
+"""A server on the tiny model of the tests, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.serving.wire import call, eventually
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass
+class ServerProcess:
+    url: str
+    process: subprocess.Popen[str]
+
+    def state(self) -> dict[str, Any]:
+        status, found, _ = call(self.url, "GET", "/health")
+        assert status == 200, found
+        return dict(found)
+
+    def figure(self, name: str) -> float:
+        """A sample of ``/metrics`` without labels."""
+        _, text, _ = call(self.url, "GET", "/metrics")
+        (line,) = [ln for ln in text.decode().splitlines() if ln.split(" ")[0] == name]
+        return float(line.split(" ")[1])
+
+    def leaks(self, seconds: float = 5.0) -> dict[str, float]:
+        """What is still held when nobody asks any more; empty is good."""
+        names = ("mtk_sequences_running", "mtk_requests_waiting", "mtk_cached_tokens")
+
+        def held() -> dict[str, float]:
+            found = {name: self.figure(name) for name in names}
+            return {k: v for k, v in {**found, "in_flight": self.state()["in_flight"]}.items() if v}
+
+        eventually(lambda: not held(), seconds)
+        return held()
+
+    def terminate(self) -> tuple[int, str]:
+        """SIGTERM; exit code and what was said on stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err
+
+
+@contextmanager
+def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
+    """tick: seconds that each step takes at least. limits: of engine and server."""
+    command = [sys.executable, "-m", "tests.serving.load.server_process"]
+    process = subprocess.Popen(
+        [*command, json.dumps({"tick": tick, **limits})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        url = process.stdout.readline().strip()
+        assert url, process.stderr.read()
+        yield ServerProcess(url, process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def main() -> None:
+    import torch
+
+    from serving.app import create_app
+    from serving.chat_prompt import open_chat
+    from serving.server import HttpServer, bind, quiet_waitress, stopped_by_signals
+    from serving.settings import ServerSettings
+    from serving.torch_engine import TorchEngine
+    from tests.serving.models import ByteTokenizer, tiny_model
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("options", type=json.loads)
+    options = parser.parse_args().options
+    tick = options.pop("tick")
+    torch.set_num_threads(1)
+    if tick:
+        real = TorchEngine._tick
+
+        def slow(engine: TorchEngine) -> None:
+            time.sleep(tick)
+            real(engine)
+
+        TorchEngine._tick = slow  # type: ignore[method-assign]
+    sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
+    tokenizer = ByteTokenizer()
+    engine = TorchEngine(tiny_model(), tokenizer, context=96, **sizes)
+    settings = ServerSettings(model="tiny", chat=open_chat("plain", tokenizer, "tiny"), **options)
+    quiet_waitress()
+    server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))
+    with stopped_by_signals(server.stop):
+        print(server.url, flush=True)
+        server.run()
+
+
+if __name__ == "__main__":
+    main()

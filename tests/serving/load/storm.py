@@ -1,0 +1,178 @@
+"""Many clients at once that ask for different things in different ways, some of whom leave.
+
+Every answer must be the asker's own, nothing may fail on the server's side, and when all have
+gone nothing may be held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.serving.load.server_process import ServerProcess, server_process
+from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
+from tests.serving.wire import Stream, call
+
+PROMPTS, LONGEST, LEAVING = 16, 48, 0.01
+# Wrong in different ways, each with the status that it must get.
+BAD: tuple[tuple[str, Any, int], ...] = (
+    ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400),
+    ("/v1/completions", b"{", 400),
+    ("/api", {"prompts": []}, 400),
+    ("/v1/chat/completions", {"messages": []}, 400),
+    ("/v1/completions", {"prompt": "a", "model": "other"}, 404),
+)
+
+
+@dataclass
+class Tally:
+    """statuses: of all answers. wrong: answers that are not the asker's own. left: streams that
+    a client closed in the middle."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    left: int = 0
+    tokens: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def failures(self) -> int:
+        return sum(count for status, count in self.statuses.items() if status >= 500)
+
+    def note(self, status: int, tokens: int = 0) -> None:
+        with self.lock:
+            self.statuses[status] += 1
+            self.tokens += tokens
+
+
+def expectations() -> dict[str, list[int]]:
+    """Prompt -> the ids that greedy decoding appends, by the simplest decoder."""
+    model = tiny_model()
+    prompts = [f"storm {number}: " for number in range(PROMPTS)]
+    return {prompt: greedy_without_cache(model, prompt.encode(), LONGEST) for prompt in prompts}
+
+
+def _expected(ids: list[int], count: int) -> str:
+    """Text of the first ``count`` ids, which ends at the end of a document."""
+    cut = ids[:count]
+    end = next((i for i, token in enumerate(cut) if token == ByteTokenizer.eod), len(cut))
+    return ByteTokenizer().decode(cut[:end])
+
+
+class _Client:
+    def __init__(self, url: str, known: dict[str, list[int]], tally: Tally, seed: int) -> None:
+        self._url, self._known, self._tally = url, known, tally
+        self._random = random.Random(seed)
+
+    def once(self) -> None:
+        kind = self._random.choices(
+            (self._streams, self._whole, self._megatron, self._chat, self._wrong),
+            (6, 2, 2, 1, 1),
+        )[0]
+        prompt = self._random.choice(list(self._known))
+        count = self._random.randint(1, LONGEST)
+        kind(prompt, count)
+
+    def _streams(self, prompt: str, count: int) -> None:
+        leaving = self._random.random() < LEAVING * 2
+        stream = Stream(self._url, {"prompt": prompt, "max_tokens": count, "temperature": 0})
+        if stream.status != 200:
+            self._tally.note(stream.status)
+            stream.rest()
+            return
+        text, expected = "", _expected(self._known[prompt], count)
+        for number, chunk in enumerate(stream):
+            if "error" in chunk:
+                self._tally.note(chunk["error"]["code"])
+                return
+            text += chunk["choices"][0]["text"]
+            if leaving and number >= count // 2:
+                stream.close()
+                with self._tally.lock:
+                    self._tally.left += 1
+                break
+        good = expected.startswith(text) if leaving else text == expected and stream.finished
+        self._judge(good, text, expected)
+        self._tally.note(200, len(text))
+
+    def _whole(self, prompt: str, count: int) -> None:
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "n": 2}
+        status, answer, _ = call(self._url, "POST", "/v1/completions", body)
+        if status == 200:
+            expected = _expected(self._known[prompt], count)
+            for choice in answer["choices"]:
+                self._judge(choice["text"] == expected, choice["text"], expected)
+        self._tally.note(status, 2 * count)
+
+    def _megatron(self, prompt: str, count: int) -> None:
+        body = {"prompts": [prompt], "tokens_to_generate": count, "top_k": 1}
+        status, answer, _ = call(self._url, "PUT", "/api", body)
+        if status == 200:
+            expected = prompt + _expected(self._known[prompt], count)
+            text = answer["text"][0].removesuffix("<|endoftext|>")
+            self._judge(text == expected, text, expected)
+        self._tally.note(status, count)
+
+    def _chat(self, prompt: str, count: int) -> None:
+        messages = [{"role": "user", "content": prompt}]
+        body = {"messages": messages, "max_tokens": count, "seed": 7}
+        first, second = (call(self._url, "POST", "/v1/chat/completions", body) for _ in range(2))
+        if first[0] == second[0] == 200:
+            texts = [found[1]["choices"][0]["message"]["content"] for found in (first, second)]
+            self._judge(texts[0] == texts[1], *texts)
+        for status in (first[0], second[0]):
+            self._tally.note(status, count)
+
+    def _wrong(self, prompt: str, count: int) -> None:
+        path, body, wanted = self._random.choice(BAD)
+        status, answer, _ = call(self._url, "POST", path, body)
+        self._judge(status == wanted and answer["error"]["code"] == wanted, str(status), path)
+        self._tally.note(status)
+
+    def _judge(self, good: bool, found: str, expected: str) -> None:
+        if not good:
+            with self._tally.lock:
+                self._tally.wrong.append(f"{found!r} instead of {expected!r}")
+
+
+def storm(server: ServerProcess, seconds: float, clients: int = 64) -> Tally:
+    known, tally = expectations(), Tally()
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        client = _Client(server.url, known, tally, number)
+        while time.monotonic() < end:
+            client.once()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--clients", type=int, default=64)
+    asked = parser.parse_args()
+    with server_process(max_batch_size=32, max_queue=128, max_concurrency=128) as server:
+        tally = storm(server, asked.seconds, asked.clients)
+        print(
+            f"{sum(tally.statuses.values())} requests, {tally.tokens} tokens, statuses "
+            f"{dict(sorted(tally.statuses.items()))}, {tally.left} left in the middle, "
+            f"{len(tally.wrong)} wrong answers, {tally.failures} failures, "
+            f"held at the end: {server.leaks() or 'nothing'}"
+        )
+        for line in tally.wrong[:5]:
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
