@@ -11,11 +11,13 @@ from mtk.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class FlowEntry:
-    """steps: for people; function: ``module:attribute`` of the Prefect flow."""
+    """steps: for people; function, chain: ``module:attribute`` of the Prefect flow and of its
+    steps as data."""
 
     name: str
     steps: str
     function: str
+    chain: str
 
 
 FLOWS: Mapping[str, FlowEntry] = {
@@ -24,6 +26,13 @@ FLOWS: Mapping[str, FlowEntry] = {
         "corpus > tokenizer > preprocess > pretrain (> finetune) > evaluate > cloze > convert"
         " > quantize > serve",
         "flows.end_to_end:end_to_end",
+        "flows.steps:END_TO_END",
+    ),
+    "curate_web": FlowEntry(
+        "curate_web",
+        "urls > clean > duplicates (> decontaminate) (> tokenizer) > preprocess",
+        "flows.curate_web:curate_web",
+        "flows.curate_steps:CURATE_WEB",
     ),
 }
 

@@ -10,7 +10,7 @@ in a Completed state that is named Skipped.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from prefect.logging.handlers import APILogHandler
 from prefect.states import Cancelled, Completed
 
 from flows.attempts import Outcome, curable, interruptible, run_step
+from flows.chain import Chain
 from flows.guard import die_with_parent
 from flows.pipeline import Pipeline, PlannedStep, plan_pipeline
 from flows.report import step_markdown
 from flows.runner import Ledger, run_all
 from flows.stale import settle_killed_runs, tag_this_run
-from flows.steps import registered_stages
+from flows.steps import END_TO_END
 from mtk.config import Layer
 from mtk.errors import Interrupted
 from mtk.log import Reporter
@@ -48,6 +49,19 @@ def end_to_end(
     folder: relative paths of the file start here (a scheduled run starts elsewhere).
     overrides: values by ``section.option``. Raises what a stage raises.
     """
+    return run_chain(END_TO_END, config, folder, overrides, force=force, json_lines=json_lines)
+
+
+def run_chain(
+    chain: Chain,
+    config: str,
+    folder: str | None,
+    overrides: Mapping[str, Any] | None,
+    *,
+    force: bool,
+    json_lines: bool,
+) -> State[Any]:
+    """The body of every flow; see :func:`end_to_end`."""
     parent = None
     if folder is not None:
         parent = os.getppid()  # the process of the schedule
@@ -57,15 +71,20 @@ def end_to_end(
     settle_killed_runs()
     session = Session(Reporter(json_lines=json_lines), force=force)
     layer = Layer("--set", overrides) if overrides else None
-    return run_tasks(plan_pipeline(config, registered_stages(), overrides=layer), session, parent)
+    return run_tasks(plan_pipeline(config, chain.stages(), chain, layer), session, parent)
 
 
 def run_in_prefect(
-    config: str, overrides: Mapping[str, Any] | None, *, force: bool, json_lines: bool
+    function: Callable[..., State[Any]],
+    config: str,
+    overrides: Mapping[str, Any] | None,
+    *,
+    force: bool,
+    json_lines: bool,
 ) -> None:
-    """Run the flow here and now. Raises what a stage raised, or Interrupted."""
+    """Run the flow ``function`` here and now. Raises what a stage raised, or Interrupted."""
     try:
-        state: State[Any] = end_to_end(
+        state = function(
             str(Path(config).resolve()), None, overrides, force, json_lines, return_state=True
         )
     finally:

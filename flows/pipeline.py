@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.steps import STEPS, Step, Wiring, left_out
+from flows.chain import Chain, FlowSettings, Wiring
+from flows.steps import END_TO_END
 from mtk.config import Layer, resolve
 from mtk.config.files import read_layer
-from mtk.config.flow import SOURCES, FlowConfig, ServeCheckConfig
 from mtk.errors import ConfigError, Problem
 from stages.registry import Stage
 
@@ -28,11 +28,12 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a flow is going to do, in order. file: the YAML file it was read from."""
+    """What a flow is going to do, in order. file: the YAML file it was read from. check: its
+    section of that name, if the chain has one."""
 
     file: str
-    flow: FlowConfig
-    check: ServeCheckConfig
+    flow: FlowSettings
+    check: Any
     steps: tuple[PlannedStep, ...]
 
     @property
@@ -43,7 +44,7 @@ class Pipeline:
 def plan_pipeline(
     path: str | Path,
     stages: Mapping[str, Stage],
-    steps: Sequence[Step] = STEPS,
+    chain: Chain = END_TO_END,
     overrides: Layer | None = None,
 ) -> Pipeline:
     """Read the file and resolve every step, wiring outputs to inputs.
@@ -51,19 +52,22 @@ def plan_pipeline(
     stages: the stage of every step by step name. overrides: values by section, above
     the file's. Raises ConfigError with the problems of all sections together.
     """
-    sections = _sections(read_layer(path), overrides, steps)
+    sections = _sections(read_layer(path), overrides, chain)
     problems: list[Problem] = []
-    flow = _resolve_group(FlowConfig, "flow", sections, problems)
-    check = _resolve_group(ServeCheckConfig, "check", sections, problems)
-    if flow is None or check is None:
+    groups = {
+        name: _resolve_group(config_class, name, sections, problems)
+        for name, config_class in chain.sections.items()
+    }
+    if None in groups.values():
         raise ConfigError(problems)
-    problems += _consistency(flow, check)
+    problems += chain.consistency(groups)
     if problems:
         raise ConfigError(problems)
+    flow, check = groups["flow"], groups.get("check")
     configs: dict[str, Any] = {}
     planned: list[PlannedStep] = []
-    for step in steps:
-        if left_out(step.name, flow) or (step.on_request and step.name not in sections):
+    for step in chain.steps:
+        if chain.left_out(step.name, flow) or (step.on_request and step.name not in sections):
             continue
         layers = [Layer("flow", step.wire(Wiring(flow, check, configs)))]
         layers += sections.get(step.name, [])
@@ -98,10 +102,8 @@ class _Unresolved(str):
         return self
 
 
-def _sections(
-    file: Layer, overrides: Layer | None, steps: Sequence[Step]
-) -> dict[str, list[Layer]]:
-    names = ["flow", "check", *(step.name for step in steps)]
+def _sections(file: Layer, overrides: Layer | None, chain: Chain) -> dict[str, list[Layer]]:
+    names = [*chain.sections, *(step.name for step in chain.steps)]
     found: dict[str, list[Layer]] = {}
     problems = []
     for layer in (file, overrides):
@@ -132,12 +134,3 @@ def _resolve_group(
     except ConfigError as error:
         problems += prefixed(error, name)
         return None
-
-
-def _consistency(flow: FlowConfig, check: ServeCheckConfig) -> list[Problem]:
-    maker = SOURCES[check.source]
-    if "serve" in flow.leave_out or maker not in flow.leave_out:
-        return []
-    rule = f"is made by step {maker}, which flow.leave_out names"
-    fix = f"Run {maker}, serve another source, or leave out serve too."
-    return [Problem("check.source", check.source, rule, fix)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import multiprocessing
 import time
 import warnings
@@ -14,10 +13,10 @@ from typing import Any
 from flows.catalog import FlowEntry
 from flows.pipeline import plan_pipeline
 from flows.server import prefect_server
-from flows.steps import registered_stages
 from mtk.config import Layer
 from mtk.errors import ConfigError, Interrupted, Problem
 from mtk.log import Reporter
+from stages.registry import load
 
 
 def serve_flow(
@@ -36,12 +35,12 @@ def serve_flow(
     not found at night. Raises ConfigError; Interrupted when it is stopped.
     """
     check_schedule(cron, interval)
-    plan_pipeline(config, registered_stages(), overrides=Layer("--set", overrides))
+    chain = load(entry.chain)
+    plan_pipeline(config, chain.stages(), chain, Layer("--set", overrides))
     with prefect_server(reporter, home):
         if cron is not None:
             require_readable(cron)
-        module, _, attribute = entry.function.partition(":")
-        flow = getattr(importlib.import_module(module), attribute)
+        flow = load(entry.function)
         parameters = {
             "config": str(Path(config).resolve()),
             "folder": str(Path.cwd()),

@@ -7,63 +7,40 @@ an output in the file moves the input that follows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from flows.chain import Chain, Step, Wiring
 from mtk.config.flow import SOURCES, FlowConfig, ServeCheckConfig
-from stages.registry import STAGES, Stage
+from mtk.errors import Problem
+from stages.registry import Stage
 
 
-@dataclass(frozen=True)
-class Wiring:
-    """What a step can be wired from. configs: of the earlier steps, by step name."""
-
-    flow: FlowConfig
-    check: ServeCheckConfig
-    configs: Mapping[str, Any]
-
-    def below(self, name: str) -> str:
-        return str(Path(self.flow.work) / name)
-
-    @property
-    def trained(self) -> str:
-        """The folder of checkpoints that training ended with."""
-        last = self.configs.get("finetune", self.configs["pretrain"])
-        return str(last.checkpoint.save)
-
-    @property
-    def corpus(self) -> list[str]:
-        """The files everything starts from."""
-        if self.flow.input:
-            return list(self.flow.input)
-        return [self.configs["corpus"].output]
-
-    @property
-    def heldout(self) -> list[str]:
-        """Text that no step trains on."""
-        if self.flow.input:
-            return list(self.flow.heldout)
-        return [f"{self.configs['corpus'].prefix}.heldout.txt"]
-
-    @property
-    def cloze(self) -> list[str]:
-        """Last-word passages from the text held out."""
-        if self.flow.input:
-            return list(self.flow.cloze)
-        return [f"{self.configs['corpus'].prefix}.cloze.jsonl"]
+def _trained(wiring: Wiring) -> str:
+    """The folder of checkpoints that training ended with."""
+    last = wiring.configs.get("finetune", wiring.configs["pretrain"])
+    return str(last.checkpoint.save)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One link of the chain. stage: (group, name) in the table of stages. on_request: it runs
-    only where the file has a section for it."""
+def _corpus_files(wiring: Wiring) -> list[str]:
+    """The files everything starts from."""
+    if wiring.flow.input:
+        return list(wiring.flow.input)
+    return [wiring.configs["corpus"].output]
 
-    name: str
-    stage: tuple[str | None, str]
-    wire: Callable[[Wiring], dict[str, Any]]
-    on_request: bool = False
+
+def _heldout(wiring: Wiring) -> list[str]:
+    """Text that no step trains on."""
+    if wiring.flow.input:
+        return list(wiring.flow.heldout)
+    return [f"{wiring.configs['corpus'].prefix}.heldout.txt"]
+
+
+def _cloze_files(wiring: Wiring) -> list[str]:
+    """Last-word passages from the text held out."""
+    if wiring.flow.input:
+        return list(wiring.flow.cloze)
+    return [f"{wiring.configs['corpus'].prefix}.cloze.jsonl"]
 
 
 def _corpus(wiring: Wiring) -> dict[str, Any]:
@@ -71,12 +48,12 @@ def _corpus(wiring: Wiring) -> dict[str, Any]:
 
 
 def _tokenizer(wiring: Wiring) -> dict[str, Any]:
-    return {"input": wiring.corpus, "output": wiring.below("tokenizer")}
+    return {"input": _corpus_files(wiring), "output": wiring.below("tokenizer")}
 
 
 def _preprocess(wiring: Wiring) -> dict[str, Any]:
     return {
-        "input": wiring.corpus,
+        "input": _corpus_files(wiring),
         "output_prefix": wiring.below("data/corpus"),
         "tokenizer_model": wiring.configs["tokenizer"].output,
         "append_eod": True,
@@ -96,39 +73,39 @@ def _finetune(wiring: Wiring) -> dict[str, Any]:
 
 def _evaluate(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.trained,
+        "load": _trained(wiring),
         "task": "WIKITEXT103",
         "detokenizer": "none",  # plain text, not the tokens of WikiText
-        "valid_data": wiring.heldout,
+        "valid_data": _heldout(wiring),
         "output": wiring.below("evaluation"),
     }
 
 
 def _cloze(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.trained,
+        "load": _trained(wiring),
         "task": "LAMBADA",
-        "valid_data": wiring.cloze,
+        "valid_data": _cloze_files(wiring),
         "output": wiring.below("cloze"),
     }
 
 
 def _convert(wiring: Wiring) -> dict[str, Any]:
-    return {"load": wiring.trained, "save": wiring.below("hf_model"), "to": "hf"}
+    return {"load": _trained(wiring), "save": wiring.below("hf_model"), "to": "hf"}
 
 
 def _quantize(wiring: Wiring) -> dict[str, Any]:
     return {
-        "load": wiring.trained,
+        "load": _trained(wiring),
         "save": wiring.below("quantized_model"),
         "format": "int8_wo",
-        "valid_data": wiring.heldout,
+        "valid_data": _heldout(wiring),
     }
 
 
 def _serve(wiring: Wiring) -> dict[str, Any]:
     if wiring.check.source == "checkpoint":
-        return {"load": wiring.trained}
+        return {"load": _trained(wiring)}
     return {"load": wiring.configs[SOURCES[wiring.check.source]].save}
 
 
@@ -153,7 +130,20 @@ def left_out(name: str, flow: FlowConfig) -> bool:
     return bool(flow.input) and (name == "corpus" or (name == "cloze" and not flow.cloze))
 
 
+def consistency(sections: Mapping[str, Any]) -> list[Problem]:
+    """What is served must be made."""
+    flow, check = sections["flow"], sections["check"]
+    maker = SOURCES[check.source]
+    if "serve" in flow.leave_out or maker not in flow.leave_out:
+        return []
+    rule = f"is made by step {maker}, which flow.leave_out names"
+    fix = f"Run {maker}, serve another source, or leave out serve too."
+    return [Problem("check.source", check.source, rule, fix)]
+
+
+END_TO_END = Chain(STEPS, {"flow": FlowConfig, "check": ServeCheckConfig}, left_out, consistency)
+
+
 def registered_stages() -> dict[str, Stage]:
-    """Every step's stage by step name. Raises KeyError for one that is not in the table."""
-    table = {(stage.group, stage.name): stage for stage in STAGES}
-    return {step.name: table[step.stage] for step in STEPS}
+    """Every step's stage by step name."""
+    return END_TO_END.stages()

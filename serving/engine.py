@@ -24,13 +24,31 @@ MAX_UNREAD = 4096
 
 
 @dataclass(frozen=True)
+class CacheStats:
+    """tokens: held for sequences that run. blocks_used: held by sequences, blocks_free: by none;
+    both 0 for a cache without blocks. Since the start: prefix_asked: tokens of prompts whose
+    beginning was looked up, prefix_found: of these found. preemptions: sequences that lost their
+    blocks to older ones and were read again."""
+
+    tokens: int
+    blocks_used: int = 0
+    blocks_free: int = 0
+    prefix_asked: int = 0
+    prefix_found: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
-    """running: sequences being decoded. waiting: requests of which nothing has begun.
-    cached_tokens: tokens held in the cache."""
+    """running: sequences being decoded. waiting: requests of which nothing has begun."""
 
     running: int
     waiting: int
-    cached_tokens: int
+    cache: CacheStats
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cache.tokens
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
+from serving.engine import CacheStats
 from serving.kv_cache import KVCache
 from serving.requests import (
     Delta,
@@ -27,7 +29,7 @@ from serving.requests import (
     SequenceOutput,
     TokenLogprob,
 )
-from serving.sampling import Sampler
+from serving.sampling import Choice, Sampler
 from serving.text import LineStop, StopStrings, TextStream
 
 # Positions whose logits are held at once when a whole prompt is scored.
@@ -149,12 +151,20 @@ class RunningSequence:
 
         scored: log-probabilities of the prompt's tokens, if they were asked for.
         """
-        self.prompt_logprobs = scored
-        if not all(math.isfinite(item.logprob) for item in scored):
+        if not self.scored_well(scored):
             return self._broken()
         if self.request.max_tokens > 0:
             return self.advance(logits_V)
-        if not torch.isfinite(logits_V).all():
+        return self.end_scored(finite=bool(torch.isfinite(logits_V).all()))
+
+    def scored_well(self, scored: list[TokenLogprob]) -> bool:
+        """Take the log-probabilities of the prompt's tokens; whether all are numbers."""
+        self.prompt_logprobs = scored
+        return all(math.isfinite(item.logprob) for item in scored)
+
+    def end_scored(self, *, finite: bool) -> Delta:
+        """The only step of a request of no new tokens. finite: whether its logits are."""
+        if not finite:
             return self._broken()
         self.finish = "length"
         return Delta(self.index, (), "", (), self.finish)
@@ -174,6 +184,21 @@ class RunningSequence:
         if self.request.sampling.logprobs is not None:
             top = self.request.sampling.logprobs
             logprobs = tuple(logprobs_of(logits_V[None], [token], top))
+        return self.take(token, logprobs)
+
+    def next_choice(self) -> Choice:
+        """How the token after the last one asked for is to be chosen, by whoever has its logits."""
+        return self._sampler.next()
+
+    @property
+    def forbids_newline(self) -> bool:
+        """Whether the token after the last one taken must not begin with a newline."""
+        return not self.request.newline_after_colon and self._last_text.endswith(":")
+
+    def take(self, token: int | None, logprobs: tuple[TokenLogprob, ...] = ()) -> Delta:
+        """Apply the stop rules to a token that was chosen; None: of logits that are not finite."""
+        if token is None:
+            return self._broken()
         self.tokens.append(token)
         text = self._accept(token)
         self._steps.append(text)
@@ -208,7 +233,7 @@ class RunningSequence:
     def _allowed(self, logits_V: Tensor) -> Tensor:
         if logits_V.shape[-1] > self._vocabulary.size:
             logits_V = logits_V[: self._vocabulary.size]
-        if not self.request.newline_after_colon and self._last_text.endswith(":"):
+        if self.forbids_newline:
             newlines = self._vocabulary.newlines(logits_V.device)
             logits_V = logits_V.index_fill(0, newlines, float("-inf"))
         return logits_V if self._guide is None else self._guide.apply(logits_V)
@@ -228,8 +253,30 @@ class RunningSequence:
         )
 
 
+class SequenceBatch(Protocol):
+    """Sequences that are decoded together, whatever the cache. steady: taking many in at once
+    does not hold up those that run."""
+
+    steady: bool
+
+    @property
+    def count(self) -> int: ...
+    def add(self, sequence: RunningSequence) -> Delta | None:
+        """Take a sequence in; its first step, unless that comes with those of :meth:`step`."""
+
+    def step(self) -> list[tuple[RunningSequence, Delta]]:
+        """Go on; steps that were made, at most a few for each sequence."""
+
+    def remove(self, unwanted: Callable[[RunningSequence], bool]) -> None: ...
+    def clear(self) -> None: ...
+    def cache_stats(self) -> CacheStats: ...
+
+
 class Batch:
-    """Sequences that are decoded together; rows come and go between steps."""
+    """Sequences that are decoded together on dense caches; rows come and go between steps."""
+
+    # Each prompt is read alone, and whole.
+    steady = False
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -253,6 +300,16 @@ class Batch:
         deltas = [(sequence, sequence.advance(logits_V)) for sequence, logits_V in pairs]
         self.remove(_ended)
         return deltas
+
+    @property
+    def count(self) -> int:
+        return len(self.running)
+
+    def cache_stats(self) -> CacheStats:
+        return CacheStats(self.decoder.cache.tokens)
+
+    def clear(self) -> None:
+        self.running.clear()
 
     def remove(self, unwanted: Callable[[RunningSequence], bool]) -> None:
         """Free the rows of all ``unwanted`` sequences."""

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from serving.engine import Engine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class _CacheCounters(Collector):
+    """What the engine counts itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        cache = self._engine.stats().cache
+        for name, text, value in (
+            ("asked_tokens", "Prompt tokens looked up in known beginnings.", cache.prefix_asked),
+            ("found_tokens", "Prompt tokens not computed again.", cache.prefix_found),
+        ):
+            yield CounterMetricFamily(f"mtk_prefix_{name}", text, value)
+        text = "Sequences that lost their blocks to older ones."
+        yield CounterMetricFamily("mtk_preemptions", text, cache.preemptions)
 
 
 class Metrics:
@@ -46,6 +65,17 @@ class Metrics:
         self._gauge(
             "mtk_cached_tokens", "Tokens in the KV cache.", lambda: engine.stats().cached_tokens
         )
+        self._gauge(
+            "mtk_cache_blocks_used",
+            "Blocks of the KV cache that sequences hold.",
+            lambda: engine.stats().cache.blocks_used,
+        )
+        self._gauge(
+            "mtk_cache_blocks_free",
+            "Blocks of the KV cache that no sequence holds.",
+            lambda: engine.stats().cache.blocks_free,
+        )
+        self.registry.register(_CacheCounters(engine))
         engine.observe(self)
 
     def queued(self, seconds: float) -> None:

@@ -69,6 +69,41 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How one token is chosen. temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
+    uniform: in [0, 1), where in the cumulative distribution the token lies."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    uniform: float = 0.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+GREEDY = Choice()
+
+
+def choose(logits_V: Tensor, choice: Choice) -> int:
+    """The token of ``choice`` from raw logits; :mod:`serving.paged.choose` does many at once."""
+    if choice.greedy:
+        return int(logits_V.argmax())
+    # From the highest down and in double: no temperature turns a score into infinity, of which
+    # the softmax would be NaN.
+    scores_V = (logits_V.double() - logits_V.max()) / choice.temperature
+    if choice.top_k:
+        scores_V = keep_top_k(scores_V, choice.top_k)
+    if choice.top_p < 1:
+        scores_V = keep_top_p(scores_V, choice.top_p)
+    cumulative_V = scores_V.softmax(dim=-1).cumsum(dim=-1)
+    # Scaled by the total, so that rounding of the sum can never step past the end; right=True
+    # skips tokens of probability zero.
+    return int(torch.searchsorted(cumulative_V, choice.uniform * cumulative_V[-1], right=True))
+
+
 class Sampler:
     """Chooses the tokens of one sequence.
 
@@ -83,28 +118,18 @@ class Sampler:
         seed = secrets.randbits(62) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed((seed + sample * _STRIDE) % 2**63)
 
+    def next(self) -> Choice:
+        """How the next token is to be chosen; each call is for one token, in their order."""
+        if self.params.greedy:
+            return GREEDY
+        top_p = self._top_p if self.params.top_p > 0 and self._top_p < 1 else 1.0
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        self._decay()
+        return Choice(self.params.temperature, self.params.top_k, top_p, uniform)
+
     def choose(self, logits_V: Tensor) -> int:
         """The next token from raw logits (any dtype or device)."""
-        if self.params.greedy:
-            return int(logits_V.argmax())
-        # From the highest down and in double: no temperature turns a score into infinity,
-        # of which the softmax would be NaN.
-        scores_V = (logits_V.double() - logits_V.max()) / self.params.temperature
-        if self.params.top_k:
-            scores_V = keep_top_k(scores_V, self.params.top_k)
-        if self.params.top_p > 0 and self._top_p < 1:
-            scores_V = keep_top_p(scores_V, self._top_p)
-        self._decay()
-        return self._draw(scores_V)
-
-    def _draw(self, scores_V: Tensor) -> int:
-        """Inverse of the cumulative distribution at one uniform number, in double."""
-        cumulative_V = scores_V.double().softmax(dim=-1).cumsum(dim=-1)
-        uniform = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        # Scaled by the total, so that rounding of the sum can never step past the end;
-        # right=True skips tokens of probability zero.
-        target = uniform * cumulative_V[-1]
-        return int(torch.searchsorted(cumulative_V, target, right=True))
+        return choose(logits_V, self.next())
 
     def _decay(self) -> None:
         if self.params.top_p_decay > 0:

@@ -1,9 +1,10 @@
 """The engine on plain PyTorch: one thread that owns the model and decodes all rows together.
 
-Every tick admits at most one waiting sequence (its prompt is prefilled alone), decodes one
-token for all running ones and advances beam searches by a step. Requests take turns, so a
-long list of prompts does not keep others waiting; a cancelled request loses its rows at
-the next tick.
+Every tick takes in waiting sequences, decodes one token for all running ones and advances beam
+searches by a step. On a paged cache (:mod:`serving.paged`) as many sequences are taken in as there
+is room for, and their prompts are read in chunks beside the decoding; on dense caches, which
+models with states need, one, whose prompt is read at once. Requests take turns, so a long list of
+prompts does not keep others waiting; a cancelled request loses its rows at the next tick.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mtk.config.serve import CacheConfig
 from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 from serving import beam
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
-from serving.generation import Batch, Decoder, RunningSequence, Vocabulary
+from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
+from serving.paged.batch import PagedBatch
+from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
 
 # A decode step this recent (seconds) proves health without a probe of its own.
@@ -59,7 +63,9 @@ class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
-    context: most tokens of a sequence. report: gets the traceback if the thread dies.
+    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
+    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). report: gets the traceback
+    if the thread dies. Raises ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -70,6 +76,8 @@ class TorchEngine:
         context: int,
         max_batch_size: int = 8,
         max_queue: int = 64,
+        paged: CacheConfig | None = None,
+        ahead: bool | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
@@ -84,7 +92,7 @@ class TorchEngine:
         self._stopping = False
         self._death: str | None = None
         self._crashed = False
-        self._batch = Batch(Decoder(model))
+        self._batch = self._make_batch(paged, ahead)
         self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
         self._beam: _BeamSearch | None = None
         self._admitted: _Job | None = None  # begun, but not yet among the owners
@@ -92,6 +100,16 @@ class TorchEngine:
         self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._main, name="mtk-engine", daemon=True)
         self._thread.start()
+
+    @torch.inference_mode()
+    def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
+        if paged is None:
+            return Batch(Decoder(self._model))
+        settings = paged_settings(
+            self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
+        )
+        self._context = settings.context
+        return PagedBatch(self._model, self._vocabulary, settings, self._report)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -147,8 +165,8 @@ class TorchEngine:
     def stats(self) -> EngineStats:
         with self._wake:
             beams = 1 if self._beam else 0
-            cached = self._batch.decoder.cache.tokens
-            return EngineStats(len(self._batch.running) + beams, self._waiting(), cached)
+            cache = self._batch.cache_stats()
+            return EngineStats(self._batch.count + beams, self._waiting(), cache)
 
     def close(self, timeout: float) -> None:
         with self._wake:
@@ -165,7 +183,7 @@ class TorchEngine:
 
     def _idle(self) -> bool:
         """A row is free and nobody is before a new request."""
-        return not self._jobs and len(self._batch.running) < self._max_batch_size
+        return not self._jobs and self._batch.count < self._max_batch_size
 
     def _refuse_if_stopped(self) -> None:
         if self._death is not None:
@@ -199,16 +217,18 @@ class TorchEngine:
     def _tick(self) -> None:
         self._answer_probes()
         self._drop_abandoned()
-        self._admit()
+        while self._admit() and self._batch.steady:
+            pass
         for sequence, delta in self._batch.step():
             self._deliver(sequence, delta)
         self._advance_beam()
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """Take in the next sequence or beam search; whether there was one with room for it."""
         with self._wake:
             job = self._next_job()
             if job is None:
-                return
+                return False
             if not job.begun and self._observer is not None:
                 self._observer.queued(time.monotonic() - job.ticket.submitted)
             index, job.begun = job.begun, job.begun + 1
@@ -221,11 +241,14 @@ class TorchEngine:
             decoder = Decoder(self._model)
             search = beam.search(decoder, self._vocabulary, request)
             self._beam = _BeamSearch(job, decoder, search)
-            return
+            return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
         self._owners[sequence] = (job, job.ticket.submitted)
-        self._deliver(sequence, self._batch.add(sequence))
+        delta = self._batch.add(sequence)
+        if delta is not None:
+            self._deliver(sequence, delta)
+        return True
 
     def _next_job(self) -> _Job | None:
         """The next job in turn that there is room for; one beam search runs at a time."""
@@ -234,7 +257,7 @@ class TorchEngine:
             if job.ticket.request.beam is not None:
                 fits = self._beam is None
             else:
-                fits = len(self._batch.running) < self._max_batch_size
+                fits = self._batch.count < self._max_batch_size
             if fits:
                 return job
             self._jobs.append(job)
@@ -335,7 +358,7 @@ class TorchEngine:
             self._jobs.clear()
             self._owners.clear()
             self._beam = None
-            self._batch.running.clear()
+            self._batch.clear()
             probes, self._probes = self._probes, []
         for ticket in tickets:
             ticket.fail(NotReadyError(reason))

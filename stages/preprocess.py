@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mtk.artifacts import Artifact, InputRecord, input_file, publish_prefix
+from mtk.artifacts.hashing import sha256_json
+from mtk.artifacts.parts import Parts, parts_folder
 from mtk.artifacts.publish import Publication
+from mtk.config import config_digest
 from mtk.config.preprocess import PreprocessConfig
-from mtk.data.corpus_encoding import CorpusCounts, bad_metrics, check_counts, encode_corpus
+from mtk.data.checked_encoding import EngineMismatchError
+from mtk.data.corpus_encoding import CorpusCounts, CorpusParts, bad_metrics, check_counts
 from mtk.data.dataset_artifact import pair, refuse_foreign, tokenizer_folder
-from mtk.data.encoding import EncodingPlan, choose_workers
+from mtk.data.encoding import EncodingPlan, choose_workers, encode_chunks
+from mtk.data.indexed_dataset import token_dtype
 from mtk.data.records import read_texts
 from mtk.data.sources import expand_inputs, file_format, read_chunks
 from mtk.data.stop import terminate_cleanly
-from mtk.errors import ConfigError, DataError, Problem
+from mtk.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    Problem,
+    WorkerError,
+)
 from mtk.session import Session
 from mtk.tokenizers import Tokenizer, build_tokenizer, tokenizer_inputs
+from mtk.tokenizers.engines import AUTO
+from mtk.tokenizers.flat import REFERENCE
 from mtk.tokenizers.punkt import (
     PunktSplitter,
     find_parameters,
@@ -26,6 +45,7 @@ from mtk.tokenizers.punkt import (
 from stages.skip import up_to_date
 
 STAGE = "preprocess"
+PARTS_FORMAT = 1  # raised where older parts would not fit the rest of the output
 Stamps = dict[Path, tuple[int, int]]  # bytes, time of the last change in ns
 
 
@@ -42,11 +62,41 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
         inputs = corpus_inputs(files) + tokenizer_inputs(config.tokenizer)
         done = up_to_date(config.output_prefix, STAGE, config, inputs, session)
         if done is not None:
+            _remove_parts(config.output_prefix)
             return done
         tokenizer = build_tokenizer(config.tokenizer)
         outputs = [path for prefix in _prefixes(config).values() for path in pair(prefix)]
         refuse_foreign(outputs, config.output_prefix, force=session.force)
-        return _publish(config, session, before, inputs, tokenizer)
+        key = _parts_key(config, inputs, tokenizer)
+        with Parts(config.output_prefix, key) as parts, _kept_for_later(parts):
+            return _publish(config, session, before, inputs, tokenizer, parts)
+
+
+def _parts_key(config: PreprocessConfig, inputs: Sequence[InputRecord], found: Tokenizer) -> str:
+    """Parts may be used by work that reads the same and writes the same."""
+    content = {
+        "format": PARTS_FORMAT,
+        "config": config_digest(config),
+        "inputs": [[item.role, item.content] for item in inputs],
+        "tokenizer": found.fingerprint,
+    }
+    return sha256_json(content)
+
+
+@contextmanager
+def _kept_for_later(parts: Parts) -> Iterator[None]:
+    """Finished parts stay where the same command can do better another time: after a stop, a
+    worker that was killed, a full disk. Elsewhere nothing is left."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, WorkerError, OSError):
+        if not len(parts):
+            parts.remove()
+        raise
+    except BaseException:
+        parts.remove()
+        raise
+    parts.remove()
 
 
 def _publish(
@@ -55,6 +105,7 @@ def _publish(
     before: Stamps,
     inputs: Sequence[InputRecord],
     tokenizer: Tokenizer,
+    parts: Parts,
 ) -> Artifact:
     publishing = publish_prefix(
         config.output_prefix,
@@ -66,7 +117,7 @@ def _publish(
         force=session.force,
     )
     with publishing as publication:
-        counts = _encode(config, session, list(before), publication, tokenizer)
+        counts = _encode(config, session, list(before), publication, tokenizer, parts)
         refuse_changed(before)
         publication.metrics |= {
             "keys": counts.by_key,
@@ -77,6 +128,8 @@ def _publish(
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            "tokenizer_engine": "+".join(sorted(counts.engines)),
+            "compared_records": counts.compared,
         }
     _report(session, counts)
     return publication.artifact
@@ -88,31 +141,77 @@ def _encode(
     files: Sequence[Path],
     publication: Publication,
     tokenizer: Tokenizer,
+    parts: Parts,
 ) -> CorpusCounts:
     name = Path(config.output_prefix).name
     folder = publication.folder / tokenizer_folder(name)
     tokenizer.save(folder)
-    sizes = [path.stat().st_size for path in files]
     plan = EncodingPlan(
         tokenizer=str(folder),
         keys=config.json_keys,
         append_eod=config.append_eod,
         splitter=_splitter(config, session, files, publication),
+        engine=_engine(config, parts),
     )
-    staged = {key: publication.folder / path.name for key, path in _prefixes(config).items()}
-    with session.reporter.progress("preprocess", sum(sizes) / 1e6, "MB") as progress:
-        counts = encode_corpus(
-            read_chunks(files, config.json_keys, config.text_documents),
-            plan,
-            staged,
-            tokenizer.vocab_size,
-            workers=choose_workers(config.workers, sizes),
-            skip_bad=config.on_bad_line == "skip",
-            bad_list=publication.folder / f"{name}.bad_lines.jsonl",
-            progress=progress,
+    dtype = token_dtype(tokenizer.vocab_size)
+    try:
+        _encode_parts(config, session, files, plan, parts, dtype)
+    except EngineMismatchError as error:
+        session.reporter.warn(
+            f"{error}. All is encoded again by the tokenizer itself, {len(parts)} finished parts "
+            f"among it. Please report the text; --tokenizer-engine reference avoids the detour."
         )
-    check_counts(counts, config.max_bad_fraction)
-    return counts
+        parts.clear()
+        plan = replace(plan, engine=REFERENCE)
+        _encode_parts(config, session, files, plan, parts, dtype)
+    with CorpusParts(parts, config.json_keys, dtype) as corpus:
+        check_counts(corpus.counts(), config.max_bad_fraction)
+        staged = {key: publication.folder / path.name for key, path in _prefixes(config).items()}
+        return corpus.publish(staged, publication.folder / f"{name}.bad_lines.jsonl")
+
+
+def _engine(config: PreprocessConfig, parts: Parts) -> str:
+    """A run that had to fall back on the tokenizer goes on with it."""
+    fell_back = len(parts) and parts.facts[-1]["engine"] == REFERENCE
+    return REFERENCE if config.tokenizer_engine == AUTO and fell_back else config.tokenizer_engine
+
+
+def _encode_parts(
+    config: PreprocessConfig,
+    session: Session,
+    files: Sequence[Path],
+    plan: EncodingPlan,
+    parts: Parts,
+    dtype: np.dtype[Any],
+) -> None:
+    sizes = [path.stat().st_size for path in files]
+    with (
+        session.reporter.progress("preprocess", sum(sizes) / 1e6, "MB") as progress,
+        CorpusParts(parts, config.json_keys, dtype) as corpus,
+    ):
+        if len(parts):
+            session.reporter.info(
+                f"preprocess: {len(parts)} parts of an earlier run are kept "
+                f"({corpus.done / 1e6:,.0f} of {sum(sizes) / 1e6:,.0f} MB)"
+            )
+            progress.advance(corpus.done / 1e6, documents=f"{corpus.documents:,}")
+        chunks = read_chunks(
+            files,
+            config.json_keys,
+            config.text_documents,
+            limit=config.max_record_mb << 20,
+            after=corpus.after,
+        )
+        with closing(encode_chunks(chunks, plan, choose_workers(config.workers, sizes))) as encoded:
+            while corpus.add(encoded, progress, skip_bad=config.on_bad_line == "skip"):
+                pass
+
+
+def _remove_parts(output: str) -> None:
+    """What a run leaves that was killed after it had published."""
+    if parts_folder(output).is_dir():
+        with suppress(ArtifactError), Parts(output, "") as parts:
+            parts.remove()
 
 
 def _splitter(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtk.config.serve import ServeConfig
+from mtk.config.serve import CacheConfig, ServeConfig
 from mtk.errors import ConfigError, Problem, WorkerError
 from mtk.log import Reporter
 from mtk.session import Session
@@ -59,8 +59,15 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
             context=context,
             max_batch_size=limits.max_batch_size,
             max_queue=limits.max_queue,
+            paged=paged_cache(config.cache, served.model),
             report=reporter.warn,
         )
+        if engine.context < context:
+            context = engine.context
+            reporter.warn(
+                f"the cache holds {context} tokens: sequences may not be longer "
+                f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
+            )
         settings = server_settings(
             config, lineage=served.lineage, keys=keys, chat=chat, log=reporter.info
         )
@@ -132,6 +139,18 @@ def context_length(config: ServeConfig, model: GPT) -> int:
         fix = f"Nearest: {positions}."
         raise ConfigError([Problem("limits.max_seq_length", asked, rule, fix)])
     return asked or positions
+
+
+def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
+    """``config`` if its cache is paged, None for dense ones. Raises ConfigError for a paged cache
+    and a model that cannot use it."""
+    from serving.paged.layers import can_page
+
+    able = can_page(model)
+    if config.kv_cache == "paged" and not able:
+        rule = "the model keeps states or adds biases to scores, which blocks do not hold"
+        raise ConfigError([Problem("cache.kv_cache", "paged", rule, "Give --kv-cache dense.")])
+    return config if able and config.kv_cache != "dense" else None
 
 
 def warn_if_open(config: ServeConfig, keys: bool, reporter: Reporter) -> None:

@@ -5,7 +5,7 @@ for outputs that share a prefix ``P``). The marker is written last; without it t
 artifact does not exist to any reader.
 """
 
-from mtk.artifacts.lineage import lineage_lines, verify_lineage
+from mtk.artifacts.lineage import input_path, lineage_lines, verify_lineage
 from mtk.artifacts.manifest import (
     Artifact,
     FileEntry,
@@ -31,6 +31,7 @@ __all__ = [
     "completed",
     "find_marker",
     "input_file",
+    "input_path",
     "lineage_lines",
     "open_artifact",
     "publish_directory",

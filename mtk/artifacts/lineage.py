@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtk.artifacts.hashing import sha256_file
-from mtk.artifacts.manifest import Artifact, InputRecord, find_markers, read_manifest, verify
+from mtk.artifacts.manifest import (
+    MARKER,
+    Artifact,
+    InputRecord,
+    find_markers,
+    read_manifest,
+    verify,
+)
 from mtk.errors import ArtifactError
 
 Checked = dict[tuple[str, str], str]
@@ -60,6 +67,44 @@ def _digest_at(path: Path, record: InputRecord) -> str | None:
     for artifact in same:
         verify(artifact)
     return (same or artifacts)[0].digest if artifacts else None
+
+
+def input_path(record: InputRecord, home: Path, *, verify_digest: bool = True) -> Path | None:
+    """The file that an input was, where it was recorded, or moved along with the artifact in
+    ``home``; None if it is gone. An artifact of several files needs the record's part.
+
+    verify_digest: hash the file. Raises ArtifactError if another content stands there.
+    """
+    recorded = Path(record.path)
+    different: Path | None = None
+    for place in (recorded, *_other_places(recorded, home.resolve())):
+        file = _file_at(place, record)
+        if file is None:
+            continue
+        path, digest = file
+        if not verify_digest or sha256_file(path) == digest:
+            return path
+        different = different or path
+    if different is None:
+        return None
+    raise ArtifactError(
+        f"{different} ({record.role}) is not what was used: its SHA-256 is not the one that the "
+        f"manifest records. It was replaced after the fact."
+    )
+
+
+def _file_at(place: Path, record: InputRecord) -> tuple[Path, str] | None:
+    """The recorded file below ``place`` and the digest that it should have."""
+    if record.kind == "file":
+        return (place, record.digest) if place.is_file() else None
+    for marker in find_markers(place):
+        artifact = read_manifest(marker)
+        prefix = "" if marker.name == MARKER else artifact.path.name
+        for entry in artifact.files:
+            wanted = len(artifact.files) == 1 or entry.path.removeprefix(prefix) == record.part
+            if artifact.digest == record.digest and wanted:
+                return artifact.folder / entry.path, entry.sha256
+    return None
 
 
 def _other_places(path: Path, home: Path) -> Iterator[Path]:

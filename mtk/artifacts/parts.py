@@ -88,6 +88,12 @@ class Parts:
         sync_folder(self.folder)
         self.facts.append(facts)
 
+    def clear(self) -> None:
+        """Throw all parts away; the work begins anew. Killed meanwhile, it does so too."""
+        (self.folder / KEY).unlink(missing_ok=True)
+        self.facts = []
+        self._find()
+
     def remove(self) -> None:
         """Nothing is left: the output is published, or the parts are of no use."""
         shutil.rmtree(self.folder, ignore_errors=True)

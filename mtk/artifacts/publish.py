@@ -29,7 +29,18 @@ from mtk.artifacts.staging import remove_leftovers, staging_prefix, sync_folder
 from mtk.config import config_digest, to_dict
 from mtk.errors import ArtifactError
 
-LIBRARIES = ("mtk", "torch", "numpy", "tokenizers", "safetensors", "transformers", "nltk")
+LIBRARIES = (
+    "mtk",
+    "torch",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "transformers",
+    "nltk",
+    "ftfy",
+    "py3langid",
+    "publicsuffixlist",
+)
 
 
 @dataclass

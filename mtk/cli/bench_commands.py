@@ -13,7 +13,9 @@ TRAIN = "mtk.config.bench:TrainBenchConfig"
 LAYOUTS = "mtk.config.bench:LayoutsBenchConfig"
 RECOMPUTE = "mtk.config.bench:RecomputeBenchConfig"
 OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
+PREPROCESS = "mtk.config.bench_preprocess:PreprocessBenchConfig"
 FAMILIES = "mtk.config.bench_families:FamiliesBenchConfig"
+INDEX = "mtk.config.bench_index:IndexBenchConfig"
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
@@ -30,6 +32,11 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     add_command(bench, "optimizer-memory", OPTIMIZER_MEMORY, _optimizer_memory, help=help)
     help = "Every family learns a text by heart, trains on two ranks as on one, and resumes."
     add_command(bench, "families", FAMILIES, _families, help=help)
+    help = "Time and memory of the index of a GPT dataset's samples."
+    add_command(bench, "index", INDEX, _index, help=help)
+
+    help = "MB/s of preprocess beside the engine alone, tokenizers, datatrove and Megatron's way."
+    add_command(bench, "preprocess", PREPROCESS, _preprocess, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -121,6 +128,30 @@ def _families(given: dict[str, Any], common: CommonOptions) -> None:
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise GateError(f"{'; '.join(failed[:3])}{more}.")
+
+
+def _index(given: dict[str, Any], common: CommonOptions) -> None:
+    from dataclasses import asdict
+
+    from mtk.benchmarks.index import COLUMNS, bench_index, cells
+    from mtk.log import Reporter
+
+    config = _resolved("index", INDEX, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    row = bench_index(config, reporter)
+    reporter.result(_table(COLUMNS, [cells(row)]), index=asdict(row), output=config.output)
+
+
+def _preprocess(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.benchmarks.preprocessing.program import COLUMNS, bench_preprocess, cells, plain
+    from mtk.log import Reporter
+    from stages import preprocess
+
+    config = _resolved("preprocess", PREPROCESS, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    rows = bench_preprocess(config, preprocess.run, reporter)
+    table = _table(COLUMNS, [cells(row) for row in rows])
+    reporter.result(table, rows=[plain(row) for row in rows], output=config.output)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

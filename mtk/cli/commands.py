@@ -8,6 +8,9 @@ from mtk.cli import (
     artifact_commands,
     bench_commands,
     config_commands,
+    curate_commands,
+    data_commands,
+    data_trace,
     doctor_commands,
     evaluation_commands,
     flow_commands,
@@ -21,6 +24,8 @@ from mtk.cli import (
 GROUPS = {
     "tokenizer": "Train and inspect tokenizers.",
     "corpus": "Corpora that every machine can make.",
+    "curate": "Raw dumps and crawls to clean corpora.",
+    "data": "What is in datasets, and what a training step saw of them.",
     "flow": "Prefect flows: chains of stages.",
     "verify": "Proofs on your machine: layouts, resuming.",
     "config": "See what a command would run with.",
@@ -41,6 +46,9 @@ TOPICS = (
     bench_commands,
     verify_commands,
     evaluation_commands,
+    curate_commands,
+    data_commands,
+    data_trace,
 )
 
 

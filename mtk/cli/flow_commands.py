@@ -41,14 +41,15 @@ def _run(
 
     from flows.catalog import find_flow
     from flows.pipeline import plan_pipeline
-    from flows.steps import registered_stages
     from mtk.config.files import set_layer
     from mtk.log import Reporter
     from mtk.session import Session
+    from stages.registry import load
 
-    find_flow(name)
+    entry = find_flow(name)
     layer = set_layer(set_ or [])
-    pipeline = plan_pipeline(config, registered_stages(), overrides=layer)
+    chain = load(entry.chain)
+    pipeline = plan_pipeline(config, chain.stages(), chain, layer)
     reporter = Reporter(json_lines=json_)
     if dry_run:
         steps = [step.name for step in pipeline.steps]
@@ -61,7 +62,7 @@ def _run(
         # Without a command the manifests name the stages' own, which repeat them alone.
         run_plain(pipeline, Session(reporter, force=force))
     else:
-        _run_with_prefect(config, layer.values, prefect_home, reporter, force)
+        _run_with_prefect(entry.function, config, layer.values, prefect_home, reporter, force)
     report = pipeline.work / "report.md"
     seconds = time.monotonic() - started
     reporter.result(
@@ -72,15 +73,22 @@ def _run(
 
 
 def _run_with_prefect(
-    config: str, overrides: Mapping[str, Any], home: str | None, reporter: Any, force: bool
+    function: str,
+    config: str,
+    overrides: Mapping[str, Any],
+    home: str | None,
+    reporter: Any,
+    force: bool,
 ) -> None:
     from flows.server import prefect_server
 
     with prefect_server(reporter, home):
         # Prefect reads its environment while it is imported.
         from flows.end_to_end import run_in_prefect
+        from stages.registry import load
 
-        run_in_prefect(config, overrides, force=force, json_lines=reporter.json_lines)
+        json_lines = reporter.json_lines
+        run_in_prefect(load(function), config, overrides, force=force, json_lines=json_lines)
 
 
 def _serve(

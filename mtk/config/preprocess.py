@@ -42,6 +42,16 @@ class PreprocessConfig:
     max_bad_fraction: float | None = option(
         None, help="With skip: fail after all if more than this share of the records is bad."
     )
+    max_record_mb: int = option(
+        256, help="A line or paragraph longer than this (MiB, unpacked) is a bad record."
+    )
+    tokenizer_engine: Literal["auto", "reference", "fastokens", "words"] = option(
+        "auto",
+        help="What encodes: the fastest that is proven for the tokenizer, the tokenizer itself, "
+        "the package fastokens (byte-level BPE), or looking words up (WordPiece, SentencePiece "
+        "BPE). The ids are the same.",
+        runtime=True,
+    )
     workers: int | None = option(
         None, help="Processes (default: by cores and size of the input).", runtime=True
     )
@@ -70,6 +80,8 @@ class PreprocessConfig:
             yield Problem("keep_newlines", True, "needs --split-sentences")
         if self.workers is not None and self.workers < 1:
             yield Problem("workers", self.workers, "must be at least 1", "Nearest: 1.")
+        if self.max_record_mb < 1:
+            yield Problem("max_record_mb", self.max_record_mb, "must be at least 1", "Nearest: 1.")
         fraction = self.max_bad_fraction
         if fraction is not None and self.on_bad_line == "fail":
             yield Problem("max_bad_fraction", fraction, "needs --on-bad-line skip")

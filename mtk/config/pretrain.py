@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mtk.config.attention_rules import AttentionBackend, attention_problems
+from mtk.config.data_files import DataFileOptions, read_data_args, read_per_split_data_args
 from mtk.config.float8 import float8_training_problems
 from mtk.config.masking import MaskingOptions, masking_problems
 from mtk.config.model import ModelConfig
@@ -22,7 +23,7 @@ DEFAULT_SPLIT = "969,30,1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(MaskingOptions):
+class DataConfig(MaskingOptions, DataFileOptions):
     """Where samples come from."""
 
     data_path: tuple[str, ...] = option(
@@ -52,17 +53,38 @@ class DataConfig(MaskingOptions):
 
     def problems(self) -> Iterator[Problem]:
         per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
-        given = [bool(self.data_path), any(per_split), self.mock_data]
+        files = (self.data_args_path is not None, self.per_split_data_args_path is not None)
+        given = [bool(self.data_path), any(per_split), self.mock_data, *files]
         if sum(given) > 1:
-            rule = "excludes --train/valid/test-data-path and --mock-data; give one of them"
+            rule = (
+                "excludes --train/valid/test-data-path, --mock-data, --data-args-path and "
+                "--per-split-data-args-path; give one of them"
+            )
             yield Problem("data_path", self.data_path, rule)
         if not any(given):
             rule = "no data given"
             fix = "Give --data-path PREFIX (what mtk preprocess wrote)."
             yield Problem("data_path", self.data_path, rule, fix)
-        if not self.data_path and any(given) and self.split != DEFAULT_SPLIT:
+        divided = self.data_path or self.data_args_path is not None
+        if not divided and any(given) and self.split != DEFAULT_SPLIT:
             rule = "only divides the datasets of --data-path"
             yield Problem("split", self.split, rule, "Leave it out.")
+
+    def derived(self) -> Self:
+        """Blends in files as if they had been given as options. Raises ConfigError."""
+        if self.data_args_path is not None:
+            items = read_data_args(self.data_args_path)
+            return dataclasses.replace(self, data_path=items, data_args_path=None)
+        if self.per_split_data_args_path is not None:
+            found = read_per_split_data_args(self.per_split_data_args_path)
+            return dataclasses.replace(
+                self,
+                per_split_data_args_path=None,
+                train_data_path=found["train"],
+                valid_data_path=found["valid"],
+                test_data_path=found["test"],
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

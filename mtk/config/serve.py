@@ -120,6 +120,56 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where keys and values of running sequences are kept, and how steps are made of them."""
+
+    kv_cache: Literal["auto", "paged", "dense"] = option(
+        "auto",
+        help="paged keeps them in blocks that sequences share, dense a row for each sequence; auto "
+        "is paged where the model can (no Mamba layers, no biases on scores).",
+        runtime=True,
+    )
+    kv_cache_tokens: int | None = option(
+        None,
+        help="Tokens that the paged cache holds (default: all that --max-batch-size sequences can "
+        "have, on a GPU twice that if 85% of its free memory is enough).",
+        runtime=True,
+    )
+    kv_cache_gib: float | None = option(
+        None, help="The same in GiB of memory, 2^30 bytes.", runtime=True
+    )
+    max_batched_tokens: int = option(
+        2048,
+        help="Tokens computed in one step; longer prompts are read in several, between which "
+        "others get their tokens.",
+        runtime=True,
+    )
+    prefix_caching: bool = option(
+        True, help="Compute the beginning that prompts have in common only once.", runtime=True
+    )
+    cuda_graphs: bool = option(
+        True, help="Launch a step of decoding as one CUDA graph.", runtime=True
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("kv_cache_tokens", "max_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 16:
+                yield Problem(name, value, "must be at least 16, a block", "Nearest: 16.")
+        gib = self.kv_cache_gib
+        if gib is not None and not 0 < gib < float("inf"):
+            yield Problem("kv_cache_gib", gib, "must be greater than 0")
+        if gib is not None and self.kv_cache_tokens is not None:
+            rule = "is the same as kv_cache_tokens in another unit"
+            yield Problem("kv_cache_gib", gib, rule, "Leave one of them out.")
+        if self.kv_cache == "dense":
+            for name in ("kv_cache_tokens", "kv_cache_gib"):
+                if getattr(self, name) is not None:
+                    rule = "does not count with --kv-cache dense, which grows as it needs"
+                    yield Problem(name, getattr(self, name), rule, "Leave one of them out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Everything ``mtk serve`` needs."""
 
@@ -140,6 +190,7 @@ class ServeConfig:
     )
     listen: ListenConfig = group(ListenConfig, title="Address and access")
     limits: LimitsConfig = group(LimitsConfig, title="Limits")
+    cache: CacheConfig = group(CacheConfig, title="Cache and batching")
 
     def problems(self) -> Iterator[Problem]:
         if self.num_threads is not None and self.num_threads < 1:

@@ -8,20 +8,27 @@ The rule is sequential, so that a plain loop takes minutes for large blends. Her
 are cut into lanes that numpy advances together, one sample of every lane at a time. A lane
 must know the counts at its beginning: it guesses them (each dataset has had its share), and
 any lane that did not begin where the one before it ended is run again from there, until all
-agree. The first lane is right, so what all agree on is exactly what the loop would give.
+agree. The first lane is right, so what all agree on is exactly what the loop would give. Large
+blends of many datasets take the loop itself, compiled, where numba is installed.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.shuffle import numba_exists
+
 MOST_DATASETS = int(np.iinfo(np.int16).max)
 # Lanes are at least this long: shorter ones would spend their time on wrong guesses.
 SHORTEST_LANE = 64
+# Datasets times samples; compiling takes as long as lanes need for so many.
+COMPILED_FROM = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,29 @@ def exhaustive_blending_indices(sizes: npt.NDArray[np.int64]) -> BlendIndices:
 def _indices(
     weights: npt.NDArray[np.float64], limits: npt.NDArray[np.int64], size: int
 ) -> BlendIndices:
-    dataset = _picks(weights, limits, size)
+    compiled = len(weights) * size >= COMPILED_FROM and numba_exists()
+    dataset = (_compiled_picks if compiled else _picks)(weights, limits, size)
     counts = np.bincount(dataset, minlength=len(weights))
     sample = np.empty(size, dtype=np.int64)
     order = np.argsort(dataset, kind="stable")
     begins = np.repeat(np.cumsum(counts) - counts, counts)
     sample[order] = np.arange(size, dtype=np.int64) - begins
     return BlendIndices(dataset, sample)
+
+
+def _compiled_picks(
+    weights: npt.NDArray[np.float64], limits: npt.NDArray[np.int64], size: int
+) -> npt.NDArray[np.int16]:
+    picks = np.empty(size, dtype=np.int16)
+    _compiled()(weights, limits, picks)
+    return picks
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from mtk.kernels.blend import pick
+
+    return pick
 
 
 def _picks(

@@ -15,22 +15,25 @@ import numpy.typing as npt
 
 from mtk.artifacts.hashing import sha256_json
 from mtk.data.chat_template import END, START, ChatTemplate
-from mtk.data.conversations import Conversation, read_conversations
+from mtk.data.conversations import Conversation, Place, read_conversations
 from mtk.data.index_cache import IndexCache
 from mtk.data.marked_text import GUARD, MarkedText
+from mtk.data.provenance import Origin
 from mtk.data.records import RecordError
 from mtk.data.token_source import Notify, ignore
 from mtk.errors import DataError
 from mtk.tokenizers import Tokenizer
 
 NAMED = 5  # lines left out that a message names
+ARRAYS = 2  # version of what the cache holds
 
 
 @dataclass(frozen=True)
 class ChatCorpus:
     """ids_T, counted_T: of conversations one after the other; starts_C: where each begins, and
     the end; skipped: lines left out; cut: conversations that were too long; lost: of those the
-    ones without any token of an answer left, which are not here."""
+    ones without any token of an answer left, which are not here. places_C4: int64, see
+    :class:`~mtk.data.conversations.Place`; files: their names."""
 
     ids_T: npt.NDArray[np.integer]
     counted_T: npt.NDArray[np.integer]
@@ -38,6 +41,8 @@ class ChatCorpus:
     skipped: int
     cut: int
     lost: int
+    places_C4: npt.NDArray[np.integer]
+    files: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.starts_C) - 1
@@ -46,6 +51,12 @@ class ChatCorpus:
         """Ids of one conversation, and whether each counts (0, 1)."""
         part = slice(int(self.starts_C[index]), int(self.starts_C[index + 1]))
         return self.ids_T[part], self.counted_T[part]
+
+    def origin(self, index: int) -> Origin:
+        """Where a conversation was read."""
+        place = Place(*self.places_C4[index].tolist())
+        end = place.start + place.length
+        return Origin(self.files[place.file], "line", place.line, place.start, end)
 
     def ends(self, count: int) -> set[int]:
         """The last id that counts in each of the first ``count`` conversations."""
@@ -94,7 +105,7 @@ class ChatReader:
         DataError, also where nothing is left to train on.
         """
         folder = cache or Path(f"{files[0]}.cache")
-        description = {"files": list(digests), "reader": self.identity}
+        description = {"files": list(digests), "reader": self.identity, "arrays": ARRAYS}
         names = [str(path) for path in files]
 
         def build() -> dict[str, Any]:
@@ -102,7 +113,8 @@ class ChatReader:
 
         arrays = IndexCache(folder, notify=notify).load_or_build("chat", description, build)
         skipped, cut, lost = (int(count) for count in arrays["counts"])
-        corpus = ChatCorpus(arrays["ids"], arrays["counted"], arrays["starts"], skipped, cut, lost)
+        texts = arrays["ids"], arrays["counted"], arrays["starts"]
+        corpus = ChatCorpus(*texts, skipped, cut, lost, arrays["places"], tuple(names))
         if not len(corpus):
             raise DataError(
                 f"{', '.join(names)}: no token is left to train on ({corpus.summary}). Raise "
@@ -114,12 +126,14 @@ class ChatReader:
         marked, bad = MarkedText(self.tokenizer), list[str]()
         ids: list[npt.NDArray[np.int32]] = []
         counted: list[npt.NDArray[np.uint8]] = []
+        places: list[Place] = []
         cut = lost = 0
 
         def encode(conversation: Conversation) -> tuple[list[int], list[bool]]:
             return encode_conversation(conversation, self.template, marked)
 
-        for own, marks in read_conversations(files, encode, skip_bad=self.skip_bad, bad=bad):
+        found = read_conversations(files, encode, skip_bad=self.skip_bad, bad=bad)
+        for place, (own, marks) in found:
             if len(own) > self.length + 1:
                 cut += 1
                 own, marks = own[: self.length + 1], marks[: self.length + 1]
@@ -129,6 +143,7 @@ class ChatReader:
                 continue
             ids.append(np.array(own, dtype=np.int32))
             counted.append(np.array(marks, dtype=np.uint8))
+            places.append(place)
         if bad:
             listed = "\n".join(f"  - {line}" for line in bad[:NAMED])
             notify(f"{len(bad)} lines are left out, first:\n{listed}")
@@ -137,6 +152,7 @@ class ChatReader:
             "ids": np.concatenate([np.empty(0, np.int32), *ids]),
             "counted": np.concatenate([np.empty(0, np.uint8), *counted]),
             "starts": starts.astype(np.int64),
+            "places": np.array(places, dtype=np.int64).reshape(-1, len(Place._fields)),
             "counts": np.array([len(bad), cut, lost], dtype=np.int64),
         }
 

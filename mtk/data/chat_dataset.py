@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mtk.data.chat_corpus import ChatCorpus
 from mtk.data.first_fit import first_fit
+from mtk.data.provenance import Origin
 from mtk.data.token_source import Piece
 
 
@@ -58,6 +59,10 @@ class ChatDataset:
         """The conversations of sample ``k``, by their number in the files."""
         starts = self._corpus.starts_C
         return [Piece(n, 0, int(starts[n + 1] - starts[n])) for n in self.samples[k]]
+
+    def origins_of(self, k: int) -> list[Origin]:
+        """Where each of these conversations was read."""
+        return [self._corpus.origin(index) for index in self.samples[k]]
 
     def source_of(self, k: int) -> str:
         del k

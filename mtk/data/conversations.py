@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mtk.data.records import RecordError, bad_record, refusal
 from mtk.data.sources import file_format, read_chunks
@@ -45,6 +45,16 @@ Conversation = tuple[Message, ...]
 T = TypeVar("T")
 
 
+class Place(NamedTuple):
+    """Where a conversation stands. file: its number among the files. line: from 1 on (in a JSON
+    array: the item). start, length: its bytes in the uncompressed file."""
+
+    file: int
+    line: int
+    start: int
+    length: int
+
+
 def parse_conversations(raw: bytes) -> list[Conversation]:
     """The conversations of one JSON line. Raises RecordError."""
     record = _object(raw)
@@ -69,8 +79,9 @@ def parse_conversations(raw: bytes) -> list[Conversation]:
 
 def read_conversations(
     files: Sequence[Path], use: Callable[[Conversation], T], *, skip_bad: bool, bad: list[str]
-) -> Iterator[T]:
-    """What ``use`` makes of all conversations of JSONL files (also .gz, .zst) in order.
+) -> Iterator[tuple[Place, T]]:
+    """What ``use`` makes of all conversations of JSONL files (also .gz, .zst) in order, and
+    where each stands.
 
     use: may raise RecordError. bad: gets the place and reason of each line that ``skip_bad``
     leaves out. Raises DataError at the first one otherwise.
@@ -78,6 +89,7 @@ def read_conversations(
     for path in files:
         if file_format(path)[0] not in (".jsonl", ".json"):
             raise DataError(f"{path}: conversations are read from .jsonl or .json files.")
+    numbers = {str(path): number for number, path in enumerate(files)}
     for chunk in read_chunks(files, (), "file"):
         for index, raw in enumerate(chunk.records):
             if not raw.strip():
@@ -90,7 +102,9 @@ def read_conversations(
                     raise refusal(place) from None
                 bad.append(str(place))
                 continue
-            yield from found
+            line = Place(numbers[chunk.file], chunk.numbers[index], chunk.starts[index], len(raw))
+            for one in found:
+                yield line, one
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -1,33 +1,41 @@
-"""From corpus files to the datasets of all keys: encode, write, count, report bad records."""
+"""A corpus to the datasets of all its keys, by parts: encode, write, count, list bad records."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from mtk.data.encoding import EncodedChunk, EncodingPlan, encode_chunks
-from mtk.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+import numpy as np
+
+from mtk.artifacts.parts import Parts
+from mtk.data.encoding import EncodedChunk
+from mtk.data.growing_dataset import GrowingDataset
 from mtk.data.records import BadRecord, refusal
-from mtk.data.sources import Chunk
+from mtk.data.sources import Place
 from mtk.errors import DataError
 from mtk.log import Progress
 
+PART_BYTES = 64 << 20  # of records: what a kill costs at most
+BAD = "bad.jsonl"
+ZEROS = {"documents": 0, "sequences": 0, "tokens": 0, "text_bytes": 0}
 LISTED = 10_000
 
 
 @dataclass
 class CorpusCounts:
-    """What was written, for the manifest. by_key: documents, sequences, tokens, text_bytes."""
+    """What was written, for the manifest. by_key: documents, sequences, tokens, text_bytes.
+    engines: what encoded; compared: records of which the tokenizer gave the same ids."""
 
     records: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     by_key: dict[str, dict[str, int]] = field(default_factory=dict)
+    compared: int = 0
+    engines: set[str] = field(default_factory=set)
 
     @property
     def num_bad(self) -> int:
@@ -35,85 +43,118 @@ class CorpusCounts:
 
 
 class BadRecordList:
-    """``P.bad_lines.jsonl``: the first 10,000 bad records, made when there is one."""
+    """The first 10,000 bad records, a JSON line each; made when there is one.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stream: IO[str] | None = None
-        self._listed = 0
+    listed: how many stand in parts before.
+    """
 
-    def __enter__(self) -> BadRecordList:
+    def __init__(self, path: Path, listed: int) -> None:
+        self._path, self.listed = path, listed
+
+    def add(self, bad: Sequence[BadRecord]) -> None:
+        lines = [json.dumps(asdict(record)) + "\n" for record in bad[: LISTED - self.listed]]
+        if lines:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+        self.listed += len(lines)
+
+
+class CorpusParts:
+    """A corpus encoded part by part into ``parts``, going on where these end.
+
+    dtype: of the tokens. Use as a context manager.
+    """
+
+    def __init__(self, parts: Parts, keys: Sequence[str], dtype: np.dtype[Any]) -> None:
+        self._parts, self._keys = parts, keys
+        ends = parts.facts[-1]["bytes"] if len(parts) else [0] * len(keys)
+        self._datasets = [
+            GrowingDataset(parts.folder / f"{index}.bin", dtype, end)
+            for index, end in enumerate(ends)
+        ]
+        self.documents = sum(facts["keys"][0]["documents"] for facts in parts.facts)
+
+    def __enter__(self) -> CorpusParts:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._stream is not None:
-            self._stream.close()
+    def __exit__(self, *error: object) -> None:
+        for dataset in self._datasets:
+            dataset.close()
 
-    def add(self, bad: BadRecord) -> None:
-        if self._listed == LISTED:
-            return
-        if self._stream is None:
-            self._stream = self._path.open("w", encoding="utf-8")
-        self._stream.write(json.dumps(asdict(bad)) + "\n")
-        self._listed += 1
+    @property
+    def after(self) -> Place | None:
+        """The last record of what is finished."""
+        return Place(**self._parts.facts[-1]["end"]) if len(self._parts) else None
 
+    @property
+    def done(self) -> int:
+        """Bytes of the files on disk that are finished."""
+        return sum(facts["done"] for facts in self._parts.facts)
 
-def encode_corpus(
-    chunks: Iterator[Chunk],
-    plan: EncodingPlan,
-    prefixes: dict[str, Path],
-    vocab_size: int,
-    *,
-    workers: int,
-    skip_bad: bool,
-    bad_list: Path,
-    progress: Progress,
-) -> CorpusCounts:
-    """Write ``prefixes[key]``.bin/.idx for every key of the plan.
+    def add(self, encoded: Iterator[EncodedChunk], progress: Progress, *, skip_bad: bool) -> bool:
+        """One more part, of about ``PART_BYTES`` of records; False if none was left.
 
-    Raises DataError at the first bad record unless ``skip_bad``.
-    """
-    counts = CorpusCounts()
-    text_bytes: Counter[str] = Counter()
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedDatasetWriter(prefixes[key], token_dtype(vocab_size)))
-            for key in plan.keys
-        }
-        listed = stack.enter_context(BadRecordList(bad_list))
-        encoded = encode_chunks(chunks, plan, workers)
-        stack.callback(encoded.close)  # type: ignore[attr-defined]
-        for chunk in encoded:
-            _note_bad(chunk, counts, listed, skip_bad=skip_bad)
-            for key, part in zip(plan.keys, chunk.keys, strict=True):
-                writers[key].add_documents(part.tokens, part.lengths, part.sequences)
-                text_bytes[key] += part.text_bytes
-            first = writers[plan.keys[0]]
-            progress.advance(chunk.done / 1e6, documents=f"{first.num_documents:,}")
-        for key, writer in writers.items():
-            counts.by_key[key] = {
-                "documents": writer.num_documents,
-                "sequences": writer.num_sequences,
-                "tokens": writer.num_tokens,
-                "text_bytes": text_bytes[key],
+        Raises DataError at the first bad record unless ``skip_bad``.
+        """
+        first = next(encoded, None)
+        if first is None:
+            return False
+        facts: dict[str, Any] = {"records": 0, "done": 0, "compared": 0, "bad": {}}
+        text_bytes = [0] * len(self._keys)
+        bad: Counter[str] = Counter()
+        with self._parts.grow(facts) as folder:
+            listed = BadRecordList(folder / BAD, sum(f["listed"] for f in self._parts.facts))
+            before, size = listed.listed, 0
+            for chunk in chain([first], encoded):
+                if chunk.bad and not skip_bad:
+                    raise refusal(chunk.bad[0])
+                bad.update(record.reason for record in chunk.bad)
+                listed.add(chunk.bad)
+                for index, (dataset, part) in enumerate(
+                    zip(self._datasets, chunk.keys, strict=True)
+                ):
+                    dataset.add_documents(part.tokens, part.lengths, part.sequences)
+                    text_bytes[index] += part.text_bytes
+                for name in ("records", "done", "compared"):
+                    facts[name] += getattr(chunk, name)
+                self.documents += len(chunk.keys[0].sequences)
+                progress.advance(chunk.done / 1e6, documents=f"{self.documents:,}")
+                size += chunk.size
+                if size >= PART_BYTES:
+                    break
+            keys = [d.finish_part(folder, str(i)) for i, d in enumerate(self._datasets)]
+            facts |= {
+                "end": asdict(chunk.end),
+                "engine": chunk.engine,
+                "bad": dict(bad),
+                "listed": listed.listed - before,
+                "bytes": [key.pop("bytes") for key in keys],
+                "keys": [k | {"text_bytes": n} for k, n in zip(keys, text_bytes, strict=True)],
             }
-    return counts
+        return True
 
+    def publish(self, prefixes: Mapping[str, Path], bad_list: Path) -> CorpusCounts:
+        """``prefixes[key]``.bin/.idx of every key and, if a record was bad, the list."""
+        folders = [self._parts.part(index) for index in range(len(self._parts))]
+        for index, key in enumerate(self._keys):
+            self._datasets[index].publish(prefixes[key], folders, str(index))
+        for folder in folders:
+            if (folder / BAD).is_file():
+                with bad_list.open("ab") as stream:
+                    stream.write((folder / BAD).read_bytes())
+        return self.counts()
 
-def _note_bad(
-    chunk: EncodedChunk, counts: CorpusCounts, listed: BadRecordList, *, skip_bad: bool
-) -> None:
-    counts.records += chunk.records
-    for bad in chunk.bad:
-        if not skip_bad:
-            raise refusal(bad)
-        counts.bad[bad.reason] += 1
-        listed.add(bad)
+    def counts(self) -> CorpusCounts:
+        counts = CorpusCounts(by_key={key: dict(ZEROS) for key in self._keys})
+        for facts in self._parts.facts:
+            counts.records += facts["records"]
+            counts.compared += facts["compared"]
+            counts.bad.update(facts["bad"])
+            counts.engines.add(facts["engine"])
+            for key, numbers in zip(self._keys, facts["keys"], strict=True):
+                for name, number in numbers.items():
+                    counts.by_key[key][name] += number
+        return counts
 
 
 def check_counts(counts: CorpusCounts, max_bad_fraction: float | None) -> None:
@@ -141,5 +182,5 @@ def bad_metrics(counts: CorpusCounts) -> dict[str, Any]:
     return {
         "records": counts.records,
         "bad_records": counts.num_bad,
-        "bad_by_reason": dict(counts.bad),
+        "bad_by_reason": dict(sorted(counts.bad.items())),
     }

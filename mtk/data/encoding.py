@@ -11,23 +11,24 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.checked_encoding import CheckedEncoder, EngineMismatchError
 from mtk.data.indexed_dataset import token_dtype
 from mtk.data.records import BadRecord, RecordError, Texts, bad_record, parse_record
-from mtk.data.sources import Chunk
+from mtk.data.sources import Chunk, Place
 from mtk.errors import DataError, MtkError, WorkerError
 from mtk.tokenizers import Tokenizer, load_tokenizer
+from mtk.tokenizers.engines import AUTO
 
 IN_FLIGHT = 3  # chunks a worker
 
@@ -41,12 +42,14 @@ class Splitter(Protocol):
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What to do with every record. tokenizer: folder it was saved in."""
+    """What to do with every record. tokenizer: folder it was saved in. engine: what encodes,
+    see ``mtk.tokenizers.engines``."""
 
     tokenizer: str
     keys: tuple[str, ...]
     append_eod: bool
     splitter: Splitter | None = None
+    engine: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,20 @@ class EncodedKey:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """By key in the plan's order, and the records that were left out."""
+    """By key in the plan's order, and the records that were left out.
+
+    done: share of the file on disk, size: of the records, both in bytes. end: the last record.
+    engine: what encoded. compared: records of which the tokenizer gave the same ids.
+    """
 
     keys: tuple[EncodedKey, ...]
     bad: tuple[BadRecord, ...]
     records: int
     done: int
+    size: int
+    end: Place
+    engine: str
+    compared: int
 
 
 class Encoder:
@@ -79,8 +90,11 @@ class Encoder:
     def __init__(self, plan: EncodingPlan, tokenizer: Tokenizer) -> None:
         self._plan, self._tokenizer = plan, tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._encoder = CheckedEncoder(tokenizer, plan.engine)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Raises EngineMismatchError, see :class:`CheckedEncoder`."""
+        before = self._encoder.compared
         documents: list[Texts] = []
         bad: list[tuple[int, BadRecord]] = []
         places: list[int] = []
@@ -91,30 +105,43 @@ class Encoder:
             except RecordError as error:
                 bad.append((index, bad_record(chunk, index, error)))
         try:
-            keys = self._encode_keys(documents)
+            keys = self._encode_keys(documents, chunk, places)
         except DataError:
-            documents, more = self._without_refused(chunk, documents, places)
+            documents, places, more = self._without_refused(chunk, documents, places)
             bad = sorted([*bad, *more], key=lambda item: item[0])
-            keys = self._encode_keys(documents)
-        return EncodedChunk(keys, tuple(b for _, b in bad), len(chunk.records), chunk.done)
+            keys = self._encode_keys(documents, chunk, places)
+        return EncodedChunk(
+            keys,
+            tuple(b for _, b in bad),
+            len(chunk.records),
+            chunk.done,
+            sum(map(len, chunk.records)),
+            chunk.end,
+            self._encoder.engine,
+            self._encoder.compared - before,
+        )
 
     def _without_refused(
         self, chunk: Chunk, documents: list[Texts], places: list[int]
-    ) -> tuple[list[Texts], list[tuple[int, BadRecord]]]:
+    ) -> tuple[list[Texts], list[int], list[tuple[int, BadRecord]]]:
         """The documents that the tokenizer accepts one by one, and the others' places."""
-        kept, bad = [], []
+        kept, at, bad = [], [], []
         for document, index in zip(documents, places, strict=True):
             try:
-                self._encode_keys([document])
+                self._encode_keys([document], chunk, [index])
                 kept.append(document)
+                at.append(index)
             except DataError as error:
                 refused = RecordError("not tokenizable", str(error).rstrip("."))
                 bad.append((index, bad_record(chunk, index, refused)))
-        return kept, bad
+        return kept, at, bad
 
-    def _encode_keys(self, documents: list[Texts]) -> tuple[EncodedKey, ...]:
+    def _encode_keys(
+        self, documents: list[Texts], chunk: Chunk, places: list[int]
+    ) -> tuple[EncodedKey, ...]:
+        numbers = [chunk.numbers[index] for index in places]
         return tuple(
-            self._encode_key([document[position] for document in documents])
+            self._encode_key([document[position] for document in documents], numbers, chunk.file)
             for position in range(len(self._plan.keys))
         )
 
@@ -123,27 +150,41 @@ class Encoder:
             return value
         return [value] if self._plan.splitter is None else self._plan.splitter.split(value)
 
-    def _encode_key(self, values: list[str | list[str]]) -> EncodedKey:
+    def _encode_key(
+        self, values: list[str | list[str]], numbers: list[int], file: str
+    ) -> EncodedKey:
         text_bytes = sum(_bytes(text) for v in values for text in ([v] if type(v) is str else v))
         documents = [self._sentences(value) for value in values]
-        encoded = iter(self._tokenizer.encode_batch([s for d in documents for s in d]))
-        sequences: list[list[int]] = []
-        counts = np.zeros(len(documents), np.int64)
-        for index, document in enumerate(documents):
-            own = [ids for ids in (next(encoded) for _ in document) if ids]
-            if own and self._plan.append_eod:
-                own[-1] = [*own[-1], self._tokenizer.eod]
-            counts[index] = len(own)
-            sequences += own
-        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-        total = int(lengths.sum())
-        tokens = np.fromiter(chain.from_iterable(sequences), np.int64, total)
-        if total and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._tokenizer.vocab_size:
+        ids, lengths = self._encoder.encode(documents, numbers, file)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
             raise MtkError(
-                f"the tokenizer gave the id {int(tokens.max())}, outside its vocabulary of "
+                f"the tokenizer gave the id {int(ids.max())}, outside its vocabulary of "
                 f"{self._tokenizer.vocab_size}; its files do not belong together."
             )
-        return EncodedKey(tokens.astype(self._dtype), lengths, counts, text_bytes)
+        texts = np.fromiter(map(len, documents), np.int64, len(documents))
+        eod = self._tokenizer.eod if self._plan.append_eod else None
+        return arranged(ids.astype(self._dtype), lengths, texts, eod, text_bytes)
+
+
+def arranged(
+    tokens: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int64],
+    texts: npt.NDArray[np.int64],
+    eod: int | None,
+    text_bytes: int = 0,
+) -> EncodedKey:
+    """Texts [S] with ``lengths`` to sequences, ``texts`` [D] of them a document: those without
+    tokens are dropped, and EOD follows the last one that a document keeps."""
+    kept = lengths > 0
+    document = np.repeat(np.arange(len(texts)), texts)
+    sequences = np.bincount(document[kept], minlength=len(texts)).astype(np.int64)
+    lengths = lengths[kept]
+    if eod is None:
+        return EncodedKey(tokens, lengths, sequences, text_bytes)
+    last = np.cumsum(sequences)[sequences > 0] - 1
+    places = np.cumsum(lengths)[last]  # in front of these tokens
+    lengths[last] += 1
+    return EncodedKey(np.insert(tokens, places, eod), lengths, sequences, text_bytes)
 
 
 def _bytes(text: str) -> int:
@@ -152,10 +193,11 @@ def _bytes(text: str) -> int:
 
 def encode_chunks(
     chunks: Iterator[Chunk], plan: EncodingPlan, workers: int
-) -> Iterator[EncodedChunk]:
+) -> Generator[EncodedChunk, None, None]:
     """Encode every chunk, in order, with ``workers`` processes (1: in this process).
 
-    Raises WorkerError if a worker dies or fails.
+    Raises WorkerError if a worker dies or fails, EngineMismatchError if the plan's engine is
+    not to be trusted.
     """
     if workers == 1:
         encoder = Encoder(plan, load_tokenizer(plan.tokenizer))
@@ -182,7 +224,7 @@ def encode_chunks(
 def _result(future: Future[EncodedChunk]) -> EncodedChunk:
     try:
         return future.result()
-    except (MtkError, BrokenProcessPool):
+    except (MtkError, BrokenProcessPool, EngineMismatchError):
         raise
     except Exception as error:
         raise WorkerError(f"a preprocessing worker failed: {error!r}.") from error
@@ -200,6 +242,7 @@ def _start_worker() -> None:
     """In each worker: no threads of its own, no death by the terminal's Ctrl-C (the parent
     stops the pool), and no life after the parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

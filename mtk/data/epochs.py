@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.provenance import Origin, origins_of
 from mtk.data.token_source import Piece, SampleDataset
 
 # What says how much a sample counts, by the name of its field.
@@ -44,6 +45,10 @@ class ShuffledEpochs:
 
     def documents_of(self, k: int) -> list[Piece]:
         return self._dataset.documents_of(self.place(k))
+
+    def origins_of(self, k: int) -> list[Origin]:
+        """Where the sample was read, if the dataset knows it; [] otherwise."""
+        return origins_of(self._dataset, self.place(k))
 
     def source_of(self, k: int) -> str:
         return self._dataset.source_of(self.place(k))

@@ -20,12 +20,16 @@ training has the same beginning, token for token. One epoch equals ``megatron``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from mtk.data.shuffle import COMPILED_FROM, shuffle_in_place
 
 Order = Literal["epochs", "megatron"]
 IntArray = npt.NDArray[np.integer]
@@ -33,6 +37,10 @@ INT32_MAX = int(np.iinfo(np.int32).max)
 UINT32_MAX = int(np.iinfo(np.uint32).max)
 # Below this share of an epoch's samples, Megatron-core keeps the last epoch apart.
 SEPARATE_BELOW = 0.80
+# Samples worked on at a time: their intermediate numbers stay in the processor's cache (larger
+# ones would be given back to the system and zeroed anew each time, which takes twice as long),
+# and memory beyond the arrays themselves does not grow with them.
+BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -110,28 +118,41 @@ def plan_indices(
 
 
 def build_indices(
-    sizes: npt.NDArray[np.int32], documents: IntArray, seed: int, plan: IndexPlan
+    sizes: npt.NDArray[np.int32],
+    documents: IntArray,
+    seed: int,
+    plan: IndexPlan,
+    compiled_from: int = COMPILED_FROM,
 ) -> GPTIndices:
     """The three indices. ``sizes``: tokens of every sequence of the dataset; ``documents``:
-    the sequences of this split. Takes about a second per ten million samples."""
-    document, samples_shuffle = [], []
-    state = np.random.RandomState(seed)
-    begin = 0
+    the sequences of this split; ``compiled_from``: see :mod:`mtk.data.shuffle`. ``mtk bench
+    index`` measures time and memory."""
+    count = len(plan.stretches)
     if plan.order == "megatron":
         # One generator: the documents of all stretches come before the samples of any.
-        document = [_shuffled_documents(documents, n, state) for n in plan.stretches]
-    for epoch, end in enumerate(plan.bounds):
-        if plan.order == "epochs":
-            state = _epoch_state(seed, epoch)
-            document.append(_shuffled_documents(documents, 1, state))
-        samples_shuffle.append(_shuffled_range(begin, end, plan.samples, state))
-        begin = end
-    document_index = np.concatenate(document)
-    return GPTIndices(
-        document_index,
-        build_sample_index(sizes, document_index, plan),
-        np.concatenate(samples_shuffle),
+        states = [np.random.RandomState(seed)] * count
+    else:
+        states = [_epoch_state(seed, epoch) for epoch in range(count)]
+    document = np.concatenate(
+        [_shuffled_documents(documents, n, s) for n, s in zip(plan.stretches, states, strict=True)]
     )
+    # Both take long for much data, wait for memory and let go of Python's lock.
+    with ThreadPoolExecutor(1) as beside:
+        sample = beside.submit(build_sample_index, sizes, document, plan)
+        shuffle = _shuffled_samples(plan, states, compiled_from)
+        return GPTIndices(document, sample.result(), shuffle)
+
+
+def _shuffled_samples(
+    plan: IndexPlan, states: Sequence[np.random.RandomState], compiled_from: int
+) -> IntArray:
+    dtype = np.dtype(np.uint32 if plan.samples < UINT32_MAX - 1 else np.int64)
+    shuffle: IntArray = np.empty(plan.samples, dtype)
+    for (begin, end), state in zip(pairwise((0, *plan.bounds)), states, strict=True):
+        for first, last in _blocks(begin, end):
+            shuffle[first:last] = np.arange(first, last)
+        shuffle_in_place(shuffle[begin:end], state, compiled_from)
+    return shuffle
 
 
 def build_sample_index(
@@ -142,23 +163,31 @@ def build_sample_index(
     A row points into the document that holds the last token of the sample before it, which
     is why documents without tokens are never pointed at (but in row 0).
     """
-    lengths = sizes[document_index].astype(np.int64)
-    ends = np.cumsum(lengths)
+    lengths = sizes[document_index]
+    ends = np.cumsum(lengths, dtype=np.int64)
     extra, step = plan.extra_token, plan.sequence_length
     # Samples whose last token (number j * S + e - 1 for row j) lies before each document's end.
     full = min(plan.samples, (int(ends[-1]) - extra) // step)
     done = np.clip((ends - extra) // step, 0, full)
-    per_document = np.diff(done, prepend=0)
     largest = max(len(document_index), int(sizes.max(initial=0)))
     dtype = np.int32 if largest <= INT32_MAX else np.int64
-    index = np.zeros((plan.samples + 1, 2), dtype=dtype)
-    position = np.repeat(np.arange(len(document_index), dtype=np.int64), per_document)
-    index[1 : full + 1, 0] = position
-    starts = np.arange(1, full + 1, dtype=np.int64) * step
-    index[1 : full + 1, 1] = starts - (ends - lengths)[position]
+    index = np.empty((plan.samples + 1, 2), dtype=dtype)
+    index[0] = 0
+    for begin, end in _blocks(1, full + 1):
+        # Documents that rows of this block point into, and how many of its rows each has.
+        low, high = np.searchsorted(done, [begin, end - 1]).tolist()
+        counts = np.diff(done[low : high + 1].clip(max=end - 1), prepend=begin - 1)
+        index[begin:end, 0] = np.repeat(np.arange(low, high + 1), counts)
+        starts = ends[low : high + 1] - lengths[low : high + 1]
+        index[begin:end, 1] = np.arange(begin, end) * step - np.repeat(starts, counts)
     if plan.samples > full:  # the one sample that is not full ends with the stream
         index[-1] = len(document_index) - 1, lengths[-1] - extra
     return index
+
+
+def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for first in range(begin, end, BLOCK):
+        yield first, min(first + BLOCK, end)
 
 
 def _last_epoch_apart(samples_in: Callable[[int], int], epochs: int, num_samples: int) -> bool:
@@ -173,12 +202,5 @@ def _epoch_state(seed: int, epoch: int) -> np.random.RandomState:
 def _shuffled_documents(documents: IntArray, epochs: int, state: np.random.RandomState) -> IntArray:
     dtype = np.int32 if int(documents.max(initial=0)) <= INT32_MAX else np.int64
     index = np.tile(documents.astype(dtype), epochs)
-    state.shuffle(index)
-    return index
-
-
-def _shuffled_range(begin: int, end: int, total: int, state: np.random.RandomState) -> IntArray:
-    dtype = np.dtype(np.uint32 if total < UINT32_MAX - 1 else np.int64)
-    index: IntArray = np.arange(begin, end).astype(dtype)
-    state.shuffle(index)
+    shuffle_in_place(index, state)
     return index

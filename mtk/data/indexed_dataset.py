@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.mapped import mapped_bytes
 from mtk.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -73,7 +74,7 @@ class IndexedDataset:
             if not path.is_file():
                 raise DataError(f"{path} does not exist; the dataset {prefix} needs both files.")
         self.dtype, count, boundaries = _read_header(index)
-        raw = np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray)
+        raw = mapped_bytes(index)
         lengths_end = HEADER.size + 4 * count
         pointers_end = lengths_end + 8 * count
         self.sizes: npt.NDArray[np.int32] = raw[HEADER.size : lengths_end].view("<i4")
@@ -83,11 +84,7 @@ class IndexedDataset:
         ].view("<i8")
         self.num_tokens = _check(self, index, tokens)
         empty = np.empty(0, self.dtype)
-        self._tokens: Tokens = (
-            np.memmap(tokens, mode="r", dtype=self.dtype).view(np.ndarray)
-            if self.num_tokens
-            else empty
-        )
+        self._tokens: Tokens = mapped_bytes(tokens).view(self.dtype) if self.num_tokens else empty
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -95,6 +92,11 @@ class IndexedDataset:
     @property
     def num_documents(self) -> int:
         return len(self.document_indices) - 1
+
+    @property
+    def tokens(self) -> Tokens:
+        """All tokens of all sequences, a read-only view [num_tokens]."""
+        return self._tokens
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> Tokens:
         """Tokens ``offset .. offset + length`` of sequence ``i`` (a read-only view, [length]).
@@ -204,10 +206,8 @@ class IndexedDatasetWriter:
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = {np.dtype(name): code for code, name in DTYPES}
-        if self.dtype not in codes:
+        if self.dtype not in [np.dtype(name) for _, name in DTYPES]:
             raise ValueError(f"{self.dtype} has no code in the index format")
-        self._code = codes[self.dtype]
         self.prefix = Path(prefix)
         self._lengths = array("i")
         self._boundaries = array("q", [0])
@@ -250,15 +250,7 @@ class IndexedDatasetWriter:
         self, tokens: Tokens, lengths: Tokens, sequences: npt.NDArray[np.integer[Any]]
     ) -> None:
         """Several documents at once; ``sequences`` [documents] counts each one's sequences."""
-        if int(lengths.sum()) != len(tokens) or int(sequences.sum()) != len(lengths):
-            raise ValueError(
-                f"{len(tokens)} tokens, lengths adding up to {int(lengths.sum())}; "
-                f"{len(lengths)} sequences, documents adding up to {int(sequences.sum())}"
-            )
-        if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= _LONGEST:
-            raise DataError(
-                f"{self.prefix}: a sequence of {int(lengths.max())} tokens is too long."
-            )
+        check_documents(tokens, lengths, sequences, self.prefix)
         if tokens.dtype != self.dtype:
             self._check_range(tokens)
         self._stream.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
@@ -297,18 +289,54 @@ class IndexedDatasetWriter:
     def finalize(self) -> None:
         """Write the index; the pair can be opened afterwards."""
         self._stream.close()
-        lengths = np.frombuffer(self._lengths, np.intc)
-        boundaries = np.frombuffer(self._boundaries, np.int64)
-        with idx_path(self.prefix).open("wb") as stream:
-            stream.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries)))
-            stream.write(lengths.astype("<i4").data)
-            end = 0
-            for start in range(0, len(lengths), _BLOCK):
-                block = lengths[start : start + _BLOCK].astype(np.int64)
-                ends = np.cumsum(block) + end
-                stream.write(((ends - block) * self.dtype.itemsize).astype("<i8").data)
-                end = int(ends[-1])
-            stream.write(boundaries.astype("<i8").data)
+        boundaries = np.diff(np.frombuffer(self._boundaries, np.int64))
+        write_index(self.prefix, self.dtype, [np.frombuffer(self._lengths, np.intc)], [boundaries])
+
+
+def check_documents(
+    tokens: Tokens, lengths: Tokens, sequences: npt.NDArray[np.integer[Any]], where: Path
+) -> None:
+    """Raises ValueError if the numbers do not fit each other, DataError for a sequence that the
+    format cannot hold."""
+    if int(lengths.sum()) != len(tokens) or int(sequences.sum()) != len(lengths):
+        raise ValueError(
+            f"{len(tokens)} tokens, lengths adding up to {int(lengths.sum())}; "
+            f"{len(lengths)} sequences, documents adding up to {int(sequences.sum())}"
+        )
+    if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= _LONGEST:
+        raise DataError(
+            f"{where}: a sequence of {int(lengths.max()):,} tokens is longer than the "
+            f"{_LONGEST:,} that .idx can record. Cut that document into several."
+        )
+
+
+def write_index(
+    prefix: Path, dtype: np.dtype[Any], lengths: Sequence[Tokens], sequences: Sequence[Tokens]
+) -> None:
+    """``P.idx`` from consecutive pieces: lengths of sequences, sequences of each document."""
+    codes = {np.dtype(name): code for code, name in DTYPES}
+    count, documents = sum(map(len, lengths)), sum(map(len, sequences))
+    with idx_path(prefix).open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, VERSION, codes[dtype], count, documents + 1))
+        for block in _blocks(lengths):
+            stream.write(block.astype("<i4").data)
+        end = 0
+        for block in _blocks(lengths):
+            ends = np.cumsum(block, dtype=np.int64) + end
+            stream.write(((ends - block) * dtype.itemsize).astype("<i8").data)
+            end = int(ends[-1])
+        stream.write(np.zeros(1, "<i8").data)
+        end = 0
+        for block in _blocks(sequences):
+            ends = np.cumsum(block, dtype=np.int64) + end
+            stream.write(ends.astype("<i8").data)
+            end = int(ends[-1])
+
+
+def _blocks(pieces: Sequence[Tokens]) -> Iterator[Tokens]:
+    for piece in pieces:
+        for start in range(0, len(piece), _BLOCK):
+            yield np.asarray(piece[start : start + _BLOCK])
 
 
 def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> None:

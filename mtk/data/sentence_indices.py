@@ -103,16 +103,16 @@ def build_mapping(
         raise ValueError("no document can be used")
     targets = _targets(seed, rules)
     walk = _Walk(corpus, rules)
-    generator = _Numbers(seed + 1)
+    generator = Numbers(seed + 1)
     epochs: list[IntArray] = []
     samples = 0
     while not epochs or samples < (num_samples or 0):
         rows = walk.epoch(targets)
         samples += len(rows)
-        epochs.append(rows if order == "megatron" else _shuffled(rows, generator))
+        epochs.append(rows if order == "megatron" else shuffled_rows(rows, generator))
     mapping = np.concatenate(epochs)
     if order == "megatron":
-        mapping = _shuffled(mapping, generator)
+        mapping = shuffled_rows(mapping, generator)
     mapping[:, :2] += corpus.first
     return mapping.astype(np.uint32 if sentences <= UINT32_MAX else np.uint64)
 
@@ -181,7 +181,7 @@ def _counters(lengths: IntArray) -> IntArray:
     return found
 
 
-class _Numbers:
+class Numbers:
     """Outputs of ``std::mt19937_64`` in pieces of any length."""
 
     def __init__(self, seed: int) -> None:
@@ -198,7 +198,7 @@ class _Numbers:
         return numbers[:count]
 
 
-def _shuffled(rows: IntArray, numbers: _Numbers) -> IntArray:
+def shuffled_rows(rows: IntArray, numbers: Numbers) -> IntArray:
     """Fisher-Yates from the end, the partner of place ``i`` being a number modulo ``i + 1``."""
     count = len(rows)
     places = np.arange(count, 1, -1, dtype=np.uint64)

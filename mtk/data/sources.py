@@ -7,20 +7,19 @@ rows. Records stay bytes here; workers parse them.
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
 import io
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Literal
 
 from mtk.artifacts.manifest import MARKER
+from mtk.data.compressed import opened, zstd_error
 from mtk.data.json_array import array_items, looks_like_array
+from mtk.data.lines import BOM, Record, filled_lines, lines, paragraphs
 from mtk.errors import ConfigError, DataError
 
 TextDocuments = Literal["file", "blank-line", "line"]
@@ -30,8 +29,6 @@ REPORTS = (".bad_lines.jsonl", ".punkt.json")  # of preprocess, beside its datas
 CHUNK_BYTES = 512 << 10
 CHUNK_RECORDS = 1000
 LARGEST_TEXT = 256 << 20
-ZSTD_BLOCK = 16 << 10  # compressed bytes at a time: what they unpack to is held in memory
-BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,33 @@ class Chunk:
     plain: bool
     done: int
 
+    @property
+    def end(self) -> Place:
+        """Its last record: what was read up to here."""
+        return Place(self.file, self.numbers[-1], self.starts[-1])
 
-Record = tuple[int, int, bytes]  # number, start, content
+
+@dataclass(frozen=True)
+class Place:
+    """A record of a file: number from 1, start in bytes uncompressed (-1 for rows)."""
+
+    file: str
+    number: int
+    start: int
 
 
 def expand_inputs(
-    patterns: Sequence[str], output_prefix: str | None = None, option: str = "--input"
+    patterns: Sequence[str],
+    output_prefix: str | None = None,
+    option: str = "--input",
+    *,
+    any_format: bool = False,
 ) -> list[Path]:
     """The files that paths and globs name, each once; matches of a glob sorted by name.
 
     A glob matches neither manifests nor what an earlier run left under ``output_prefix``:
     the same command has the same input again. Raises DataError for a pattern without a
-    match, a folder, or an unknown suffix.
+    match, a folder, or (unless ``any_format``) an unknown suffix.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -75,12 +87,13 @@ def expand_inputs(
             inputs = [name for name in sorted(names) if not _is_output(name, output_prefix)]
             found = [Path(name) for name in inputs]
         if path.is_dir():
-            raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*.jsonl'.")
+            suffix = "" if any_format else ".jsonl"
+            raise DataError(f"{pattern} is a folder. Name its files, e.g. '{path}/*{suffix}'.")
         found = [file for file in found if not file.is_dir()]
         if not found:
             raise DataError(f"{option} {pattern}: no such file, and no file matches it as a glob.")
         files.update(dict.fromkeys(found))
-    for file in files:
+    for file in () if any_format else files:
         file_format(file)
     return list(files)
 
@@ -107,24 +120,59 @@ def file_format(path: Path) -> tuple[str, str]:
 
 
 def read_chunks(
-    files: Sequence[Path], keys: Sequence[str], text_documents: TextDocuments
+    files: Sequence[Path],
+    keys: Sequence[str],
+    text_documents: TextDocuments,
+    *,
+    limit: int = LARGEST_TEXT,
+    after: Place | None = None,
 ) -> Iterator[Chunk]:
-    """All records of all files in order. Raises DataError for a file that cannot be read."""
-    for path in files:
-        content, packed = file_format(path)
-        if content == ".parquet":
-            rows = _rows(path, keys)
-            yield from _chunks(path, "row", rows, lambda: 0, plain=False)
-            continue
-        with _opened(path, packed) as (stream, position):
+    """All records of all files in order, or those behind the record at ``after``.
+
+    limit: bytes of a line; a longer one becomes an :class:`Overlong`. Raises DataError for a
+    file that cannot be read.
+    """
+    names = [str(path) for path in files]
+    first = names.index(after.file) if after else 0
+    for path in files[first:]:
+        begin = after if after is not None and str(path) == after.file else None
+        yield from _file_chunks(path, keys, text_documents, limit, begin)
+
+
+def _file_chunks(
+    path: Path,
+    keys: Sequence[str],
+    text_documents: TextDocuments,
+    limit: int,
+    after: Place | None,
+) -> Iterator[Chunk]:
+    content, packed = file_format(path)
+    if content == ".parquet":
+        rows = _behind(_rows(path, keys), after)
+        yield from _chunks(path, "row", rows, lambda: 0, plain=False)
+        return
+    with opened(path, packed) as (stream, position):
+        if content == ".txt" and text_documents == "file":
+            whole = _behind(_guarded(_whole(stream, path), path, "document"), after)
+            yield from _chunks(path, "line", whole, position, plain=True)
+        elif content == ".json" and looks_like_array(stream):
+            items = _behind(_guarded(array_items(stream, path), path, "item"), after)
+            yield from _chunks(path, "item", items, position, plain=False)
+        else:
+            begin = (after.start, after.number) if after else (0, 1)
+            records = _guarded(lines(stream, limit, *begin), path, "line")
             if content == ".txt":
-                yield from _text_chunks(path, stream, position, text_documents)
-            elif content == ".json" and looks_like_array(stream):
-                items = _guarded(array_items(stream, path), path, "item")
-                yield from _chunks(path, "item", items, position, plain=False)
-            else:
-                lines = _guarded(_lines(stream), path, "line")
-                yield from _chunks(path, "line", lines, position, plain=False)
+                blank = text_documents == "blank-line"
+                records = paragraphs(records, limit) if blank else filled_lines(records)
+            plain = content == ".txt"
+            yield from _chunks(path, "line", _behind(records, after), position, plain=plain)
+
+
+def _behind(records: Iterator[Record], after: Place | None) -> Iterator[Record]:
+    if after is None:
+        return records
+    last = after.number
+    return dropwhile(lambda record: record[0] <= last, records)
 
 
 def _chunks(
@@ -132,7 +180,9 @@ def _chunks(
 ) -> Iterator[Chunk]:
     waiting: list[Record] = []
     size = before = 0
-    for record in records:
+    for index, record in enumerate(records):
+        if index == 0 and record[0] > 1:  # what lies in front was read by an earlier run
+            before = position()
         waiting.append(record)
         size += len(record[2])
         if size >= CHUNK_BYTES or len(waiting) >= CHUNK_RECORDS:
@@ -148,81 +198,6 @@ def _chunk(path: Path, unit: str, records: list[Record], plain: bool, done: int)
     return Chunk(str(path), unit, contents, numbers, starts, plain, done)
 
 
-@contextmanager
-def _opened(path: Path, packed: str) -> Iterator[tuple[io.BufferedReader, Any]]:
-    """The uncompressed stream, and a function that tells the position on disk."""
-    try:
-        raw = path.open("rb", buffering=0)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    with raw:
-        stream: io.RawIOBase = raw
-        if packed == ".gz":
-            stream = _Available(gzip.GzipFile(fileobj=raw))
-        elif packed == ".zst":
-            stream = _Frames(raw)
-        yield io.BufferedReader(stream, 1 << 20), lambda: os.lseek(raw.fileno(), 0, os.SEEK_CUR)
-
-
-class _Available(io.RawIOBase):
-    """Hands on what a decompressor has at once, so that all before a break is delivered."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data: bytes = self._stream.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _Frames(io.RawIOBase):
-    """The zstd frames of a file as one stream, as the zstd tool reads them.
-
-    Raises EOFError for a file that ends inside a frame, which the library's own reader
-    takes for the end of the data.
-    """
-
-    def __init__(self, raw: io.FileIO) -> None:
-        self._raw, self._new = raw, _zstandard().ZstdDecompressor().decompressobj
-        self._frame = self._new()
-        self._inside = False  # a frame has begun and not ended
-        self._packed = self._data = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._data and self._more():
-            self._data = self._frame.decompress(self._packed)
-            self._inside = not self._frame.eof
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-        size = min(len(buffer), len(self._data))
-        buffer[:size], self._data = self._data[:size], self._data[size:]
-        return size
-
-    def _more(self) -> bool:
-        """Whether there is something to decompress, by a frame that has not ended."""
-        self._packed = self._packed or self._raw.read(ZSTD_BLOCK) or b""
-        if not self._packed and self._inside:
-            raise EOFError("the file ends inside a zstd frame")
-        if self._frame.eof:
-            self._frame = self._new()
-        return bool(self._packed)
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        message = ".zst input needs the package zstandard: pip install 'mtk[formats]'."
-        raise ConfigError(message) from error
-    return zstandard
-
-
 def _guarded(records: Iterator[Record], path: Path, unit: str) -> Iterator[Record]:
     """Turn the failures of a broken or unreadable stream into a DataError with the place."""
     number = end = 0
@@ -230,40 +205,12 @@ def _guarded(records: Iterator[Record], path: Path, unit: str) -> Iterator[Recor
         for record in records:
             number, end = record[0], record[1] + len(record[2])
             yield record
-    except (EOFError, zlib.error, OSError, _zstd_error()) as error:
+    except (EOFError, zlib.error, OSError, zstd_error()) as error:
         raise DataError(
             f"{path}, after {unit} {number} (byte {end} uncompressed): the stream is broken: "
             f"{str(error).rstrip('.')}. What follows cannot be counted, so it is never skipped; "
             f"restore the file."
         ) from error
-
-
-def _zstd_error() -> type[Exception]:
-    try:
-        import zstandard
-    except ImportError:
-        return EOFError
-    found: type[Exception] = zstandard.ZstdError
-    return found
-
-
-def _lines(stream: io.BufferedReader) -> Iterator[Record]:
-    start = 0
-    for number, line in enumerate(stream, start=1):
-        mark = len(BOM) if number == 1 and line.startswith(BOM) else 0
-        yield number, start + mark, line[mark:]
-        start += len(line)
-
-
-def _text_chunks(
-    path: Path, stream: io.BufferedReader, position: Any, text_documents: TextDocuments
-) -> Iterator[Chunk]:
-    if text_documents == "file":
-        records = _guarded(_whole(stream, path), path, "document")
-    else:
-        lines = _guarded(_lines(stream), path, "line")
-        records = _paragraphs(lines) if text_documents == "blank-line" else _filled_lines(lines)
-    yield from _chunks(path, "line", records, position, plain=True)
 
 
 def _whole(stream: io.BufferedReader, path: Path) -> Iterator[Record]:
@@ -275,26 +222,6 @@ def _whole(stream: io.BufferedReader, path: Path) -> Iterator[Record]:
         )
     mark = len(BOM) if text.startswith(BOM) else 0
     yield 1, mark, text[mark:]
-
-
-def _filled_lines(lines: Iterator[Record]) -> Iterator[Record]:
-    for number, start, line in lines:
-        if line.strip():
-            yield number, start, line.rstrip(b"\r\n")
-
-
-def _paragraphs(lines: Iterator[Record]) -> Iterator[Record]:
-    parts: list[bytes] = []
-    first = (1, 0)
-    for number, start, line in lines:
-        if line.strip():
-            first = first if parts else (number, start)
-            parts.append(line)
-        elif parts:
-            yield (*first, b"".join(parts).rstrip(b"\r\n"))
-            parts = []
-    if parts:
-        yield (*first, b"".join(parts).rstrip(b"\r\n"))
 
 
 def _plain(value: object) -> str:

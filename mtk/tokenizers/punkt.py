@@ -10,13 +10,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mtk.errors import ConfigError, DataError
 
 BLOCK = 1_000_000  # characters split at a time, as Megatron does
+CONTEXTS = 200_000  # remembered ends of sentences
 TRAINING_BYTES = 2_000_000  # text that abbreviations are learnt from
 # Learning from little text misses these; without them "Dr. Smith" is two sentences.
 ENGLISH_ABBREVIATIONS = (
@@ -40,10 +41,21 @@ class PunktSplitter:
     keep_newlines: bool
 
     @cached_property
+    def plain(self) -> Any:
+        """NLTK's tokenizer with these parameters."""
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+        return PunktSentenceTokenizer(read_parameters(Path(self.path)))
+
+    @cached_property
     def _punkt(self) -> Any:
         from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-        return PunktSentenceTokenizer(_parameters(Path(self.path)))
+        punkt = PunktSentenceTokenizer(self.plain._params)
+        # Most of the time goes into whether a sentence ends in "dog. The", which depends on
+        # nothing but these words and the parameters.
+        punkt.text_contains_sentbreak = lru_cache(CONTEXTS)(punkt.text_contains_sentbreak)
+        return punkt
 
     def split(self, text: str) -> list[str]:
         """Sentences of ``text`` in order; none for text of white space only (or, with
@@ -113,7 +125,8 @@ def _as_json(parameters: Any, language: str, origin: str) -> dict[str, Any]:
     }
 
 
-def _parameters(path: Path) -> Any:
+def read_parameters(path: Path) -> Any:
+    """What :func:`write_parameters` wrote, as NLTK's object. Raises DataError."""
     from nltk.tokenize.punkt import PunktParameters
 
     try:

@@ -153,6 +153,7 @@ def run_data(
         test=held_out(splits.test, fixed, share),
         train_samples=samples,
         token_bytes_V=bytes_V,
+        samples=train,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mtk.data.provenance import Origin
 from mtk.data.token_source import Piece
 from mtk.errors import DataError
 from mtk.evaluation.classification import ClassificationData
@@ -49,6 +50,11 @@ class HeadSamples:
     def documents_of(self, k: int) -> list[Piece]:
         del k
         return []
+
+    def origins_of(self, k: int) -> list[Origin]:
+        """Where the sample was read."""
+        file, _, line = self.source_of(k).rpartition(":")
+        return [Origin(file, "line", int(line), -1, -1)] if line.isdecimal() else []
 
     def source_of(self, k: int) -> str:
         part, within = self._place(k)

@@ -69,6 +69,7 @@ def head_job(
             token_bytes_V=None,
             epoch=epoch if epochs else None,
             judge=judge,
+            samples=ordered,
         )
 
     identity = sha256_json([config.task, files.train_digests, tokenizer.fingerprint, length])

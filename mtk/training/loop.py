@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtk.config.pretrain import PretrainConfig
 from mtk.data.batch_schedule import BatchSchedule
+from mtk.data.token_source import SampleDataset
 from mtk.errors import DataError, GateError, Interrupted
 from mtk.log import Progress, Reporter
 from mtk.parallel.collectives import all_reduce
@@ -38,6 +39,7 @@ class RunData:
     epoch: samples after which the run evaluates and saves, besides the intervals. judge: what
     an evaluation on ``valid`` does in place of the held-out loss, with ``valid`` or without;
     every rank calls it, and returns the same figures (for the log and the checkpoint).
+    samples: what ``train`` reads, in the order of training; None where nothing is known of it.
     """
 
     train: Callable[[int], Iterator[GlobalBatch]]
@@ -47,6 +49,7 @@ class RunData:
     token_bytes_V: Tensor | None
     epoch: int | None = None
     judge: Judge | None = None
+    samples: SampleDataset | None = None
 
 
 class Loop:

@@ -78,6 +78,7 @@ def sft_job(
             train_samples=samples,
             token_bytes_V=bytes_of_tokens(tokenizer, core.model.vocab_size),
             epoch=epoch if epochs else None,
+            samples=ordered,
         )
 
     identity = sha256_json([files.train_digests, reader.identity, config.chat.packing])

@@ -22,6 +22,7 @@ LAYERS = (
     ("mtk.training",),
     (
         "mtk.data",
+        "mtk.curation",
         "mtk.checkpoint",
         "mtk.convert",
         "mtk.precision",

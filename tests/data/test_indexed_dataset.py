@@ -154,6 +154,16 @@ def test_every_flipped_byte_of_the_index_is_noticed(golden: Path) -> None:
     assert silent == [66]
 
 
+@pytest.mark.parametrize("suffix", ["idx", "bin"])
+def test_a_file_cut_at_any_byte_is_refused(golden: Path, suffix: str) -> None:
+    path = Path(f"{golden}.{suffix}")
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=str(path)):
+            IndexedDataset(golden)
+
+
 def test_beyond_32_bits(tmp_path: Path) -> None:
     prefix = tmp_path / "huge"
     lengths, tail = [2**31 - 1, 2**31 - 1, 3], 2**32 + 1

@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     told: list[str] = []
-    monkeypatch.setattr(index_cache.np, "save", full)
+    monkeypatch.setattr(index_cache, "_save", full)
     builder = Builder()
     arrays = IndexCache(tmp_path, notify=told.append).load_or_build("k", {}, builder)
     check(arrays, builder, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.curate_steps import CURATE_WEB
 from flows.pipeline import plan_pipeline
 from flows.steps import registered_stages
 from mtk.cli.main import main
@@ -114,6 +115,13 @@ def test_slurm_script_is_queued_again_when_its_time_is_up(
     assert (tmp_path / "queued").exists() == queued
     if queued:
         assert (tmp_path / "queued").read_text() == "requeue 7\n"
+
+
+def test_the_file_of_curate_web_resolves() -> None:
+    path = ROOT / "examples" / "curate_web.yaml"
+    pipeline = plan_pipeline(path, CURATE_WEB.stages(), CURATE_WEB)
+    assert [step.name for step in pipeline.steps] == [step.name for step in CURATE_WEB.steps]
+    assert pipeline.steps[0].config.urls.allow_domains == ("github",)
 
 
 @pytest.mark.parametrize("name", ["end_to_end.yaml", "end_to_end_own_corpus.yaml"])

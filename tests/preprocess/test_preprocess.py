@@ -302,8 +302,8 @@ def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
     path = corpus(tmp_path)
     original = preprocess.read_chunks
 
-    def appending(*arguments: object) -> object:
-        yield from original(*arguments)  # type: ignore[arg-type]
+    def appending(*arguments: object, **options: object) -> object:
+        yield from original(*arguments, **options)  # type: ignore[arg-type]
         with path.open("a") as stream:
             stream.write('{"text": "late"}\n')
 

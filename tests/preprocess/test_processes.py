@@ -96,7 +96,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 60
-    while time.monotonic() < limit and not list((folder / "out").glob(".P.partial-*/*.bin")):
+    while time.monotonic() < limit and not list((folder / "out").glob(".P.parts/*.bin")):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)

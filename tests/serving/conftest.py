@@ -11,6 +11,7 @@ import torch
 from flask import Flask
 from flask.testing import FlaskClient
 
+from mtk.config.serve import CacheConfig
 from serving.app import create_app
 from serving.server import HttpServer, bind
 from serving.settings import ServerSettings
@@ -32,6 +33,7 @@ def make_engine() -> Iterator[Callable[..., TorchEngine]]:
 
     def make(**values: object) -> TorchEngine:
         options: dict[str, object] = {"context": CONTEXT, "report": lambda line: None, **values}
+        options.setdefault("paged", CacheConfig())
         made.append(TorchEngine(tiny_model(), ByteTokenizer(), **options))  # type: ignore[arg-type]
         return made[-1]
 
@@ -44,7 +46,13 @@ def make_engine() -> Iterator[Callable[..., TorchEngine]]:
 @pytest.fixture(scope="module")
 def client() -> Iterator[FlaskClient]:
     """One engine for all tests of a module that leave it as it was."""
-    engine = TorchEngine(tiny_model(), ByteTokenizer(), context=CONTEXT, report=lambda line: None)
+    engine = TorchEngine(
+        tiny_model(),
+        ByteTokenizer(),
+        context=CONTEXT,
+        paged=CacheConfig(),
+        report=lambda line: None,
+    )
     yield create_app(engine, SETTINGS).test_client()
     engine.close(timeout=10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from mtk.config.serve import CacheConfig
 from mtk.errors import ServingError
 from serving.engine import MAX_UNREAD, Ticket
 from serving.errors import NotReadyError, OverloadedError
+from serving.generation import Decoder
+from serving.paged.runner import Runner
 from serving.requests import BeamParams, Delta, GenerationRequest
 from serving.sampling import SamplingParams
 from serving.torch_engine import TorchEngine
@@ -19,6 +23,23 @@ from tests.serving.models import greedy_without_cache, tiny_model
 from tests.serving.wire import eventually
 
 MakeEngine = Callable[..., TorchEngine]
+
+# Every test runs on each kind of cache, the paged one also with steps launched ahead.
+CACHES: dict[str, dict[str, Any]] = {
+    "dense": {"paged": None},
+    "paged": {"paged": CacheConfig(), "ahead": False},
+    "ahead": {"paged": CacheConfig(), "ahead": True},
+}
+
+
+@pytest.fixture(params=CACHES, autouse=True)
+def cache(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_engine(make_engine: MakeEngine, cache: str) -> MakeEngine:
+    return functools.partial(make_engine, **CACHES[cache])
 
 
 def request(text: bytes = b"Hello", **values: Any) -> GenerationRequest:
@@ -30,16 +51,16 @@ class Gate:
     """Holds the engine's decode steps back until they are let through."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from serving.generation import Decoder
-
         self.open = threading.Event()
-        real = Decoder.decode
+        for kind in (Decoder, Runner):
+            monkeypatch.setattr(kind, "decode", self._held(kind.decode))
 
-        def decode(decoder: Decoder, tokens: Any) -> torch.Tensor:
+    def _held(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def decode(decoder: Any, given: Any) -> Any:
             assert self.open.wait(20)
-            return real(decoder, tokens)
+            return real(decoder, given)
 
-        monkeypatch.setattr(Decoder, "decode", decode)
+        return decode
 
 
 def tokens(ticket: Ticket) -> list[int]:
@@ -122,7 +143,7 @@ def test_without_a_queue_an_idle_engine_still_takes_one(make_engine: MakeEngine)
 
 @pytest.mark.parametrize("place", ["decode", "prefill", "sequence", "beam"])
 def test_death_tells_everybody(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, place: str
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, place: str, cache: str
 ) -> None:
     """An error in any part of a tick: no waiting client hangs, the engine says it is dead."""
     gate, said = Gate(monkeypatch), []
@@ -135,9 +156,11 @@ def test_death_tells_everybody(
     def fault(*args: Any, **values: Any) -> Any:
         raise MemoryError("seeded")
 
+    dense = cache == "dense"
+    runner = "serving.paged.runner.Runner"
     target = {
-        "decode": "serving.generation.Decoder.decode",
-        "prefill": "serving.generation.Decoder.prefill",
+        "decode": "serving.generation.Decoder.decode" if dense else f"{runner}.decode",
+        "prefill": "serving.generation.Decoder.prefill" if dense else f"{runner}.read",
         "sequence": "serving.torch_engine.RunningSequence",
         "beam": "serving.beam.outputs",
     }[place]

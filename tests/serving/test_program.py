@@ -231,7 +231,7 @@ def test_a_dead_engine_is_exit_6(
     def fault(*args: Any) -> None:
         raise MemoryError("seeded")
 
-    monkeypatch.setattr("serving.generation.Decoder.decode", fault)
+    monkeypatch.setattr("serving.paged.runner.Runner.decode", fault)
     statuses: list[int] = []
 
     def visit(url: str) -> None:

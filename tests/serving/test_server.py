@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from flask import Flask
 
 from mtk.errors import ConfigError
 from serving.app import create_app, service_of
-from serving.generation import Decoder
+from serving.paged.runner import Runner
 from serving.server import HttpServer, bind, read_keys
 from serving.torch_engine import TorchEngine
 from tests.serving.conftest import settings
@@ -31,13 +30,13 @@ GREEDY = {"prompt": "Hello", "temperature": 0}
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every decode step takes 20 ms."""
-    real = Decoder.decode
+    real = Runner.decode
 
-    def decode(decoder: Decoder, tokens: Any) -> torch.Tensor:
+    def decode(runner: Runner, rows: Any) -> Any:
         time.sleep(0.02)
-        return real(decoder, tokens)
+        return real(runner, rows)
 
-    monkeypatch.setattr(Decoder, "decode", decode)
+    monkeypatch.setattr(Runner, "decode", decode)
 
 
 def greedy_text(prompt: str, count: int) -> str:
@@ -179,7 +178,7 @@ def test_a_dead_engine_is_told(
     def fault(*args: Any) -> None:
         raise MemoryError("secret detail")
 
-    monkeypatch.setattr(Decoder, "decode", fault)
+    monkeypatch.setattr(Runner, "decode", fault)
     *_, last = chunks
     assert last["error"]["code"] == 503 and "died" in last["error"]["message"]
     assert "secret" not in str(last)

@@ -1,0 +1,1 @@
+"""How fast a corpus becomes token ids: mtk, its parts, and other programs, in one run."""

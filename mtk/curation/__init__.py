@@ -1,0 +1,1 @@
+"""Raw dumps and crawls to clean corpora."""

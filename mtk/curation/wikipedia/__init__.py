@@ -1,0 +1,1 @@
+"""Dumps of Wikipedia to clean articles."""

@@ -1,0 +1,1 @@
+"""Continuous batching on a paged cache: blocks, schedule, forward pass and sampling."""

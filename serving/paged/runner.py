@@ -1,0 +1,201 @@
+"""What lies on the device while sequences run, and the forward passes over it.
+
+Every running sequence has a slot: a row of the table of its blocks, and a place for its last
+token. A step of decoding is told slots and positions only; the tokens it begins with need never
+have been on the host.
+
+Shape suffixes: R slots, W columns of the table, N tokens to be read, B rows of a step, V
+vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mtk.kernels import fused_on
+from mtk.kernels.transfer import send
+from mtk.models.attention import form_of
+from mtk.models.gpt import GPT
+from serving.generation import SCORED_AT_ONCE, logprobs_of
+from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
+from serving.paged.choose import index
+from serving.paged.graphs import BUCKETS, Graphs
+from serving.paged.layers import PagedModel, Tokens
+from serving.paged.schedule import Chunk, Row
+from serving.paged.storage import Storage
+
+if TYPE_CHECKING:
+    from serving.paged.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Of some rows: logits [B, V] as the model has them, the likeliest token that may be drawn
+    [B], and whether all logits are finite [B]."""
+
+    logits_BV: Tensor
+    likeliest_B: Tensor
+    finite_B: Tensor
+
+    def first(self, rows: int) -> Launched:
+        return Launched(self.logits_BV[:rows], self.likeliest_B[:rows], self.finite_B[:rows])
+
+
+def look(logits_BV: Tensor, drawable: int) -> Launched:
+    """drawable: ids that may be drawn are below it."""
+    lowest_B, highest_B = logits_BV.aminmax(dim=-1)
+    finite_B = lowest_B.isfinite() & highest_B.isfinite()
+    return Launched(logits_BV, logits_BV[:, :drawable].argmax(dim=-1), finite_B)
+
+
+class Runner:
+    """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. padded:
+    run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
+    use those of :mod:`serving.paged.kernels` (default: where they can run)."""
+
+    def __init__(
+        self,
+        model: GPT,
+        storage: Storage,
+        *,
+        slots: int,
+        context: int,
+        drawable: int,
+        padded: bool = False,
+        graphs: bool = False,
+        kernels: bool | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.storage, self._drawable = storage, drawable
+        self.paged = PagedModel(model, storage)
+        self.device = storage.shape.device
+        self._form = form_of(model.config)
+        self._columns = -(-context // storage.shape.block)
+        # The last slot is that of rows that fill a batch up; its table names block 0.
+        self.idle_slot = slots
+        self.tokens_R = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self.table_RW = torch.zeros(slots + 1, self._columns, dtype=torch.int64, device=self.device)
+        self._kernels: Kernels | None = None
+        if fused_on(self.device) if kernels is None else kernels:
+            self._kernels = _kernels(self.paged, context)
+        self._padded = padded or graphs
+        self.graphs = Graphs(self._decode, self.device, report) if graphs else None
+
+    @property
+    def model(self) -> GPT:
+        return self.paged.model
+
+    def place(self, rows: Sequence[Row]) -> None:
+        """Tell the device the blocks that rows were given since."""
+        entries: list[tuple[int, int, int]] = []
+        for row in rows:
+            assert row.slot is not None
+            blocks = row.table.blocks
+            entries += [(row.slot, i, blocks[i]) for i in range(row.placed, len(blocks))]
+            row.placed = len(blocks)
+        if entries:
+            self.storage.reserve(max(block for _, _, block in entries))
+            slots, columns, blocks_ = send(torch.tensor(entries), self.device).unbind(1)
+            self.table_RW[slots, columns] = blocks_
+
+    def decode(self, rows: Sequence[Row]) -> Launched:
+        """One token for each row, whose last one is in its slot already."""
+        # Of each row the position of that token.
+        pairs = [(row.slot, row.cached - 1) for row in rows]
+        size, width = len(rows), self._width(rows)
+        if self._padded:
+            size = bucket(size, self.idle_slot)
+            pairs += [(self.idle_slot, 0)] * (size - len(rows))
+        inputs_2B = send(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), self.device)
+        run = self._decode if self.graphs is None else self.graphs
+        return run(inputs_2B, width).first(len(rows))
+
+    def _width(self, rows: Sequence[Row]) -> int:
+        """Columns of the table that this step looks at; kernels find out themselves."""
+        if self._kernels is not None:
+            return self._columns
+        needed = max(len(row.table.blocks) for row in rows)
+        return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
+
+    def _decode(self, inputs_2B: Tensor, width: int) -> Launched:
+        slots_B, positions_B = inputs_2B.unbind(0)
+        tokens = self._tokens(self.tokens_R[slots_B], slots_B, positions_B)
+        return self._look(self.paged.states(tokens, self._attend(tokens, width)))
+
+    def _attend(self, tokens: Tokens, width: int) -> Attend:
+        window = self._form.window
+        if self._kernels is not None:
+            return self._kernels.attention(tokens, window)
+        table_BW = self.table_RW[tokens.slots_N, :width]
+        return DecodeAttention(self.storage, table_BW, tokens.positions_N + 1, window)
+
+    def _tokens(self, ids_N: Tensor, slots_N: Tensor, positions_N: Tensor) -> Tokens:
+        block = self.storage.shape.block
+        return Tokens(ids_N, slots_N, positions_N, self.table_RW, block, self.paged.tables)
+
+    def _look(self, x_BE: Tensor) -> Launched:
+        return look(self.paged.logits(x_BE), self._drawable)
+
+    def read(self, chunks: Sequence[Chunk]) -> Launched | None:
+        """Read chunks of text; what follows those that are the last of their rows, if any.
+
+        Log-probabilities that rows want of their prompts are added to them.
+        """
+        columns: list[tuple[int, int, int]] = []
+        for chunk in chunks:
+            row, end = chunk.row, chunk.start + chunk.count
+            assert row.slot is not None
+            columns += [(row.ids[i], row.slot, i) for i in range(chunk.start, end)]
+        tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
+        attend = PrefillAttention(self.storage, [self._span(c) for c in chunks], self._form)
+        x_NE = self.paged.states(tokens, attend)
+        ends, done = [], 0
+        for chunk in chunks:
+            self._score(chunk, x_NE[done : done + chunk.count])
+            done += chunk.count
+            ends += [done - 1] * chunk.last
+        if not ends:
+            return None
+        return self._look(x_NE[index(ends, self.device)])
+
+    def _span(self, chunk: Chunk) -> Span:
+        blocks = -(-(chunk.start + chunk.count) // self.storage.shape.block)
+        return Span(chunk.start, chunk.count, self.table_RW[chunk.row.slot, :blocks])
+
+    def _score(self, chunk: Chunk, x_SE: Tensor) -> None:
+        row = chunk.row
+        top = row.sequence.score_top
+        if top is None or row.sequence.tokens:
+            return
+        # The last token of the prompt predicts none of its tokens.
+        count = min(chunk.count, len(row.ids) - 1 - chunk.start)
+        for start in range(0, count, SCORED_AT_ONCE):
+            end = min(start + SCORED_AT_ONCE, count)
+            following = row.ids[chunk.start + start + 1 : chunk.start + end + 1]
+            row.scored += logprobs_of(self.paged.logits(x_SE[start:end]), following, top)
+
+    def capture(self) -> None:
+        """Capture the graphs of all sizes before there is traffic, if the tokens that sequences
+        have do not matter to them."""
+        if self.graphs is None or self._kernels is None:
+            return
+        for size in (*(b for b in BUCKETS if b < self.idle_slot), self.idle_slot):
+            pairs = torch.tensor([[self.idle_slot] * size, [0] * size], device=self.device)
+            self.graphs(pairs, self._columns)
+
+
+def _kernels(paged: PagedModel, context: int) -> Kernels:
+    # Triton is not everywhere.
+    from serving.paged.kernels import Kernels
+
+    return Kernels(paged, context)
+
+
+def bucket(rows: int, most: int) -> int:
+    """The size that a step of ``rows`` rows runs in."""
+    return min(next((size for size in BUCKETS if size >= rows), most), most)

@@ -1,0 +1,207 @@
+"""Which tokens of which sequences are computed in the next step.
+
+Every running sequence gets its one token, oldest first; what is left of the step's tokens goes to
+prompts, cut into chunks, so that a long prompt does not hold up those who are reading. A
+sequence begins when there are blocks for all it has so far. When a running one needs a block and
+there is none, the youngest loses its own and waits at the head of the queue: its text is read
+again later, from what the pool still knows of it if possible. The oldest is never stopped, so
+that something always ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from serving.generation import RunningSequence
+from serving.paged.blocks import BlockPool, Table
+from serving.requests import TokenLogprob
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence on its way. Numbers count tokens.
+
+    ids: all that are known. slot: its place on the device while it runs. cached: keys and values
+    computed, or on their way. asked: new tokens sampled, or on their way. target: up to where its
+    text is read before the first of them. in_flight: steps not looked at yet. ended: nothing of
+    it is wanted any more.
+    """
+
+    sequence: RunningSequence
+    table: Table
+    age: int
+    ids: list[int]
+    slot: int | None = None
+    cached: int = 0
+    asked: int = 0
+    target: int = 0
+    in_flight: int = 0
+    placed: int = 0
+    ended: bool = False
+    scored: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def reads(self) -> bool:
+        """Whether part of its text is still to be read."""
+        return self.cached < self.target
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a token can be computed for it now. One that depends on the text of the last
+        token waits until the host knows that."""
+        request = self.sequence.request
+        late = self.in_flight > 0 and not request.newline_after_colon
+        return not self.reads and self.asked < request.max_tokens and not late
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start`` to ``start + count`` of a row's text. last: its next token follows."""
+
+    row: Row
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        return self.start + self.count == self.row.target
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows that get one token, and chunks of text to be read."""
+
+    decode: Sequence[Row]
+    chunks: Sequence[Chunk]
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.chunks)
+
+
+class Scheduler:
+    """rows: sequences that run at once. tokens: computed in one step."""
+
+    def __init__(self, pool: BlockPool, *, rows: int, tokens: int) -> None:
+        if tokens <= rows:
+            raise ValueError(f"{tokens} tokens a step leave nothing beside {rows} rows")
+        self.pool, self._tokens = pool, tokens
+        self.slots = list(range(rows - 1, -1, -1))
+        self.running: list[Row] = []
+        self.waiting: deque[Row] = deque()
+        self.preemptions = 0
+        self._ages = 0
+
+    def add(self, sequence: RunningSequence) -> Row:
+        row = Row(sequence, Table(self.pool), self._ages, list(sequence.prompt))
+        self._ages += 1
+        self.waiting.append(row)
+        return row
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(row.cached for row in self.running)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether rows may have to lose their blocks while steps of theirs are on their way: those
+        must be looked at first. Then the next step is planned."""
+        if not any(row.in_flight for row in self.running):
+            return False
+        needed = sum(row.table.missing(row.cached + 1) for row in self.running if row.decodes)
+        return needed > self.pool.available
+
+    def plan(self) -> Step:
+        """The next step; its blocks are taken. Must not be called while :attr:`blocked`."""
+        decode = []
+        for row in list(self.running):
+            # An older one may have taken its blocks just now.
+            if row.slot is not None and row.decodes and self._make_room(row):
+                decode.append(row)
+        chunks: list[Chunk] = []
+        budget = self._tokens - len(decode)
+        reading = deque(row for row in self.running if row.reads)
+        while budget > 0:
+            reader = reading.popleft() if reading else self._next()
+            if reader is None:
+                break
+            chunks.append(self._read(reader, budget))
+            budget -= chunks[-1].count
+        for row in decode:
+            row.cached += 1
+        return Step(decode, chunks)
+
+    def _read(self, row: Row, most: int) -> Chunk:
+        chunk = Chunk(row, row.cached, min(row.target - row.cached, most))
+        row.cached += chunk.count
+        # Who begins alike finds them in this very step: keys are stored before any is read.
+        row.table.publish(row.ids, row.cached)
+        return chunk
+
+    def _make_room(self, row: Row) -> bool:
+        """Have a block for the row's next token, if need be a younger row's."""
+        while row.table.missing(row.cached + 1) > self.pool.available:
+            youngest = self.running[-1]
+            if youngest is row:
+                return False
+            self._preempt(youngest)
+        row.table.extend(row.cached + 1)
+        return True
+
+    def _preempt(self, row: Row) -> None:
+        self._leave(row)
+        row.cached = row.asked = row.target = 0
+        self.waiting.appendleft(row)
+        self.preemptions += 1
+
+    def _next(self) -> Row | None:
+        """The first of those that wait, if there is room for it."""
+        if self.waiting and self.slots and self._begin(self.waiting[0]):
+            return self.waiting.popleft()
+        return None
+
+    def _begin(self, row: Row) -> bool:
+        """Give the row a slot and blocks for all its text, if there are enough."""
+        table, ids = row.table, row.ids
+        # Scores need the states of every token.
+        scores = row.sequence.score_top is not None and not row.sequence.tokens
+        found = 0 if scores else table.find(ids)
+        # One that just lost its blocks must not take those that others need next.
+        spare = len(self.running)
+        if table.missing(len(ids)) + spare > self.pool.available:
+            table.release()
+            return False
+        table.extend(len(ids))
+        if not scores:
+            self.pool.asked += len(ids)
+            self.pool.found += found
+        row.slot, row.cached, row.target = self.slots.pop(), found, len(ids)
+        row.asked, row.placed, row.scored = len(row.sequence.tokens), 0, []
+        self.running.append(row)
+        self.running.sort(key=lambda other: other.age)
+        return True
+
+    @property
+    def count(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def drop(self, unwanted: Callable[[RunningSequence], bool]) -> None:
+        """Free what all ``unwanted`` sequences hold."""
+        for row in [row for row in self.running if unwanted(row.sequence)]:
+            self.end(row)
+        for row in [row for row in self.waiting if unwanted(row.sequence)]:
+            row.ended = True
+            self.waiting.remove(row)
+
+    def end(self, row: Row, *, broken: bool = False) -> None:
+        """Free what a running row holds; ``broken``: what it computed is not used again."""
+        row.ended = True
+        self._leave(row, forget=broken)
+
+    def _leave(self, row: Row, *, forget: bool = False) -> None:
+        assert row.slot is not None
+        row.table.release(forget=forget)
+        self.slots.append(row.slot)
+        row.slot = None
+        self.running.remove(row)
