@@ -178,8 +178,6 @@ class RunningSequence:
         if not torch.isfinite(logits_V).all():
             return self._broken()
         token = self._sampler.choose(self._allowed(logits_V))
-        if self._guide is not None:
-            self._guide.accept(token)
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.sampling.logprobs is not None:
             top = self.request.sampling.logprobs
@@ -195,11 +193,27 @@ class RunningSequence:
         """Whether the token after the last one taken must not begin with a newline."""
         return not self.request.newline_after_colon and self._last_text.endswith(":")
 
+    @property
+    def guided(self) -> bool:
+        """Whether :meth:`guide` changes its logits."""
+        return self._guide is not None
+
+    def guide(self, logits_V: Tensor) -> Tensor:
+        """Logits after the request's guide, which has seen all tokens taken."""
+        return logits_V if self._guide is None else self._guide.apply(logits_V)
+
+    @property
+    def waits_for_last(self) -> bool:
+        """Whether a choice depends on the token before it, so that this must be taken first."""
+        return self.guided or not self.request.newline_after_colon
+
     def take(self, token: int | None, logprobs: tuple[TokenLogprob, ...] = ()) -> Delta:
         """Apply the stop rules to a token that was chosen; None: of logits that are not finite."""
         if token is None:
             return self._broken()
         self.tokens.append(token)
+        if self._guide is not None:
+            self._guide.accept(token)
         text = self._accept(token)
         self._steps.append(text)
         self._logprobs += logprobs
@@ -236,7 +250,7 @@ class RunningSequence:
         if self.forbids_newline:
             newlines = self._vocabulary.newlines(logits_V.device)
             logits_V = logits_V.index_fill(0, newlines, float("-inf"))
-        return logits_V if self._guide is None else self._guide.apply(logits_V)
+        return self.guide(logits_V)
 
     def output(self) -> SequenceOutput:
         if self.finish is None:

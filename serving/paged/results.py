@@ -93,6 +93,13 @@ def choose_next(
         at = index(forbid, device)[:, None]
         allowed_BV[at, vocabulary.newlines(device)] = float("-inf")
         tokens_B = allowed_BV.argmax(dim=-1)
+    guided = [i for i, row in enumerate(rows) if row.sequence.guided]
+    if guided:
+        # In fp32: a bias must not be rounded to the precision of the model.
+        allowed_BV = allowed_BV.float().clone()
+        for i in guided:
+            allowed_BV[i] = rows[i].sequence.guide(allowed_BV[i])
+        tokens_B = allowed_BV.argmax(dim=-1)
     drawn = [i for i, choice in enumerate(choices) if not choice.greedy]
     if drawn:
         at = index(drawn, device)

@@ -49,11 +49,10 @@ class Row:
 
     @property
     def decodes(self) -> bool:
-        """Whether a token can be computed for it now. One that depends on the text of the last
-        token waits until the host knows that."""
-        request = self.sequence.request
-        late = self.in_flight > 0 and not request.newline_after_colon
-        return not self.reads and self.asked < request.max_tokens and not late
+        """Whether a token can be computed for it now. One that depends on the last token waits
+        until the host knows that."""
+        late = self.in_flight > 0 and self.sequence.waits_for_last
+        return not self.reads and self.asked < self.sequence.request.max_tokens and not late
 
 
 @dataclass(frozen=True)
