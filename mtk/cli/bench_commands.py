@@ -14,6 +14,8 @@ LAYOUTS = "mtk.config.bench:LayoutsBenchConfig"
 RECOMPUTE = "mtk.config.bench:RecomputeBenchConfig"
 OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
 FAMILIES = "mtk.config.bench_families:FamiliesBenchConfig"
+SERVE = "mtk.config.bench_serve:ServeBenchConfig"
+DECODE = "mtk.config.bench_decode:DecodeBenchConfig"
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
@@ -30,6 +32,8 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
     add_command(bench, "optimizer-memory", OPTIMIZER_MEMORY, _optimizer_memory, help=help)
     help = "Every family learns a text by heart, trains on two ranks as on one, and resumes."
     add_command(bench, "families", FAMILIES, _families, help=help)
+    help = "A server under rising load: tokens/s, time to first text, latency percentiles, errors."
+    add_command(bench, "serve", SERVE, _serve, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -121,6 +125,40 @@ def _families(given: dict[str, Any], common: CommonOptions) -> None:
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise GateError(f"{'; '.join(failed[:3])}{more}.")
+
+
+def _serve(given: dict[str, Any], common: CommonOptions) -> None:
+    from pathlib import Path
+
+    from flows.guard import start_guarded, stop
+    from mtk.errors import WorkerError
+    from mtk.log import Reporter
+    from serving.bench.serve import COLUMNS, bench_serve, cells
+    from serving.bench.serve_chart import draw
+    from serving.bench.summary import plain
+
+    config = _resolved("serve", SERVE, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    # A server somewhere else says nothing about its hardware.
+    hardware = _hardware(reporter) if config.server.load is not None else []
+    report = bench_serve(config, reporter, start=start_guarded, stop=stop, hardware=hardware)
+    if config.chart is not None:
+        draw(report, Path(config.chart))
+    table = _table(COLUMNS, [cells(point) for point in report.points])
+    points = [{**plain(point), "requests": None} for point in report.points]
+    reporter.result(table, points=points, output=config.output)
+    silent = [point.name for point in report.points if not point.answered]
+    if silent:
+        raise WorkerError(f"no request was answered with {', '.join(silent)}; the table says why.")
+
+
+def _hardware(reporter: Any) -> list[dict[str, Any]]:
+    """The first GPU of this machine, if it has one."""
+    import torch
+
+    from mtk.benchmarks.speed import hardware_of
+
+    return hardware_of("cuda" if torch.cuda.device_count() else "cpu", 1, reporter)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
