@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from mtk.config.bench_serve import LoadConfig
@@ -66,9 +67,7 @@ class Measured:
     @property
     def gaps(self) -> list[float]:
         """Seconds between arrivals of text."""
-        return [
-            later - earlier for earlier, later in zip(self.pieces, self.pieces[1:], strict=False)
-        ]
+        return [later - earlier for earlier, later in pairwise(self.pieces)]
 
     @property
     def each_token(self) -> float | None:
