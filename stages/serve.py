@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtk.config.serve import ServeConfig
 from mtk.errors import ConfigError, Problem, WorkerError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from mtk.models.gpt import GPT
+    from serving.tensorrt_llm_engine import TensorRTEngine
+    from serving.torch_engine import TorchEngine
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -25,7 +28,6 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     ArtifactError (model), WorkerError if the engine died meanwhile.
     """
     from serving.app import create_app
-    from serving.open_served import open_served
     from serving.server import (
         HttpServer,
         bind,
@@ -36,7 +38,6 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         stopped_by_signals,
     )
     from serving.settings import ServerSettings
-    from serving.torch_engine import TorchEngine
 
     reporter = (session or Session()).reporter
     limits = config.limits
@@ -45,20 +46,11 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
     try:
-        dtype, device = _place(config)
-        served = open_served(config.load, dtype=dtype, device=device)
-        context = context_length(config, served.model)
-        engine = TorchEngine(
-            served.model,
-            served.tokenizer,
-            context=context,
-            max_batch_size=limits.max_batch_size,
-            max_queue=limits.max_queue,
-            report=reporter.warn,
-        )
+        opened = open_engine(config, reporter)
+        engine, context = opened.engine, opened.engine.context
         settings = ServerSettings(
             model=config.model_name or Path(config.load).resolve().name,
-            lineage=served.lineage,
+            lineage=opened.lineage,
             api_keys=keys,
             max_concurrency=limits.max_concurrency,
             max_body_bytes=limits.max_body_bytes,
@@ -81,6 +73,38 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     reporter.event("stopped", url=server.url)
     if engine.died:
         raise WorkerError(f"{engine.died}; the server answered 503 since. Its log has the cause.")
+
+
+@dataclass(frozen=True)
+class OpenedEngine:
+    """lineage: the chain of digests as plain data; None if the model is no mtk artifact."""
+
+    engine: TorchEngine | TensorRTEngine
+    lineage: dict[str, Any] | None
+
+
+def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
+    """The model behind the engine that was asked for. Raises ConfigError and ArtifactError."""
+    from serving.open_served import lineage_of, open_served
+
+    if config.engine == "tensorrt-llm":
+        from serving.tensorrt_llm_open import open_tensorrt
+
+        found = open_tensorrt(config, reporter.warn)
+        return OpenedEngine(found.engine, lineage_of(found.artifact))
+    from serving.torch_engine import TorchEngine
+
+    dtype, device = _place(config)
+    served = open_served(config.load, dtype=dtype, device=device)
+    engine = TorchEngine(
+        served.model,
+        served.tokenizer,
+        context=context_length(config, served.model),
+        max_batch_size=config.limits.max_batch_size,
+        max_queue=config.limits.max_queue,
+        report=reporter.warn,
+    )
+    return OpenedEngine(engine, served.lineage)
 
 
 def _place(config: ServeConfig) -> tuple[torch.dtype, str]:
