@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,7 +56,7 @@ def _fenced(line: str, read: Callable[[str], str], more: str) -> str:
 
 @contextmanager
 def history(path: str | None) -> Iterator[None]:
-    """Earlier entries by arrow keys, kept in a file that only its owner can read; None is off.
+    """Earlier entries by arrow keys, kept in a file (that readline lets only its owner read); None is off.
 
     Raises nothing for a file that cannot be read or written: it is a convenience.
     """
@@ -76,6 +75,4 @@ def history(path: str | None) -> Iterator[None]:
     finally:
         readline.set_history_length(HISTORY_LINES)
         with suppress(OSError):
-            # Made here, so that nobody else can ever read it.
-            os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
             readline.write_history_file(file)

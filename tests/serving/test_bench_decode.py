@@ -52,10 +52,10 @@ def test_costs_of_a_model_counted_by_hand() -> None:
     assert weight_bytes(model, 7) == 4 * (2 * layer + output + norms)
     assert cache_bytes(model, 3, 10) == 3 * 10 * 2 * (2 * 2 * 8) * 4
     # Two FLOPs a weight and token; scores and values: 2 x 2 x 32 a key that is seen.
-    matrices = 2 * 5 * 2 * layer
-    seen = 2 * 2 * 32 * 2 * (1 + 2 + 3 + 4 + 5)
-    counted = prefill_flops(model.config, 4, 5)
-    assert counted == pytest.approx(4 * (matrices + seen + 2 * output), rel=0.02)
+    matrices = 2 * 64 * 2 * layer
+    seen = 2 * 2 * 32 * 2 * sum(range(1, 65))
+    counted = prefill_flops(model.config, 4, 64)
+    assert counted == pytest.approx(4 * (matrices + seen + 2 * output), rel=0.003)
 
 
 def test_tied_and_expert_weights_are_read_once() -> None:
