@@ -56,7 +56,8 @@ def _fenced(line: str, read: Callable[[str], str], more: str) -> str:
 
 @contextmanager
 def history(path: str | None) -> Iterator[None]:
-    """Earlier entries by arrow keys, kept in a file (that readline lets only its owner read); None is off.
+    """Earlier entries by arrow keys, kept in a file that readline lets only its owner read; None
+    is off.
 
     Raises nothing for a file that cannot be read or written: it is a convenience.
     """
