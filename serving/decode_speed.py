@@ -1,7 +1,4 @@
-"""How long a model takes to read prompts and to decode, without server and scheduling.
-
-Shape suffixes: B rows, V vocabulary.
-"""
+"""How fast a model decodes, through the same steps as the server's."""
 
 from __future__ import annotations
 
@@ -15,57 +12,38 @@ import torch
 from mtk.models.gpt import GPT
 from serving.generation import Decoder
 
-SEED = 1234
-
 
 @dataclass(frozen=True)
-class DecodeSpeed:
-    """prefill_seconds: until the first new token of all rows is known. step_seconds: of each
-    decode step after that, in all of which every row gets a token. tokens: what was generated,
-    greedily, row by row."""
+class DecodeFigures:
+    """prefill_seconds: until every sequence has its first token. step_seconds: of each step of
+    decoding, by the host's clock, in which every sequence gets a token. tokens: what was
+    generated, greedily, row by row."""
 
     prefill_seconds: float
-    step_seconds: tuple[float, ...]
-    tokens: tuple[tuple[int, ...], ...]
-
-
-def prompts_of(vocab: int, batch: int, length: int, seed: int = SEED) -> list[list[int]]:
-    """Random token ids; every row another prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[list[int]] = torch.randint(vocab, (batch, length), generator=generator).tolist()
-    return found
+    step_seconds: Sequence[float]
+    tokens: Sequence[Sequence[int]]
 
 
 @torch.inference_mode()
 def measure_decode(
-    model: GPT, batch: int, prompt_tokens: int, new_tokens: int, seed: int = SEED
-) -> DecodeSpeed:
-    """Read ``batch`` prompts of ``prompt_tokens`` and generate ``new_tokens`` (at least 2) for
-    each. Times are those of the host, which knows every token before the next step."""
-    prompts = prompts_of(model.config.vocab_size or 0, batch, prompt_tokens, seed)
+    model: GPT, batch: int, prompt_tokens: int, new_tokens: int, *, seed: int = 0
+) -> DecodeFigures:
+    """Decode ``new_tokens`` (at least 2) for each of ``batch`` random prompts; that of row i has
+    seed + i. The host knows every token before the next step, so its clock is the right one."""
+    vocab, prompts = model.config.vocab_size or 0, []
+    for row in range(batch):
+        chance = torch.Generator().manual_seed(seed + row)
+        prompts.append(torch.randint(vocab, (prompt_tokens,), generator=chance).tolist())
     decoder = Decoder(model)
-    _settle(model)
+    if model.output_weight.is_cuda:
+        torch.cuda.synchronize(model.output_weight.device)
     started = time.perf_counter()
-    logits = []
-    for prompt in prompts:
-        logits.append(decoder.prefill(decoder.cache.add_row(), prompt)[0])
+    logits = [decoder.prefill(decoder.cache.add_row(), prompt)[0] for prompt in prompts]
     chosen: list[int] = torch.stack(logits).argmax(dim=-1).tolist()
     ends, columns = [time.perf_counter()], [chosen]
     for _ in range(new_tokens - 1):
         chosen = decoder.decode(chosen).argmax(dim=-1).tolist()
         ends.append(time.perf_counter())
         columns.append(chosen)
-    return speed_of(started, ends, list(zip(*columns, strict=True)))
-
-
-def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[int]]) -> DecodeSpeed:
-    """From the time at which each column of tokens was known."""
-    steps = tuple(later - earlier for earlier, later in pairwise(ends))
-    return DecodeSpeed(ends[0] - started, steps, tuple(tuple(row) for row in tokens))
-
-
-def _settle(model: GPT) -> None:
-    """What was launched before is done when the clock starts."""
-    device = model.output_weight.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    steps = [later - earlier for earlier, later in pairwise(ends)]
+    return DecodeFigures(ends[0] - started, steps, list(zip(*columns, strict=True)))

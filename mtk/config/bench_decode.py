@@ -41,9 +41,9 @@ class DecodeBenchConfig:
             for value in values:
                 if value < 1:
                     yield Problem(name, value, "must be at least 1", "Nearest: 1.")
-        if self.new_tokens < 2:
-            rule = "must be at least 2: the first belongs to the prompt"
-            yield Problem("new_tokens", self.new_tokens, rule, "Nearest: 2.")
+        if self.new_tokens < 16:
+            rule = "must be at least 16, of which the first ones are not timed"
+            yield Problem("new_tokens", self.new_tokens, rule, "Nearest: 16.")
         for name in ("repeats", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

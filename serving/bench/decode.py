@@ -22,9 +22,9 @@ from mtk.errors import ConfigError, MtkError, Problem
 from mtk.log import Reporter
 from mtk.models.gpt import GPT
 from serving.bench.decode_costs import copy_rate, weight_bytes
-from serving.bench.decode_rows import Report, content, row_of
+from serving.bench.decode_rows import Report, Timed, content, row_of
 from serving.bench.transformers_speed import Generate, missing
-from serving.decode_speed import DecodeSpeed, measure_decode
+from serving.decode_speed import measure_decode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # From a model's path to a folder that transformers reads, for as long as the block runs.
@@ -117,13 +117,13 @@ def _take_turns(
     beside: Generate | None,
     batch: int,
     prompt_tokens: int,
-) -> tuple[list[DecodeSpeed], list[DecodeSpeed]]:
-    shape = (batch, prompt_tokens, config.new_tokens, config.seed)
-    own, theirs = [], []
+) -> tuple[list[Timed], list[Timed]]:
+    shape, vocab = (batch, prompt_tokens, config.new_tokens), model.config.vocab_size or 0
+    own, theirs = list[Timed](), list[Timed]()
     for turn in range(config.repeats + 1):  # the first is for caches, compilers and clocks
-        mine = measure_decode(model, *shape)
-        other = beside.measure(model.config.vocab_size or 0, *shape) if beside else None
+        mine = measure_decode(model, *shape, seed=config.seed)
+        other = [] if beside is None else [beside.measure(vocab, *shape, config.seed)]
         if turn:
             own.append(mine)
-            theirs += [other] if other else []
+            theirs += other
     return own, theirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +15,6 @@ from mtk.config.bench_decode import DecodeBenchConfig
 from mtk.config.plan import GPUS
 from mtk.convert.open_model import OpenedModel
 from serving.bench.decode_costs import PEAK_BANDWIDTH, cache_bytes, prefill_flops, weight_bytes
-from serving.decode_speed import DecodeSpeed
 
 COLUMNS = (
     "",
@@ -29,6 +28,18 @@ COLUMNS = (
     "ratio",
     "same tokens",
 )
+
+
+class Timed(Protocol):
+    """One run. prefill_seconds: until all rows have a token; step_seconds: of each step after
+    that; tokens: what came out, row by row."""
+
+    @property
+    def prefill_seconds(self) -> float: ...
+    @property
+    def step_seconds(self) -> Sequence[float]: ...
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Row:
     ratio: float | None
     same: float | None
     how: str
-    runs: Sequence[DecodeSpeed]
+    runs: Sequence[Timed]
 
 
 @dataclass
@@ -73,7 +84,7 @@ def row_of(
     name: str,
     batch: int,
     prompt_tokens: int,
-    runs: Sequence[DecodeSpeed],
+    runs: Sequence[Timed],
     how: str = "",
     beside: Row | None = None,
 ) -> Row:
@@ -104,7 +115,7 @@ def row_of(
     )
 
 
-def same_tokens(one: DecodeSpeed, other: DecodeSpeed) -> float:
+def same_tokens(one: Timed, other: Timed) -> float:
     """Share of equal tokens; after the first other one a row goes its own way."""
     pairs = [
         (a, b)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from serving.decode_speed import SEED, DecodeSpeed, prompts_of, speed_of
 
 CACHE = "static"
 
@@ -22,6 +23,30 @@ def missing() -> str:
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed: pip install -c constraints.txt -e '.[hf]'"
     return ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """As :class:`serving.decode_speed.DecodeFigures` has them."""
+
+    prefill_seconds: float
+    step_seconds: Sequence[float]
+    tokens: Sequence[Sequence[int]]
+
+
+def prompts_of(vocab: int, batch: int, length: int, seed: int) -> list[list[int]]:
+    """Random token ids, those of row i with seed + i: the prompts of ``measure_decode``."""
+    found = []
+    for row in range(batch):
+        chance = torch.Generator().manual_seed(seed + row)
+        found.append(torch.randint(vocab, (length,), generator=chance).tolist())
+    return found
+
+
+def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[int]]) -> Speed:
+    """From the time at which each column of tokens was known."""
+    steps = [later - earlier for earlier, later in pairwise(ends)]
+    return Speed(ends[0] - started, steps, tokens)
 
 
 class Generate:
@@ -47,8 +72,8 @@ class Generate:
 
     @torch.inference_mode()
     def measure(
-        self, vocab: int, batch: int, prompt_tokens: int, new_tokens: int, seed: int = SEED
-    ) -> DecodeSpeed:
+        self, vocab: int, batch: int, prompt_tokens: int, new_tokens: int, seed: int
+    ) -> Speed:
         prompts = torch.tensor(prompts_of(vocab, batch, prompt_tokens, seed), device=self._device)
         self._model.generation_config = self._greedy(new_tokens)
         clock = _Clock(self._device)
