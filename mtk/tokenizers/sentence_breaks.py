@@ -3,18 +3,23 @@
 NLTK cuts a word, a mark that may end a sentence, and what follows it into tokens and looks at
 neighbours (Kiss & Strunk 2006). Here its tokens are remembered by word: most words end a
 sentence whatever follows, and for the others (abbreviations, initials, numbers, ellipses) the
-remembered tokens of both sides are given to its own rule. Every pattern and every decision is
-the library's; what is ours is when it need not be asked again.
+remembered tokens of both sides are given to its own rule. Patterns and decisions are the
+library's; what is ours is when it need not be asked (again).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 REMEMBERED = 200_000  # words, before all are forgotten
 LONGEST = 100  # characters of a word that is remembered
 SPACES = " \t\n\r\x0b\x0c"  # NLTK's word before a mark begins behind one of these
+# A word of letters, digits and single joints with its full stop, which NLTK keeps as one token
+# behind a mark that is always a token by itself. It is neither a number nor an initial. Or the
+# full stop alone, behind such a mark.
+PLAIN = re.compile(r"(?:^|[()\[\]{}\";:*@])([A-Za-z_](?:[./-]?[0-9A-Za-z_])+)?\.$")
 
 Span = tuple[int, int]
 Found = TypeVar("Found")
@@ -67,8 +72,9 @@ class SentenceBreaks:
         return slices
 
     def _words(self, text: str) -> Iterator[tuple[Any, str]]:
-        """The last candidate of every word that has any, and the word up to it, in front of
-        which other lines may stand. A mark that begins a word counts by itself as well."""
+        """The last candidate of every word that has any, and text from that word, or
+        a line before, up to it. A mark that
+        begins a word counts by itself as well."""
         previous: Any = None
         start = last = 0
         for match in self._candidates.finditer(text):
@@ -87,9 +93,13 @@ class SentenceBreaks:
 
     def _ends(self, match: Any, word: str) -> bool:
         following = match.group("next_tok")
+        if "\n" in word:
+            word = _last_word(word)
         if following is None:
             whole = word + match.group("after_tok")
             return _remembered(self._whole, whole, self._punkt.text_contains_sentbreak)
+        if word[-1] != "." and not following.isspace():
+            return True  # "?" and "!" are always tokens, and more tokens follow
         left = _remembered(self._left, word, self._of_left)
         if left is not None and left.certain and not following.isspace():
             return True
@@ -112,6 +122,8 @@ class SentenceBreaks:
     def _of_left(self, word: str) -> Left | None:
         """None if there is white space inside, by which NLTK's tokens may reach across."""
         word = _last_word(word)
+        if self._surely_ends(word):
+            return Left(True)
         tokens = self._tokens(word)
         if tokens is None:
             return None
@@ -126,6 +138,16 @@ class SentenceBreaks:
             or last.type_no_period in self._collocated
         )
         return Left(None, last) if decides else Left(bool(last.sentbreak))
+
+    def _surely_ends(self, word: str) -> bool:
+        """Whether it ends with a plain word that the parameters do not know as special."""
+        plain = PLAIN.search(word)
+        if plain is None or any(map(str.isspace, word)):
+            return False
+        kind = (plain[1] or ".").lower()
+        abbreviations = self._punkt._params.abbrev_types
+        known = kind in abbreviations or kind.rpartition("-")[2] in abbreviations
+        return not known and kind not in self._collocated
 
     def _of_right(self, word: str) -> Right | None:
         tokens = self._tokens(word)
