@@ -23,7 +23,11 @@ def _compiled(function):
         return njit(nogil=True)(function)
 
 
-@_compiled
+# A call would pass every field of eight arrays, once a word.
+_inlined = njit(inline="always")
+
+
+@_inlined
 def _hash(data, start, end, before):
     code = uint64(0xCBF29CE484222325) if before == 0 else uint64(0x9AE16A3B2F90404F)
     for i in range(start, end):
@@ -31,7 +35,7 @@ def _hash(data, start, end, before):
     return (code ^ (code >> uint64(29))) * uint64(0xBF58476D1CE4E5B9)
 
 
-@_compiled
+@_inlined
 def _look_up(data, start, end, before, state, slots, starts, befores, arena, found, text_of):
     """The word's number to ``found``, as a new one if need be; False if there is no room."""
     size = end - start
