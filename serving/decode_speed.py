@@ -29,7 +29,8 @@ class DecodeFigures:
     """What was measured. prefill_seconds: until every sequence has its first token.
     step_seconds: of each step of decoding, by the host's clock, in which every sequence gets a
     token. weight_bytes: read by a step at least once (all parameters but an embedding that is
-    only looked up). graphs: captured sizes. blocks: of the cache."""
+    only looked up). graphs: captured sizes. blocks: of the cache. tokens: what was generated, row
+    by row."""
 
     batch: int
     prompt_tokens: int
@@ -40,6 +41,7 @@ class DecodeFigures:
     cache_token_bytes: int
     graphs: int
     blocks: int
+    tokens: Sequence[Sequence[int]]
 
     @property
     def seconds(self) -> float:
@@ -120,6 +122,7 @@ def measure_decode(
         cache_token_bytes=running.runner.storage.shape.token_bytes,
         graphs=0 if graphs is None else graphs.count,
         blocks=settings.blocks,
+        tokens=[tuple(sequence.tokens) for sequence in sequences],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mtk.models.gpt import GPT
     from serving.chat_prompt import ChatPrompt
     from serving.settings import ServerSettings
+    from serving.tensorrt_llm_engine import TensorRTEngine
+    from serving.torch_engine import TorchEngine
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -29,8 +32,6 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     ArtifactError (model), WorkerError if the engine died meanwhile.
     """
     from serving.app import create_app
-    from serving.chat_prompt import open_chat
-    from serving.open_served import open_served
     from serving.server import (
         HttpServer,
         bind,
@@ -40,7 +41,6 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         ready_file,
         stopped_by_signals,
     )
-    from serving.torch_engine import TorchEngine
 
     reporter = (session or Session()).reporter
     limits = config.limits
@@ -49,27 +49,10 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
     try:
-        dtype, device = _place(config)
-        served = open_served(config.load, dtype=dtype, device=device)
-        context = context_length(config, served.model)
-        chat = open_chat(config.chat_template, served.tokenizer, config.load)
-        engine = TorchEngine(
-            served.model,
-            served.tokenizer,
-            context=context,
-            max_batch_size=limits.max_batch_size,
-            max_queue=limits.max_queue,
-            paged=paged_cache(config.cache, served.model),
-            report=reporter.warn,
-        )
-        if engine.context < context:
-            context = engine.context
-            reporter.warn(
-                f"the cache holds {context} tokens: sequences may not be longer "
-                f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
-            )
+        opened = open_engine(config, reporter)
+        engine, context = opened.engine, opened.engine.context
         settings = server_settings(
-            config, lineage=served.lineage, keys=keys, chat=chat, log=reporter.info
+            config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
         )
         quiet_waitress()
         server = HttpServer(
@@ -110,6 +93,50 @@ def server_settings(
         log=log,
         **limits,
     )
+
+
+@dataclass(frozen=True)
+class OpenedEngine:
+    """lineage: the chain of digests as plain data; None if the model is no mtk artifact. chat:
+    how conversations become prompts, if they can."""
+
+    engine: TorchEngine | TensorRTEngine
+    lineage: dict[str, Any] | None
+    chat: ChatPrompt | None
+
+
+def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
+    """The model behind the engine that was asked for. Raises ConfigError and ArtifactError."""
+    from serving.chat_prompt import open_chat
+    from serving.open_served import lineage_of, open_served
+
+    if config.engine == "tensorrt-llm":
+        from serving.tensorrt_llm_open import open_tensorrt
+
+        found = open_tensorrt(config, reporter.warn)
+        chat = open_chat(config.chat_template, found.engine.tokenizer, config.load)
+        return OpenedEngine(found.engine, lineage_of(found.artifact), chat)
+    from serving.torch_engine import TorchEngine
+
+    dtype, device = _place(config)
+    served = open_served(config.load, dtype=dtype, device=device)
+    context = context_length(config, served.model)
+    chat = open_chat(config.chat_template, served.tokenizer, config.load)
+    engine = TorchEngine(
+        served.model,
+        served.tokenizer,
+        context=context,
+        max_batch_size=config.limits.max_batch_size,
+        max_queue=config.limits.max_queue,
+        paged=paged_cache(config.cache, served.model),
+        report=reporter.warn,
+    )
+    if engine.context < context:
+        reporter.warn(
+            f"the cache holds {engine.context} tokens: sequences may not be longer "
+            f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
+        )
+    return OpenedEngine(engine, served.lineage, chat)
 
 
 def _place(config: ServeConfig) -> tuple[torch.dtype, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,6 +18,8 @@ OPTIMIZER_MEMORY = "mtk.config.bench:OptimizerMemoryConfig"
 PREPROCESS = "mtk.config.bench_preprocess:PreprocessBenchConfig"
 FAMILIES = "mtk.config.bench_families:FamiliesBenchConfig"
 INDEX = "mtk.config.bench_index:IndexBenchConfig"
+SERVE = "mtk.config.bench_serve:ServeBenchConfig"
+DECODE = "mtk.config.bench_decode:DecodeBenchConfig"
 
 
 def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
@@ -37,6 +41,10 @@ def register(app: typer.Typer, parents: Mapping[str, typer.Typer]) -> None:
 
     help = "MB/s of preprocess beside the engine alone, tokenizers, datatrove and Megatron's way."
     add_command(bench, "preprocess", PREPROCESS, _preprocess, help=help)
+    help = "A server under rising load: tokens/s, time to first text, latency percentiles, errors."
+    add_command(bench, "serve", SERVE, _serve, help=help)
+    help = "Reading prompts and decoding: tokens/s, MFU, bandwidth, beside transformers."
+    add_command(bench, "decode", DECODE, _decode, help=help)
 
 
 def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptions) -> Any:
@@ -48,8 +56,6 @@ def _resolved(name: str, config: str, given: dict[str, Any], common: CommonOptio
 
 
 def _train(given: dict[str, Any], common: CommonOptions) -> None:
-    from pathlib import Path
-
     from mtk.benchmarks.train_chart import draw
     from mtk.benchmarks.training import (
         COLUMNS,
@@ -152,6 +158,76 @@ def _preprocess(given: dict[str, Any], common: CommonOptions) -> None:
     rows = bench_preprocess(config, preprocess.run, reporter)
     table = _table(COLUMNS, [cells(row) for row in rows])
     reporter.result(table, rows=[plain(row) for row in rows], output=config.output)
+
+
+def _serve(given: dict[str, Any], common: CommonOptions) -> None:
+    from flows.guard import start_guarded, stop
+    from mtk.errors import WorkerError
+    from mtk.log import Reporter
+    from serving.bench.serve import COLUMNS, bench_serve, cells
+    from serving.bench.serve_chart import draw
+    from serving.bench.summary import plain
+
+    config = _resolved("serve", SERVE, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    # A server somewhere else says nothing about its hardware.
+    hardware = _hardware(reporter) if config.server.load is not None else []
+    report = bench_serve(config, reporter, start=start_guarded, stop=stop, hardware=hardware)
+    if config.chart is not None:
+        draw(report, Path(config.chart))
+    table = _table(COLUMNS, [cells(point) for point in report.points])
+    points = [{**plain(point), "requests": None} for point in report.points]
+    reporter.result(table, points=points, output=config.output)
+    silent = [point.name for point in report.points if not point.answered]
+    if silent:
+        raise WorkerError(f"no request was answered with {', '.join(silent)}; the table says why.")
+
+
+def _decode(given: dict[str, Any], common: CommonOptions) -> None:
+    from mtk.log import Reporter
+    from serving.bench.decode import bench_decode
+    from serving.bench.decode_rows import COLUMNS, cells, plain
+
+    config = _resolved("decode", DECODE, given, common).config
+    reporter = Reporter(json_lines=common.json_lines)
+    hardware = _hardware(reporter) if config.device != "cpu" else []
+    report = bench_decode(config, reporter, _exported, hardware)
+    table = _table(COLUMNS, [cells(report, row) for row in report.rows])
+    rows = [{**plain(report, row), "runs": None} for row in report.rows]
+    reporter.result(table, rows=rows, skipped=report.skipped, output=config.output)
+
+
+@contextmanager
+def _exported(load: str) -> Iterator[Path]:
+    """The model as a folder that transformers reads; it is converted for that if it must be."""
+    import tempfile
+
+    from mtk.config import make
+    from mtk.config.convert import ConvertConfig
+    from mtk.convert.source import find_source
+    from mtk.log import Reporter
+    from mtk.session import Session
+    from stages import convert
+
+    source = find_source(load)
+    if source.kind == "hf":
+        yield source.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model"
+        # Its own bar is stricter; here the tokens of both are compared besides.
+        config = make(ConvertConfig, load=load, save=str(target), to="hf", tolerance=1e-2)
+        convert.run(config, Session(Reporter(quiet=True)))
+        yield target
+
+
+def _hardware(reporter: Any) -> list[dict[str, Any]]:
+    """The first GPU of this machine, if it has one."""
+    import torch
+
+    from mtk.benchmarks.speed import hardware_of
+
+    return hardware_of("cuda" if torch.cuda.device_count() else "cpu", 1, reporter)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -70,6 +70,7 @@ PACKAGES = (
     Package("flash-attn-3", extra="for --attention-backend flash3; needs nvcc to build"),
     Package("flash-attn-4", extra="for --attention-backend flash4"),
     Package("transformer-engine", extra="for --attention-backend transformer-engine"),
+    Package("tensorrt-llm", extra="for mtk serve --engine tensorrt-llm; from NVIDIA's own index"),
     Package("mamba-ssm", extra="the CUDA kernels; needs nvcc to build"),
     Package("causal-conv1d", extra="the CUDA kernels; needs nvcc to build"),
 )

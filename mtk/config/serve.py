@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtk.config.schema import group, option
+from mtk.config.serve_engines import TensorRTConfig
 from mtk.errors import Problem
 
 AT_LEAST_ONE = (
@@ -174,6 +175,9 @@ class ServeConfig:
     """Everything ``mtk serve`` needs."""
 
     load: str = option(help="Native checkpoint, Hugging Face directory or quantized directory.")
+    engine: Literal["torch", "tensorrt-llm"] = option(
+        "torch", help="What decodes; tensorrt-llm must be installed besides.", runtime=True
+    )
     model_name: str | None = option(
         None, help="The model's name in the API (default: name of the --load folder).", runtime=True
     )
@@ -191,8 +195,13 @@ class ServeConfig:
     listen: ListenConfig = group(ListenConfig, title="Address and access")
     limits: LimitsConfig = group(LimitsConfig, title="Limits")
     cache: CacheConfig = group(CacheConfig, title="Cache and batching")
+    tensorrt: TensorRTConfig = group(TensorRTConfig, title="TensorRT-LLM")
 
     def problems(self) -> Iterator[Problem]:
+        if self.engine == "torch" and self.tensorrt != TensorRTConfig():
+            yield Problem("engine", "torch", "has no TensorRT-LLM options", "Leave them out.")
+        if self.engine == "tensorrt-llm" and self.device == "cpu":
+            yield Problem("device", "cpu", "TensorRT-LLM needs a GPU", "Give --engine torch.")
         if self.num_threads is not None and self.num_threads < 1:
             yield Problem("num_threads", self.num_threads, "must be at least 1", "Nearest: 1.")
         for name in ("model_name", "chat_template"):

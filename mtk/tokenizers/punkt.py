@@ -10,14 +10,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mtk.errors import ConfigError, DataError
+from mtk.tokenizers.sentence_breaks import SentenceBreaks
 
 BLOCK = 1_000_000  # characters split at a time, as Megatron does
-CONTEXTS = 200_000  # remembered ends of sentences
 TRAINING_BYTES = 2_000_000  # text that abbreviations are learnt from
 # Learning from little text misses these; without them "Dr. Smith" is two sentences.
 ENGLISH_ABBREVIATIONS = (
@@ -48,14 +48,8 @@ class PunktSplitter:
         return PunktSentenceTokenizer(read_parameters(Path(self.path)))
 
     @cached_property
-    def _punkt(self) -> Any:
-        from nltk.tokenize.punkt import PunktSentenceTokenizer
-
-        punkt = PunktSentenceTokenizer(self.plain._params)
-        # Most of the time goes into whether a sentence ends in "dog. The", which depends on
-        # nothing but these words and the parameters.
-        punkt.text_contains_sentbreak = lru_cache(CONTEXTS)(punkt.text_contains_sentbreak)
-        return punkt
+    def _breaks(self) -> SentenceBreaks:
+        return SentenceBreaks(self.plain)
 
     def split(self, text: str) -> list[str]:
         """Sentences of ``text`` in order; none for text of white space only (or, with
@@ -66,7 +60,7 @@ class PunktSplitter:
         return sentences
 
     def _split_block(self, block: str) -> list[str]:
-        spans = list(self._punkt.span_tokenize(block))
+        spans = self._breaks.spans(block)
         if not self.keep_newlines:
             return [block[start:end] for start, end in spans]
         # Each sentence reaches to the start of the next one, the first back to the start.

@@ -16,17 +16,21 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from mtk.tokenizers.base import Tokenizer
-from mtk.tokenizers.flat import Flat
+from mtk.tokenizers.flat import Flat, FlatEncoder
 
 NAME = "words"
 CACHE_BYTES = 160 << 20  # about what the remembered words may take
 WORD_COST = 200  # bytes a word takes beside its characters: two objects, a slot of the table
 BLANKS = (" ", "\t", "\n", "\r", "  ", "\r\n", " \t\n\r ")
+COMPILED_FROM = 4 << 20  # characters from which on compiled code is worth its loading
+# Names of normalizations that SentencePiece brings: none joins two characters of ASCII.
+KNOWN_RULES = frozenset([b"nmt_nfkc", b"nfkc", b"nmt_nfkc_cf", b"nfkc_cf", b"identity"])
 SPACE = "\u2581"  # how SentencePiece spells it
 
 _PARTS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")  # blanks between them are dropped
@@ -51,10 +55,13 @@ class WordCache:
     def look_up(self, texts: Sequence[Sequence[str]]) -> list[bytes]:
         """The ids of each text, given as its words."""
         if self._size > self._limit:
-            self._known.clear()
-            self._size = 0
+            self.forget()
         self.learn(set().union(*texts))
         return [b"".join(map(self._known.__getitem__, words)) for words in texts]
+
+    def forget(self) -> None:
+        self._known.clear()
+        self._size = 0
 
     def learn(self, words: Iterable[str]) -> None:
         new = [word for word in words if word not in self._known]
@@ -69,29 +76,65 @@ class WordCache:
 
 
 class WordCacheEncoder:
-    """cut: a text to its words."""
+    """cut: a text to its words. compiled: makes an encoder with the same ids that is worth
+    loading for more than ``COMPILED_FROM`` characters, if numba is installed."""
 
     name = NAME
 
-    def __init__(self, cut: Callable[[str], Sequence[str]], cache: WordCache) -> None:
-        self._cut, self._cache = cut, cache
+    def __init__(
+        self,
+        cut: Callable[[str], Sequence[str]],
+        cache: WordCache,
+        compiled: Callable[[], FlatEncoder],
+    ) -> None:
+        self._cut, self._cache, self._compiled = cut, cache, compiled
+        self._table: FlatEncoder | None = None
+        self._left = COMPILED_FROM if numba_is_installed() else None
 
     def encode(self, texts: Sequence[str]) -> Flat:
+        if self._table is not None:
+            return self._table.encode(texts)
+        if self._left is not None:
+            self._left -= sum(map(len, texts))
+            if self._left < 0:
+                self._table = self._compiled()
+                self._cache.forget()
+                return self._table.encode(texts)
         found = self._cache.look_up([self._cut(text) for text in texts]) if texts else []
         lengths = np.fromiter(map(len, found), np.int64, len(found)) // array("I").itemsize
         return np.frombuffer(b"".join(found), np.uint32), lengths
 
 
+def numba_is_installed() -> bool:
+    """Found without importing it."""
+    return find_spec("numba") is not None
+
+
 def word_cache_encoder(tokenizer: Tokenizer) -> WordCacheEncoder | None:
     """An encoder with the ids of ``tokenizer``; None if it cannot be cut into words."""
+    encode = tokenizer.encode_batch
     if tokenizer.kind in ("BertWordPieceLowerCase", "BertWordPieceCase"):
-        return WordCacheEncoder(bert_words, WordCache(tokenizer.encode_batch))
-    if _is_sentencepiece_bpe(tokenizer):
-        processor: Any = tokenizer.processor  # type: ignore[attr-defined]
-        alike = all(processor.normalize(f"a{blanks}b") == f"{SPACE}a{SPACE}b" for blanks in BLANKS)
-        cut = _BLANKS if alike else _SINGLE_SPACE
-        return WordCacheEncoder(cut.split, WordCache(tokenizer.encode_batch))
-    return None
+
+        def wordpiece_table() -> FlatEncoder:
+            from mtk.tokenizers.word_table import WordTable, wordpiece_cuts
+
+            return WordTable(encode, wordpiece_cuts())
+
+        return WordCacheEncoder(bert_words, WordCache(encode), wordpiece_table)
+    if not _is_sentencepiece_bpe(tokenizer):
+        return None
+    processor: Any = tokenizer.processor  # type: ignore[attr-defined]
+    alike = all(processor.normalize(f"a{blanks}b") == f"{SPACE}a{SPACE}b" for blanks in BLANKS)
+
+    def piece_table() -> FlatEncoder:
+        from mtk.tokenizers.word_table import WordTable, piece_cuts
+
+        pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+        cuts = piece_cuts(pieces, b" \t\n\r" if alike else b" ", _unchanged(processor))
+        return WordTable(encode, cuts)
+
+    cut = _BLANKS if alike else _SINGLE_SPACE
+    return WordCacheEncoder(cut.split, WordCache(encode), piece_table)
 
 
 def bert_words(text: str) -> list[str]:
@@ -129,9 +172,25 @@ def _is_sentencepiece_bpe(tokenizer: Tokenizer) -> bool:
 
 def _is_bpe(model: bytes) -> bool:
     """Whether a model file says ``model_type: BPE`` (field 3 of field 2, value 2)."""
+    return 2 in _values(model, 2, 3)
+
+
+def _unchanged(processor: Any) -> list[str]:
+    """Printable characters of ASCII that normalization leaves alone beside each other; none if
+    its rules are not the library's own, for they might join any characters."""
+    if not KNOWN_RULES.intersection(_values(processor.serialized_model_proto(), 3, 1)):
+        return []
+    printable = [chr(code) for code in range(0x21, 0x7F)]
+    alone = [mark for mark in printable if processor.normalize(mark) == SPACE + mark]
+    pairs = "".join(first + second for first in alone for second in alone)
+    return alone if processor.normalize(pairs) == SPACE + pairs else []
+
+
+def _values(model: bytes, part: int, field: int) -> list[int | bytes]:
+    """What the field of a message inside a model file holds."""
     from mtk.tokenizers.protobuf import fields
 
-    trainer = next((value for number, value in fields(model) if number == 2), b"")
-    if not isinstance(trainer, bytes):
-        return False
-    return any(number == 3 and value == 2 for number, value in fields(trainer))
+    inside = next((value for number, value in fields(model) if number == part), b"")
+    if not isinstance(inside, bytes):
+        return []
+    return [value for number, value in fields(inside) if number == field]

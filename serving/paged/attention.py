@@ -104,7 +104,7 @@ class PrefillAttention:
 
     def _alike(self, count: int, *heads_N: Tensor) -> Tensor:
         """Whole beginnings of one length, at once; a single one too."""
-        q, k, v = (x.unflatten(0, (-1, count)).transpose(1, 2) for x in heads_N)
+        q, k, v = (x.view(-1, count, *x.shape[1:]).transpose(1, 2) for x in heads_N)
         out_BHSD = sdpa_kernel(q, k, v, mask=None, dropout=0.0, form=self.form)
         return out_BHSD.transpose(1, 2).flatten(0, 1)
 

@@ -128,7 +128,7 @@ def test_interactive_client(server: Server) -> None:
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 4}
     _, answer, _ = call(server.url, "POST", "/v1/completions", body)
     assert done.stdout.startswith(answer["choices"][0]["text"] + "\n")
-    for words in ("/quit ends", "/seed must be a whole number", "max_tokens 4"):
+    for words in ("/help lists all", "/seed must be a whole number", "max_tokens 4"):
         assert words in done.stderr
 
 

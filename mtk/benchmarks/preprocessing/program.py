@@ -38,7 +38,7 @@ COLUMNS = (
     "way", "MB of input", "seconds", "CPU seconds", "MB/s", "million tokens/s", "times Megatron",
     "by",
 )  # fmt: skip
-FAST = ("mtk", "mtk-workers", "engine")
+FAST = ("mtk", "mtk-workers", "mtk-split", "engine")
 LIBRARIES = ("tokenizers", "fastokens", "sentencepiece", "transformers", "datatrove", "nltk")
 
 Preprocess = Callable[[PreprocessConfig, Session | None], Artifact]

@@ -1,0 +1,1 @@
+"""How fast models are served: a server under load, decoding by itself."""

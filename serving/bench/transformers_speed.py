@@ -1,0 +1,130 @@
+"""``transformers.generate`` of the same model, as a yardstick: a static cache, compiled where it
+can be, greedy, prompts and lengths as :func:`serving.decode_speed.measure_decode` has them."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHE = "static"
+
+
+def missing() -> str:
+    """Why there is nothing to compare with; "" where there is."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed: pip install -c constraints.txt -e '.[hf]'"
+    return ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """As :class:`serving.decode_speed.DecodeFigures` has them."""
+
+    prefill_seconds: float
+    step_seconds: Sequence[float]
+    tokens: Sequence[Sequence[int]]
+
+
+def prompts_of(vocab: int, batch: int, length: int, seed: int) -> list[list[int]]:
+    """Random token ids, those of row i with seed + i: the prompts of ``measure_decode``."""
+    found = []
+    for row in range(batch):
+        chance = torch.Generator().manual_seed(seed + row)
+        found.append(torch.randint(vocab, (length,), generator=chance).tolist())
+    return found
+
+
+def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[int]]) -> Speed:
+    """From the time at which each column of tokens was known."""
+    steps = [later - earlier for earlier, later in pairwise(ends)]
+    return Speed(ends[0] - started, steps, tokens)
+
+
+class Generate:
+    """A model of transformers. compiled: None decides by device (CUDA only).
+
+    how: what the last measurement ran, in words.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: str, compiled: bool | None
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model: Any = model.eval().to(device)
+        self._device = torch.device(device)
+        self._compiled = self._device.type == "cuda" if compiled is None else compiled
+        self.how = ""
+
+    @torch.inference_mode()
+    def measure(
+        self, vocab: int, batch: int, prompt_tokens: int, new_tokens: int, seed: int
+    ) -> Speed:
+        prompts = torch.tensor(prompts_of(vocab, batch, prompt_tokens, seed), device=self._device)
+        self._model.generation_config = self._greedy(new_tokens)
+        clock = _Clock(self._device)
+        clock.wait()
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = self._model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), logits_processor=[clock]
+            )
+        ran = getattr(self._model, "_compiled_call", None) is not None
+        self.how = f"{CACHE} cache, {'compiled' if ran else 'not compiled'}"
+        return speed_of(started, clock.ends, found[:, prompt_tokens:].tolist())
+
+    def _greedy(self, new_tokens: int) -> Any:
+        """No end but the length, and nothing that changes logits."""
+        from transformers import CompileConfig, GenerationConfig
+
+        given: dict[str, Any] = {"disable_compile": True}
+        if self._compiled:
+            config = CompileConfig()
+            # Otherwise it is compiled on accelerators only.
+            config._compile_all_devices = True
+            given = {"compile_config": config}
+        return GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            cache_implementation=CACHE,
+            **given,
+        )
+
+
+class _Clock:
+    """Sees the logits of every column of tokens when they are there, as a processor of logits
+    does; the first ones tell that the prompts have been read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.ends: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        self.ends.append(self.now())
+        return scores
+
+    def now(self) -> float:
+        self.wait()
+        return time.perf_counter()
+
+    def wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
