@@ -138,7 +138,8 @@ def test_steps_stream_and_join(engine: TensorRTEngine) -> None:
 
 def test_samples_and_prompts_have_seeds_of_their_own(engine: TensorRTEngine) -> None:
     one = tuple(engine.tokenizer.encode(PROMPT))
-    sampling = SamplingParams(seed=7)
+    # Hot enough that two draws agree by no chance.
+    sampling = SamplingParams(temperature=30.0, seed=7)
     asked = GenerationRequest(prompts=(one, one), max_tokens=8, samples=3, sampling=sampling)
     first, again = answer(engine, asked), answer(engine, asked)
     assert [o.tokens for o in first] == [o.tokens for o in again]
@@ -146,7 +147,9 @@ def test_samples_and_prompts_have_seeds_of_their_own(engine: TensorRTEngine) -> 
     # As with the other engine: samples differ, prompts of one request do not.
     assert len({o.tokens for o in first[:3]}) == 3
     assert [o.tokens for o in first[:3]] == [o.tokens for o in first[3:]]
-    free = GenerationRequest(prompts=(one,), max_tokens=8, sampling=SamplingParams())
+    free = GenerationRequest(
+        prompts=(one,), max_tokens=8, sampling=SamplingParams(temperature=30.0)
+    )
     assert answer(engine, free)[0].tokens != answer(engine, free)[0].tokens
 
 
