@@ -138,7 +138,7 @@ class WordTable:
         scan.gather(found, self._text_of, self._ids, self._id_starts, part, lengths)
         parts.append(part)
         if not finished:
-            self._make_room(len(data) - int(state[scan.PLACE]))
+            self._make_room()
         return finished
 
     def _learn(self, known: int) -> None:
@@ -171,8 +171,8 @@ class WordTable:
             self._leads[before] = len(self._encode([chr(before)])[0])
         return self._leads[before]
 
-    def _make_room(self, left: int) -> None:
-        """For more words, more bytes, or one word of ``left`` bytes, whatever was missing."""
+    def _make_room(self) -> None:
+        """For more words or more bytes, whatever was missing (repeatedly for a long word)."""
         words, used = len(self), int(self._state[scan.BYTES])
         if self._state[scan.FOUND] == len(self._found):
             return
@@ -183,7 +183,7 @@ class WordTable:
             self._slots = np.zeros(SLOTS * len(self._befores), np.uint64)
             scan.refill(words, (self._slots, self._starts, self._befores, self._arena))
             return
-        self._arena = _with_room(self._arena, used, used + min(left, max(used, FIRST_BYTES)))
+        self._arena = _with_room(self._arena, used, 2 * len(self._arena))
 
     def _size(self) -> int:
         arrays = (self._slots, self._starts, self._befores, self._arena)
