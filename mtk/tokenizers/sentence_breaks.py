@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 REMEMBERED = 200_000  # words, before all are forgotten
@@ -72,9 +73,8 @@ class SentenceBreaks:
         return slices
 
     def _words(self, text: str) -> Iterator[tuple[Any, str]]:
-        """The last candidate of every word that has any, and text from that word, or
-        a line before, up to it. A mark that
-        begins a word counts by itself as well."""
+        """The last candidate of every word that has any, and the text of that word up to it
+        (a line before may stand in front). A mark that begins a word counts by itself too."""
         previous: Any = None
         start = last = 0
         for match in self._candidates.finditer(text):
@@ -174,7 +174,7 @@ class SentenceBreaks:
     def _realigned(self, text: str, slices: list[Span]) -> Iterator[Span]:
         """Quotes and brackets behind the end of a sentence belong to it."""
         moved = 0
-        for (start, end), (following, stop) in zip(slices[:-1], slices[1:], strict=True):
+        for (start, end), (following, stop) in pairwise(slices):
             start += moved
             closing = None
             if following < stop and self._may_close(text[following]):
