@@ -46,10 +46,10 @@ class SentenceBreaks:
 
     def __init__(self, punkt: Any) -> None:
         self._punkt = punkt
-        # NLTK lets a pattern work for five seconds, the pauses of its caller among them, which
-        # a large text on a busy machine may need; these two take time linear in the text.
-        self._candidates = _without_limit(punkt._lang_vars.period_context_re())
-        self._closing = _without_limit(punkt._lang_vars.re_boundary_realignment)
+        # NLTK's guard against patterns that never end costs as much as the search; these two
+        # take time linear in the text.
+        self._candidates = _unguarded(punkt._lang_vars.period_context_re())
+        self._closing = _unguarded(punkt._lang_vars.re_boundary_realignment)
         self._collocated = {first for first, _ in punkt._params.collocations}
         self._left: dict[str, Left | None] = {}
         self._right: dict[str, Right | None] = {}
@@ -198,7 +198,7 @@ class SentenceBreaks:
         return known
 
 
-def _without_limit(pattern: Any) -> Any:
+def _unguarded(pattern: Any) -> Any:
     """The compiled pattern itself, where NLTK wraps it."""
     return getattr(pattern, "_rx", pattern)
 
