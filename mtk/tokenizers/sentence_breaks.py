@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 REMEMBERED = 200_000  # words, before all are forgotten
@@ -45,10 +46,10 @@ class SentenceBreaks:
 
     def __init__(self, punkt: Any) -> None:
         self._punkt = punkt
-        # NLTK lets a pattern work for five seconds, the pauses of its caller among them, which
-        # a large text on a busy machine may need; these two take time linear in the text.
-        self._candidates = _without_limit(punkt._lang_vars.period_context_re())
-        self._closing = _without_limit(punkt._lang_vars.re_boundary_realignment)
+        # NLTK's guard against patterns that never end costs as much as the search; these two
+        # take time linear in the text.
+        self._candidates = _unguarded(punkt._lang_vars.period_context_re())
+        self._closing = _unguarded(punkt._lang_vars.re_boundary_realignment)
         self._collocated = {first for first, _ in punkt._params.collocations}
         self._left: dict[str, Left | None] = {}
         self._right: dict[str, Right | None] = {}
@@ -72,9 +73,8 @@ class SentenceBreaks:
         return slices
 
     def _words(self, text: str) -> Iterator[tuple[Any, str]]:
-        """The last candidate of every word that has any, and text from that word, or
-        a line before, up to it. A mark that
-        begins a word counts by itself as well."""
+        """The last candidate of every word that has any, and the text of that word up to it
+        (a line before may stand in front). A mark that begins a word counts by itself too."""
         previous: Any = None
         start = last = 0
         for match in self._candidates.finditer(text):
@@ -174,7 +174,7 @@ class SentenceBreaks:
     def _realigned(self, text: str, slices: list[Span]) -> Iterator[Span]:
         """Quotes and brackets behind the end of a sentence belong to it."""
         moved = 0
-        for (start, end), (following, stop) in zip(slices[:-1], slices[1:], strict=True):
+        for (start, end), (following, stop) in pairwise(slices):
             start += moved
             closing = None
             if following < stop and self._may_close(text[following]):
@@ -198,7 +198,7 @@ class SentenceBreaks:
         return known
 
 
-def _without_limit(pattern: Any) -> Any:
+def _unguarded(pattern: Any) -> Any:
     """The compiled pattern itself, where NLTK wraps it."""
     return getattr(pattern, "_rx", pattern)
 

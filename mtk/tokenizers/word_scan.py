@@ -105,9 +105,7 @@ def scan_wordpiece(data, ends, classes, state, table, found, text_of):
             while end < simple_to and classes[data[end]] == ALPHANUMERIC:
                 end += 1
         state[PLACE] = place
-        if not _look_up(
-            data, place, end, 0, state, slots, starts, befores, arena, found, text_of
-        ):
+        if not _look_up(data, place, end, 0, state, slots, starts, befores, arena, found, text_of):
             return False
         place = end
         state[PLACE] = place

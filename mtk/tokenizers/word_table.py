@@ -23,12 +23,12 @@ import numpy.typing as npt
 from mtk.errors import DataError
 from mtk.tokenizers import word_scan as scan
 from mtk.tokenizers.flat import Flat
+from mtk.tokenizers.word_cache import CACHE_BYTES, NAME
 
 WINDOW = 1 << 18  # words looked up at a time
 FIRST_WORDS = 1 << 16  # room that a table begins with
 FIRST_BYTES = 1 << 20
 SLOTS = 4  # a word
-LIMIT = 160 << 20  # about what a table may take before it forgets everything
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 Bytes = npt.NDArray[np.uint8]
@@ -54,9 +54,7 @@ class PieceCuts:
     inside: npt.NDArray[np.bool_]
 
     def scan(self, data: Bytes, ends: Numbers, *work: Any) -> bool:
-        return bool(
-            scan.scan_pieces(data, ends, self.blanks, self.printable, self.inside, *work)
-        )
+        return bool(scan.scan_pieces(data, ends, self.blanks, self.printable, self.inside, *work))
 
 
 def wordpiece_cuts() -> WordPieceCuts:
@@ -88,8 +86,10 @@ def piece_cuts(pieces: Sequence[str], blanks: bytes, unchanged: Sequence[str]) -
 class WordTable:
     """An encoder of texts. encode: the tokenizer's ``encode_batch``."""
 
+    name = NAME
+
     def __init__(
-        self, encode: Encode, cuts: WordPieceCuts | PieceCuts, limit: int = LIMIT
+        self, encode: Encode, cuts: WordPieceCuts | PieceCuts, limit: int = CACHE_BYTES
     ) -> None:
         self._encode, self._cuts, self._limit = encode, cuts, limit
         self._found = np.empty(WINDOW, np.int32)
@@ -138,7 +138,7 @@ class WordTable:
         scan.gather(found, self._text_of, self._ids, self._id_starts, part, lengths)
         parts.append(part)
         if not finished:
-            self._make_room(len(data) - int(state[scan.PLACE]))
+            self._make_room()
         return finished
 
     def _learn(self, known: int) -> None:
@@ -171,8 +171,8 @@ class WordTable:
             self._leads[before] = len(self._encode([chr(before)])[0])
         return self._leads[before]
 
-    def _make_room(self, left: int) -> None:
-        """For more words, more bytes, or one word of ``left`` bytes, whatever was missing."""
+    def _make_room(self) -> None:
+        """For more words or more bytes, whatever was missing (repeatedly for a long word)."""
         words, used = len(self), int(self._state[scan.BYTES])
         if self._state[scan.FOUND] == len(self._found):
             return
@@ -183,7 +183,16 @@ class WordTable:
             self._slots = np.zeros(SLOTS * len(self._befores), np.uint64)
             scan.refill(words, (self._slots, self._starts, self._befores, self._arena))
             return
-        self._arena = _with_room(self._arena, used, used + min(left, max(used, FIRST_BYTES)))
+        self._arena = _with_room(self._arena, used, 2 * len(self._arena))
+
+    # Room for all that is remembered; what the entries are, says ``word_scan``.
+    _slots: npt.NDArray[np.uint64]
+    _starts: Numbers
+    _befores: Bytes
+    _arena: Bytes
+    _ids: npt.NDArray[np.uint32]
+    _id_starts: Numbers
+    _leads: dict[int, int]
 
     def _size(self) -> int:
         arrays = (self._slots, self._starts, self._befores, self._arena)
@@ -197,7 +206,7 @@ class WordTable:
         self._id_starts = np.zeros(FIRST_WORDS + 1, np.int64)
         self._arena = np.empty(FIRST_BYTES, np.uint8)
         self._ids = np.empty(FIRST_BYTES, np.uint32)
-        self._leads: dict[int, int] = {}
+        self._leads = {}
 
 
 def _with_room(array: npt.NDArray[Any], used: int, size: int) -> npt.NDArray[Any]:
