@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mtk.kernels.dependent import launch_options
 
 # Tokens read at a time.
 TILE = 64
@@ -64,7 +67,11 @@ def _attend(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + row).to(tl.int32) + 1
     blocks = table + tl.load(slots + row) * columns
@@ -120,7 +127,11 @@ def _add_up(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     splits, channels = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     place = ((row * SPLITS + splits) * heads + head).to(tl.int64)
@@ -152,11 +163,13 @@ def attend_rows(
         log_sums, LOG2E * size**-0.5, window or 0, rows.table_RW.shape[1], q_BHD.stride(0), groups,
         REPEATS=repeats, SIZE=size, BLOCK=block, ROWS=max(16, triton.next_power_of_2(repeats)),
         WIDTH=width, TILE=TILE, SPLITS=splits, WINDOWED=window is not None, num_warps=WARPS,
+        **launch_options(q_BHD.device),
     )  # fmt: skip
     if splits > 1:
         _add_up[(batch, heads)](
-            parts, log_sums, out, heads, SIZE=size, WIDTH=width, SPLITS=splits, num_warps=WARPS
-        )
+            parts, log_sums, out, heads, SIZE=size, WIDTH=width, SPLITS=splits, num_warps=WARPS,
+            **launch_options(q_BHD.device),
+        )  # fmt: skip
     return out
 
 
@@ -186,7 +199,11 @@ def _rotate_and_store(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, WIDTH)
     inside = channels < SIZE
@@ -251,5 +268,6 @@ def rotate_and_store(
         values_KGPD, query_scale, rows.table_RW.shape[1], queries, groups, SIZE=size,
         ROTATED=0 if tables is None else cosines.shape[1], BLOCK=block,
         WIDTH=triton.next_power_of_2(size), INTERLEAVED=interleaved, num_warps=1,
+        **launch_options(qkv.device),
     )  # fmt: skip
     return q_BHD

@@ -151,11 +151,11 @@ def test_the_open_loop_counts_from_when_it_was_due() -> None:
 
 def test_the_closed_loop_has_that_many_clients() -> None:
     asked = [Asked((1,), 1, 0)] * 9
-    slow = Slow(0.01)
+    slow = Slow(0.2)
     found = Load(slow, config().traffic).closed(asked, 3)  # type: ignore[arg-type]
     assert len(found) == 9 and slow.most == 3
-    # Later ones count from when their client was free, not from the beginning.
-    assert max(one.whole for one in found) < 0.08
+    # Later ones count from when their client was free, not from the beginning (0.6 s).
+    assert max(one.whole for one in found) < 0.45
 
 
 def test_faults_of_the_benchmark_itself_are_raised() -> None:
