@@ -176,3 +176,31 @@ def test_long_corpora_take_it_and_short_ones_do_not(
     for _ in range(4):
         assert encoder.encode(CORPUS)[0].tolist() == right
     assert encoder._table is None  # type: ignore[attr-defined]
+
+
+def codes(words: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+    """The table's hash of words [N, bytes], in plain numpy."""
+    code = np.full(len(words), seed, np.uint64)
+    for column in words.T:
+        code = (code ^ column.astype(np.uint64)) * np.uint64(0x100000001B3)
+    return (code ^ (code >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+
+
+def test_words_that_collide_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two words with the same half of the hash that a slot keeps, in the same slot."""
+    monkeypatch.setattr(word_table, "FIRST_WORDS", 4)
+    slots = 4 * word_table.SLOTS
+    words = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (800_000, 9), np.uint8)
+    code = codes(words, 0xCBF29CE484222325)
+    kept = (code & ~np.uint64(0xFFFFFFFF)) | (code & np.uint64(slots - 1))
+    order = np.argsort(kept, kind="stable")
+    same = np.flatnonzero(kept[order][1:] == kept[order][:-1])
+    pairs = [(words[order[at]].tobytes(), words[order[at + 1]].tobytes()) for at in same]
+    pairs = [(first.decode(), second.decode()) for first, second in pairs if first != second]
+    assert pairs
+    for first, second in pairs:
+        table = WordTable(lambda found: [list(word.encode()) for word in found], wordpiece_cuts())
+        ids, lengths = table.encode([first, second, first])
+        assert bytes(ids.astype(np.uint8)).decode() == first + second + first
+        assert lengths.tolist() == [9, 9, 9]
+        assert len(table._slots) == slots
