@@ -51,7 +51,7 @@ def test_what_cannot_be_measured(model: dict[str, Any], new: int, options: Any, 
 
 
 def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).parents[3] / "docs" / "serving.md"
+    page = Path(__file__).parents[3] / "docs" / "engine.md"
     (code,) = [text for language, text in fenced(page) if language == "python"]
     exec(code, {})
     assert "tokens/s" in capsys.readouterr().out
