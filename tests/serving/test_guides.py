@@ -18,11 +18,14 @@ from mtk.config.tokenizer import TokenizerConfig
 from mtk.errors import ServingError
 from mtk.tokenizers import build_tokenizer
 from serving.app import create_app
+from serving.generation import generate
 from serving.grammar import JsonGrammars, token_bytes
 from serving.guides import Guide
+from serving.sampling import SamplingParams
 from serving.torch_engine import TorchEngine
 from tests.serving.conftest import settings
-from tests.serving.models import EOD, ByteTokenizer
+from tests.serving.models import EOD, ByteTokenizer, tiny_model
+from tests.serving.paged.running import ask, generate_paged
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -233,3 +236,21 @@ def test_json_from_sentencepiece_tokens(tmp_path: Path) -> None:
             matcher.accept(token)
             made.append(token)
         jsonschema.validate(json.loads(tokenizer.decode(made)), PERSON)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_paged_batch_guides_like_the_dense_one(ahead: bool) -> None:
+    """Also where steps are launched before the last one's tokens have been looked at."""
+    pytest.importorskip("llguidance")
+    grammar = JsonGrammars(ByteTokenizer(), 257).compile(PERSON)
+    drawn = SamplingParams(seed=3)
+    requests = [
+        ask((65, 66), guide=Guide(logit_bias=((70, 5.0), (71, 4.0)), frequency_penalty=1.5)),
+        ask((65, 66), sampling=drawn, guide=Guide(grammar=grammar), max_tokens=80, samples=2),
+        ask((65, 66), sampling=drawn),
+    ]
+    model = tiny_model()
+    dense = [out for each in requests for out in generate(model, ByteTokenizer(), each)]
+    paged, _ = generate_paged(model, *requests, ahead=ahead)
+    assert [out.tokens for out in paged] == [out.tokens for out in dense]
+    assert len(set(dense[0].tokens)) > 1 and dense[1].text.startswith("{")

@@ -78,6 +78,7 @@ def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
 def main() -> None:
     import torch
 
+    from mtk.config.serve import CacheConfig
     from serving.app import create_app
     from serving.chat_prompt import open_chat
     from serving.server import HttpServer, bind, quiet_waitress, stopped_by_signals
@@ -100,7 +101,7 @@ def main() -> None:
         TorchEngine._tick = slow  # type: ignore[method-assign]
     sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
     tokenizer = ByteTokenizer()
-    engine = TorchEngine(tiny_model(), tokenizer, context=96, **sizes)
+    engine = TorchEngine(tiny_model(), tokenizer, context=96, paged=CacheConfig(), **sizes)
     settings = ServerSettings(model="tiny", chat=open_chat("plain", tokenizer, "tiny"), **options)
     quiet_waitress()
     server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))
