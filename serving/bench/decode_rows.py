@@ -116,11 +116,12 @@ def row_of(
 
 
 def same_tokens(one: Timed, other: Timed) -> float:
-    """Share of equal tokens; after the first other one a row goes its own way."""
+    """Share of equal tokens; after the first other one a row goes its own way. Rows whose prompts
+    were read later may have fewer tokens: what both have is compared."""
     pairs = [
         (a, b)
         for row, its in zip(one.tokens, other.tokens, strict=True)
-        for a, b in zip(row, its, strict=True)
+        for a, b in zip(row, its, strict=False)
     ]
     return sum(a == b for a, b in pairs) / len(pairs)
 

@@ -41,6 +41,8 @@ def test_seconds_are_those_between_columns() -> None:
     assert found == Speed(0.5, [0.25, 0.5], [(1, 2, 3)])
     other = Speed(0.5, (0.25, 0.5), ((1, 9, 3),))
     assert same_tokens(found, other) == pytest.approx(2 / 3)
+    shorter = Speed(0.5, (0.25,), ((1, 2),))
+    assert same_tokens(shorter, other) == same_tokens(other, shorter) == pytest.approx(1 / 2)
 
 
 def test_costs_of_a_model_counted_by_hand() -> None:
