@@ -22,9 +22,9 @@ from mtk.curation.wikipedia.site import Site, read_site
 from mtk.curation.wikipedia.text import TextRules
 from mtk.curation.wikipedia.words import Words, words_of
 from mtk.data.dataset_artifact import refuse_foreign
-from mtk.data.encoding import choose_workers
 from mtk.data.sources import expand_inputs
 from mtk.data.stop import terminate_cleanly
+from mtk.data.workers import choose_workers
 from mtk.errors import DataError
 from mtk.session import Session
 from stages.preprocess import corpus_inputs, refuse_changed, stamps

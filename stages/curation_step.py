@@ -20,8 +20,8 @@ from mtk.curation.passes import Writing, part_numbers, run_pass, start_of, total
 from mtk.curation.sifting import BAD, DROPPED, KEPT, LISTED, Reporting
 from mtk.curation.workers import Plan
 from mtk.data.dataset_artifact import refuse_foreign
-from mtk.data.encoding import choose_workers
 from mtk.data.sources import expand_inputs
+from mtk.data.workers import choose_workers
 from mtk.errors import ConfigError, DataError
 from mtk.session import Session
 from stages.preprocess import refuse_changed, stamps

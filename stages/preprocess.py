@@ -19,11 +19,12 @@ from mtk.config.preprocess import PreprocessConfig
 from mtk.data.checked_encoding import EngineMismatchError
 from mtk.data.corpus_encoding import CorpusCounts, CorpusParts, bad_metrics, check_counts
 from mtk.data.dataset_artifact import pair, refuse_foreign, tokenizer_folder
-from mtk.data.encoding import EncodingPlan, choose_workers, encode_chunks
+from mtk.data.encoding import EncodingPlan, encode_chunks
 from mtk.data.indexed_dataset import token_dtype
 from mtk.data.records import read_texts
 from mtk.data.sources import expand_inputs, file_format, read_chunks
 from mtk.data.stop import terminate_cleanly
+from mtk.data.workers import choose_workers
 from mtk.errors import (
     ArtifactError,
     ConfigError,

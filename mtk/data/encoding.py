@@ -6,17 +6,9 @@ At most a few chunks a worker are in flight: memory does not grow with the corpu
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing.connection import wait
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +18,10 @@ from mtk.data.checked_encoding import CheckedEncoder, EngineMismatchError
 from mtk.data.indexed_dataset import token_dtype
 from mtk.data.records import BadRecord, RecordError, Texts, bad_record, parse_record
 from mtk.data.sources import Chunk, Place
-from mtk.errors import DataError, MtkError, WorkerError
+from mtk.data.workers import in_order
+from mtk.errors import DataError, MtkError
 from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.tokenizers.engines import AUTO
-
-IN_FLIGHT = 3  # chunks a worker
 
 
 class Splitter(Protocol):
@@ -199,60 +190,11 @@ def encode_chunks(
     Raises WorkerError if a worker dies or fails, EngineMismatchError if the plan's engine is
     not to be trusted.
     """
+    work: Callable[[Chunk], EncodedChunk] = partial(_encode_in_worker, plan)
     if workers == 1:
-        encoder = Encoder(plan, load_tokenizer(plan.tokenizer))
-        yield from map(encoder.encode, chunks)
-        return
-    methods = multiprocessing.get_all_start_methods()
-    # Not fork: threads of this process (tokenizers', torch's, Prefect's) would be lost.
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    waiting: deque[Future[EncodedChunk]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, plan, chunk))
-            if len(waiting) >= IN_FLIGHT * workers:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-    except BrokenProcessPool as error:
-        raise _dead_worker() from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: Future[EncodedChunk]) -> EncodedChunk:
-    try:
-        return future.result()
-    except (MtkError, BrokenProcessPool, EngineMismatchError):
-        raise
-    except Exception as error:
-        raise WorkerError(f"a preprocessing worker failed: {error!r}.") from error
-
-
-def _dead_worker() -> WorkerError:
-    return WorkerError(
-        "a preprocessing worker died without a message: it was killed (often for lack of memory; "
-        "use fewer --workers), or this program is a script whose stage is not called under "
-        'if __name__ == "__main__".'
-    )
-
-
-def _start_worker() -> None:
-    """In each worker: no threads of its own, no death by the terminal's Ctrl-C (the parent
-    stops the pool), and no life after the parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _leave_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+        work = Encoder(plan, load_tokenizer(plan.tokenizer)).encode
+    raises = (EngineMismatchError,)
+    return in_order(work, chunks, workers, who="a preprocessing worker", raises=raises)
 
 
 @lru_cache(maxsize=1)
@@ -262,17 +204,3 @@ def _worker_encoder(plan: EncodingPlan) -> Encoder:
 
 def _encode_in_worker(plan: EncodingPlan, chunk: Chunk) -> EncodedChunk:
     return _worker_encoder(plan).encode(chunk)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def choose_workers(wanted: int | None, sizes: Sequence[int]) -> int:
-    """``wanted``, or a worker per core but none for less than 8 MiB of input."""
-    if wanted is not None:
-        return wanted
-    return max(1, min(usable_cores(), sum(sizes) // (8 << 20)))

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -86,3 +86,17 @@ def _start() -> None:
 def _leave_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_workers(wanted: int | None, sizes: Sequence[int]) -> int:
+    """``wanted``, or a worker per core but none for less than 8 MiB of input."""
+    if wanted is not None:
+        return wanted
+    return max(1, min(usable_cores(), sum(sizes) // (8 << 20)))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mtk.data import encoding
-from mtk.data.encoding import EncodingPlan, choose_workers, encode_chunks
+from mtk.data.encoding import EncodingPlan, encode_chunks
 from mtk.data.sources import Chunk
+from mtk.data.workers import IN_FLIGHT, choose_workers, usable_cores
 from mtk.errors import WorkerError
 from tests.preprocess.corpora import command, tokenizer_in
 
@@ -68,13 +68,13 @@ def test_few_chunks_are_in_flight(tmp_path: Path) -> None:
 
     ahead = [taken - index for index, _ in enumerate(encode_chunks(counting(), plan, 2))]
     assert len(ahead) == 100
-    assert max(ahead) <= encoding.IN_FLIGHT * 2
+    assert max(ahead) <= IN_FLIGHT * 2
 
 
 def test_choice_of_workers() -> None:
     assert choose_workers(None, [1000]) == 1
     assert choose_workers(7, [1000]) == 7
-    assert choose_workers(None, [1 << 40]) == encoding.usable_cores()
+    assert choose_workers(None, [1 << 40]) == usable_cores()
 
 
 def large_corpus(folder: Path) -> None:

@@ -23,7 +23,7 @@ from mtk.benchmarks.record import surroundings, write_json
 from mtk.config import make, to_dict
 from mtk.config.bench_preprocess import WAYS, PreprocessBenchConfig
 from mtk.config.preprocess import PreprocessConfig
-from mtk.data.encoding import usable_cores
+from mtk.data.workers import usable_cores
 from mtk.errors import DataError, MtkError
 from mtk.log import Reporter
 from mtk.session import Session
