@@ -52,7 +52,8 @@ def attend_blocks(
         mask_BT = mask_BT & (seen_T >= lengths_B[:, None] - window)
     # What an earlier sequence left behind may be NaN, which a mask alone does not hide.
     hidden = ~mask_BT[:, None, :, None]
-    k_BGTD, v_BGTD = k_BGTD.masked_fill(hidden, 0), v_BGTD.masked_fill(hidden, 0)
+    k_BGTD.masked_fill_(hidden, 0)
+    v_BGTD.masked_fill_(hidden, 0)
     mask = mask_BT[:, None, None]
     return sdpa_kernel(q_BHD[:, :, None], k_BGTD, v_BGTD, mask=mask, dropout=0.0)[:, :, 0]
 
