@@ -75,16 +75,6 @@ class RemoteSequence(RunningSequence):
     """A sequence whose tokens are chosen elsewhere: text and stop rules are mtk's own, so that
     answers read the same whatever engine made them."""
 
-    def take(self, token: int | None, logprobs: tuple[TokenLogprob, ...] = ()) -> Delta:
-        """Apply the stop rules to a token."""
-        if token is None:
-            return self._broken()
-        self.tokens.append(token)
-        text = self._accept(token)
-        self._steps.append(text)
-        self._logprobs += logprobs
-        return Delta(self.index, (token,), text, logprobs, self.finish)
-
     def deltas(self, result: Any) -> Iterator[Delta]:
         """What is new in a ``RequestOutput``; nothing after the sequence's own end.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mtk import __version__
 from mtk.artifacts import Artifact, InputRecord, publish_prefix
-from mtk.artifacts.parts import Parts, parts_folder
+from mtk.artifacts.hashing import sha256_json
+from mtk.artifacts.parts import Parts, remove_parts
 from mtk.config import config_digest
 from mtk.config.curate_wikipedia import CurateWikipediaConfig
 from mtk.curation.wikipedia.extract import Counts, Extraction
@@ -48,7 +47,7 @@ def run(config: CurateWikipediaConfig, session: Session | None = None) -> Artifa
         inputs = corpus_inputs(files)
         done = up_to_date(config.prefix, STAGE, config, inputs, session)
         if done is not None:
-            _remove_parts(config)
+            remove_parts(config.prefix)
             return done
         outputs = [Path(config.output), Path(f"{config.prefix}{LISTED}")]
         refuse_foreign(outputs, config.prefix, force=session.force)
@@ -184,14 +183,7 @@ def metrics(counts: Counts, sites: Sequence[Site]) -> dict[str, Any]:
 def _key(config: CurateWikipediaConfig, inputs: Sequence[InputRecord]) -> str:
     """What makes parts of an earlier run fit: the same work, by the same program."""
     work = [RULES, __version__, config_digest(config), [item.content for item in inputs]]
-    return hashlib.sha256(json.dumps(work).encode()).hexdigest()
-
-
-def _remove_parts(config: CurateWikipediaConfig) -> None:
-    """Those of a run that was killed just after it had published."""
-    if parts_folder(config.prefix).exists():
-        with Parts(config.prefix, "") as parts:
-            parts.remove()
+    return sha256_json(work)
 
 
 def _report(session: Session, counts: Counts) -> None:

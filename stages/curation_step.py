@@ -10,7 +10,7 @@ from typing import Any
 
 from mtk.artifacts import Artifact, InputRecord, publish_prefix
 from mtk.artifacts.hashing import sha256_json
-from mtk.artifacts.parts import Parts, parts_folder
+from mtk.artifacts.parts import Parts, remove_parts
 from mtk.artifacts.publish import library_versions
 from mtk.config import config_digest
 from mtk.config.curate_rules import RecordOptions
@@ -125,9 +125,7 @@ def curate(
     key = _key(step, inputs)
     done = up_to_date(config.prefix, step.stage, config, inputs, session)
     if done is not None:
-        if parts_folder(config.prefix).is_dir():
-            with Parts(config.prefix, key) as parts:
-                parts.remove()
+        remove_parts(config.prefix)
         return done
     require_compressor(config.output)
     refuse_foreign([step.output], config.prefix, force=session.force)

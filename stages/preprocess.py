@@ -12,7 +12,7 @@ import numpy as np
 
 from mtk.artifacts import Artifact, InputRecord, input_file, publish_prefix
 from mtk.artifacts.hashing import sha256_json
-from mtk.artifacts.parts import Parts, parts_folder
+from mtk.artifacts.parts import Parts, remove_parts
 from mtk.artifacts.publish import Publication
 from mtk.config import config_digest
 from mtk.config.preprocess import PreprocessConfig
@@ -63,7 +63,8 @@ def run(config: PreprocessConfig, session: Session | None = None) -> Artifact:
         inputs = corpus_inputs(files) + tokenizer_inputs(config.tokenizer)
         done = up_to_date(config.output_prefix, STAGE, config, inputs, session)
         if done is not None:
-            _remove_parts(config.output_prefix)
+            with suppress(ArtifactError):
+                remove_parts(config.output_prefix)
             return done
         tokenizer = build_tokenizer(config.tokenizer)
         outputs = [path for prefix in _prefixes(config).values() for path in pair(prefix)]
@@ -206,13 +207,6 @@ def _encode_parts(
         with closing(encode_chunks(chunks, plan, choose_workers(config.workers, sizes))) as encoded:
             while corpus.add(encoded, progress, skip_bad=config.on_bad_line == "skip"):
                 pass
-
-
-def _remove_parts(output: str) -> None:
-    """What a run leaves that was killed after it had published."""
-    if parts_folder(output).is_dir():
-        with suppress(ArtifactError), Parts(output, "") as parts:
-            parts.remove()
 
 
 def _splitter(

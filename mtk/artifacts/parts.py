@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtk.artifacts.publish import write_json_atomically
 from mtk.artifacts.staging import sync_folder
 from mtk.errors import ArtifactError
 
@@ -113,11 +114,17 @@ class Parts:
             for path in self.folder.iterdir():
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            _write(self.folder / f"{KEY}.new", {"key": self._key})
-            _sync(self.folder / f"{KEY}.new")
-            (self.folder / f"{KEY}.new").rename(key)
+            write_json_atomically(key, {"key": self._key})
         while (facts := _read(self.part(len(self.facts)) / FACTS)) is not None:
             self.facts.append(facts)
+
+
+def remove_parts(output: str | Path) -> None:
+    """Throw away what a run left that was killed after it had published. Raises ArtifactError if
+    another process works on the output."""
+    if parts_folder(output).is_dir():
+        with Parts(output, "") as parts:
+            parts.remove()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

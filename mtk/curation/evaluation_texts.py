@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtk.errors import DataError
-from mtk.evaluation.documents import read_records, read_text
+from mtk.evaluation.documents import read_objects, read_records, read_text
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
 
@@ -63,7 +62,7 @@ def find_files(patterns: Sequence[str], option: str) -> tuple[Path, ...]:
 
 
 def _race_texts(path: Path) -> Iterator[str]:
-    for record, origin in _objects(path):
+    for record, origin in read_objects(path):
         article, questions = record.get("article"), record.get("questions")
         if not isinstance(article, str) or not isinstance(questions, list):
             raise DataError(f"{origin} is not RACE's: it needs an article and questions.")
@@ -72,7 +71,7 @@ def _race_texts(path: Path) -> Iterator[str]:
 
 
 def _field_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
-    for record, origin in _objects(path):
+    for record, origin in read_objects(path):
         there = [key for key in keys if key in record]
         if not there:
             raise DataError(
@@ -88,17 +87,3 @@ def _texts(value: Any, where: str) -> list[str]:
     if not all(isinstance(text, str) for text in found):
         raise DataError(f"{where} is neither a text nor a list of texts.")
     return found
-
-
-def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{origin} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{origin} is a JSON {type(record).__name__}, not an object.")
-        yield record, origin

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mtk.errors import DataError
 
@@ -43,21 +44,31 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def parse_object(line: str, origin: str) -> dict[str, Any]:
+    """Raises DataError for a line that is no JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{origin} is not JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{origin} is a JSON {type(record).__name__}, not an object.")
+    return record
+
+
+def read_objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The object of every line of a JSONL file, with its place; blank lines are passed over."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            origin = f"{path}:{number}"
+            yield parse_object(line, origin), origin
+
+
 def read_records(path: Path, key: str) -> Iterator[Document]:
     """The field ``key`` of every line of a JSONL file; blank lines are passed over.
 
     Raises DataError for a line that is not an object, or has no such text.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{origin} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{origin} is a JSON {type(record).__name__}, not an object.")
+    for record, origin in read_objects(path):
         if key not in record:
             found = ", ".join(sorted(record)) or "none"
             raise DataError(f"{origin} has no field {key!r} (it has: {found}). See --text-key.")

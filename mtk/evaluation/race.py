@@ -6,7 +6,6 @@ options (four texts a question) and answers (``A`` to ``D``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from mtk.config.heads import TASKS
 from mtk.errors import DataError
 from mtk.evaluation.classification import LabelledText, clean_text
-from mtk.evaluation.documents import read_text
+from mtk.evaluation.documents import parse_object, read_text
 
 CHOICES = TASKS["RACE"].choices
 LETTERS = "ABCD"
@@ -64,12 +63,7 @@ def _questions(path: Path) -> Iterator[tuple[tuple[tuple[str, str], ...], int, s
 
 
 def _fields(line: str, origin: str) -> tuple[str, list[Any], list[Any], list[Any]]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{origin} is not JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{origin} is a JSON {type(record).__name__}, not an object.")
+    record = parse_object(line, origin)
     article = record.get("article")
     if not isinstance(article, str) or not article.strip():
         raise DataError(f"{origin}: the field 'article' is missing, empty, or not a text.")
