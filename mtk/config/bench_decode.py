@@ -19,6 +19,10 @@ class DecodeBenchConfig:
     prompt_tokens: tuple[int, ...] = option((128,), help="Tokens of each prompt.")
     new_tokens: int = option(64, help="Tokens decoded after each prompt.")
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="Precision of the weights.")
+    weights: Literal["stored", "int8", "fp8", "int4"] = option(
+        "stored",
+        help="stored: as --load has them; else rounded when opened, as mtk quantize does.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where to run.", runtime=True)
     num_threads: int | None = option(
         None, help="CPU threads of torch (default: all cores).", runtime=True

@@ -34,7 +34,7 @@ def _weights(weight, rows, at, WIDTH: tl.constexpr):
     return tl.load(
         weight + rows[:, None] * WIDTH + at[None, :],
         mask=(at < WIDTH)[None, :],
-        other=0,
+        other=0.0,
         eviction_policy="evict_first",
     )
 
@@ -69,10 +69,7 @@ def _dot_bytes(
 def between_one_and_two(words, PLACE: tl.constexpr):
     """1 + q / 16 of the four bits at ``PLACE`` of each word."""
     # The upper four bits of a mantissa are 19 to 22.
-    if PLACE < 5:
-        moved = words << (19 - 4 * PLACE)
-    else:
-        moved = words >> (4 * PLACE - 19)
+    moved = words << 19 - 4 * PLACE if PLACE < 5 else words >> 4 * PLACE - 19
     return ((moved & 0x00780000) | 0x3F800000).to(tl.float32, bitcast=True)
 
 

@@ -50,7 +50,7 @@ def _rows_bytes(
     for start in tl.range(0, E, BYTES, num_stages=STAGES):
         at = start + tl.arange(0, BYTES)
         inside = at < E
-        w = tl.load(weight + rows[:, None] * E + at[None, :], mask=inside[None, :], other=0)
+        w = tl.load(weight + rows[:, None] * E + at[None, :], mask=inside[None, :], other=0.0)
         # A matrix is the left factor, so that its rows may be many and those of x few.
         part = tl.load(
             x + m[None, :] * E + at[:, None], mask=inside[:, None] & (m < M)[None, :], other=0.0
@@ -113,7 +113,9 @@ def _write_bytes(weight, scales, out, E: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < E
-    w = tl.load(weight + row * E + at, mask=inside, other=0).to(tl.float32) * tl.load(scales + row)
+    w = tl.load(weight + row * E + at, mask=inside, other=0.0).to(tl.float32) * tl.load(
+        scales + row
+    )
     tl.store(out + row * E + at, w.to(out.dtype.element_ty), mask=inside)
 
 
@@ -125,7 +127,7 @@ def _write_words(
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < E // 8
-    words = tl.load(weight + row * (E // 8) + at, mask=inside, other=0)
+    words = tl.load(weight + row * (E // 8) + at, mask=inside, other=0.0)
     scale = tl.load(scales + row * (E // GROUP) + at // each, mask=inside, other=0.0)
     for place in tl.static_range(8):
         w = (16.0 * between_one_and_two(words, place) - 24.0) * scale

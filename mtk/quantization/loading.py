@@ -19,9 +19,9 @@ from mtk.config.model import ModelConfig
 from mtk.convert.hf_directory import HfModel, read_hf_model
 from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.convert.mapping import check_complete
-from mtk.models.build import build_on_meta
-from mtk.models.buffers import kept_tensors
 from mtk.errors import ConversionError
+from mtk.models.buffers import kept_tensors
+from mtk.models.build import build_on_meta
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import StoredWeights, dequantized, open_stored
 from mtk.quantization.linear import QuantizedLinear

@@ -21,6 +21,7 @@ from mtk.convert.source import find_source
 from mtk.errors import ConfigError, MtkError, Problem
 from mtk.log import Reporter
 from mtk.models.gpt import GPT
+from mtk.quantization.linear import quantize_in_place
 from serving.bench.decode_costs import copy_rate, weight_bytes
 from serving.bench.decode_rows import Report, Timed, content, row_of
 from serving.bench.transformers_speed import Generate, missing
@@ -44,8 +45,10 @@ def bench_decode(
     """
     device = _device(config)
     dtype = DTYPES[config.dtype]
-    opened = open_model(config.load, dtype=dtype, device=device)
+    opened = open_model(config.load, dtype=dtype, device=device, packed=True)
     opened.require_decoder("load", config.load)
+    if config.weights != "stored":
+        quantize_in_place(opened.model, config.weights)
     _check_lengths(config, opened)
     report = Report(
         config, opened, hardware, device, copy_rate(device), weight_bytes(opened.model, 1), "", []
@@ -91,6 +94,8 @@ def _why_not(config: DecodeBenchConfig) -> str:
     """Why transformers cannot be measured; "" if it can."""
     if not config.transformers:
         return "--no-transformers"
+    if config.weights != "stored":
+        return "its weights would not be those of --weights"
     if find_source(config.load).kind == "quantized":
         return "its dialects of quantized weights are others"
     return missing()

@@ -21,6 +21,7 @@ from mtk.models.attention import Attention
 from mtk.models.gpt import GPT
 from mtk.models.mlp import ACTIVATIONS
 from serving.paged.layers import GatedMLP, Leave, PagedBlock, PagedModel, Part, Tokens
+from serving.paged.row_product import RowProduct, row_product, use_kernels
 from serving.paged.storage import Storage
 
 
@@ -72,6 +73,7 @@ def fuse(paged: PagedModel) -> int:
     """Let layers use kernels as far as they can, and :func:`mtk.kernels.gemv.gemv` where a step has
     one row; how many do the latter."""
     fused = 0
+    use_kernels(paged.model)
     for block in paged.blocks:
         mlp = block.mlp
         if isinstance(mlp, GatedMLP) and mlp.activation is ACTIVATIONS["swiglu"]:
@@ -91,10 +93,10 @@ def fuse(paged: PagedModel) -> int:
 class _Parts:
     """A layer with plain norms and matrices, attention followed by a gated MLP."""
 
-    qkv: tuple[Tensor, Tensor | None]
-    out: tuple[Tensor, Tensor | None]
-    gate_up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
+    qkv: RowProduct
+    out: RowProduct
+    gate_up: RowProduct
+    down: RowProduct
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
 
 
@@ -104,13 +106,14 @@ def _parts(block: PagedBlock) -> _Parts | None:
         return None
     if not isinstance(mlp, GatedMLP) or mlp.activation is not ACTIVATIONS["swiglu"]:
         return None
-    linears = (attention.own.output, mlp.down)
+    layers = (attention.stacked, attention.own.output, mlp.stacked, mlp.down)
+    products = [row_product(layer) for layer in layers]
     norms = [_rms_norm(block.norm(name)) for name in ("attention_norm", "mlp_norm")]
-    if norms[0] is None or norms[1] is None or any(type(x) is not nn.Linear for x in linears):
+    qkv, out, gate_up, down = products
+    if norms[0] is None or norms[1] is None:
         return None
-    out, down = ((linear.weight, linear.bias) for linear in linears)
-    stacked = ((part.weight, part.bias) for part in (attention.stacked, mlp.stacked))
-    qkv, gate_up = stacked
+    if qkv is None or out is None or gate_up is None or down is None:
+        return None
     return _Parts(qkv, out, gate_up, down, (norms[0], norms[1]))
 
 
@@ -127,17 +130,15 @@ def _single(x: Tensor) -> bool:
 def _enter(parts: _Parts, usual: Part, x_NE: Tensor) -> Tensor:
     if not _single(x_NE):
         return usual(x_NE)
-    weight, bias = parts.qkv
-    return gemv(x_NE, weight, bias_F=bias, norm=parts.norms[0])
+    return parts.qkv(x_NE, norm=parts.norms[0])
 
 
 def _leave(parts: _Parts, usual: Leave, x_NE: Tensor, attended: Tensor | None) -> Tensor:
     if attended is None or not _single(x_NE):
         return usual(x_NE, attended)
-    (out, out_bias), (wide, wide_bias), (down, bias) = parts.out, parts.gate_up, parts.down
-    x_NE = gemv(attended, out, bias_F=out_bias, residual_1F=x_NE)
-    inner = gemv(x_NE, wide, bias_F=wide_bias, norm=parts.norms[1], gated=True)
-    return gemv(inner, down, bias_F=bias, residual_1F=x_NE)
+    x_NE = parts.out(attended, residual_1F=x_NE)
+    inner = parts.gate_up(x_NE, norm=parts.norms[1], gated=True)
+    return parts.down(inner, residual_1F=x_NE)
 
 
 def _logits(usual: Part, model: GPT, norm: tuple[Tensor, float], x_NE: Tensor) -> Tensor:

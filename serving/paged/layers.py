@@ -23,6 +23,7 @@ from mtk.models.gpt import GPT
 from mtk.models.mlp import MLP
 from mtk.models.rotary import rotate
 from serving.paged.attention import Attend
+from serving.paged.quantized import QuantizedStack, can_stack_quantized
 from serving.paged.storage import CacheShape, Storage
 
 Part = Callable[[Tensor], Tensor]
@@ -93,8 +94,15 @@ class Stacked:
 
 def can_stack(modules: Sequence[nn.Module]) -> bool:
     """Plain linear layers, all with a bias or none (adapters add something of their own)."""
+    if can_stack_quantized(modules):
+        return True
     plain = all(type(module) is nn.Linear for module in modules)
     return plain and len({getattr(module, "bias", None) is None for module in modules}) == 1
+
+
+def stack(linears: Sequence[nn.Linear]) -> Stacked | QuantizedStack:
+    """One product of layers that :func:`can_stack` says can be one."""
+    return QuantizedStack(linears) if can_stack_quantized(linears) else Stacked(linears)
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
@@ -111,7 +119,7 @@ class PagedAttention:
     def __init__(self, attention: Attention, layer: int) -> None:
         self.own, self.layer = attention, layer
         projections = (attention.query, attention.key, attention.value)
-        self.stacked = Stacked(projections) if can_stack(projections) else None
+        self.stacked = stack(projections) if can_stack(projections) else None
 
     def before(self, x_NE: Tensor) -> Tensor:
         """Queries, keys and values of all heads side by side."""
@@ -154,7 +162,7 @@ class GatedMLP:
         self.activation, self.down = mlp.activation, mlp.down
         # May be replaced by a kernel.
         self.join: Part = self._join
-        self.stacked = Stacked((mlp.gate, mlp.up))
+        self.stacked = stack((mlp.gate, mlp.up))
 
     def inner(self, x: Tensor) -> Tensor:
         """What ``down`` is to be multiplied with."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from mtk.quantization.tensor import Kind
 from tests.kernels import quantized_cases
