@@ -19,10 +19,11 @@ from mtk.kernels.quantized_gemv import between_one_and_two
 
 # Rows of a program; more rows are a matrix product's.
 MOST_ROWS = 64
-# Outputs of a program (fewer where a matrix has few), inputs at a time, and how many such parts
-# are on their way.
-OUTPUTS, FEW_OUTPUTS, ENOUGH = 32, 16, 4096
+# Inputs that a program reads at a time, and how many such parts are on their way.
 BYTES, STAGES, WARPS = 256, 4, 4
+# Outputs of a program: as many as rows at least, as it reads all rows too; fewer of a matrix with
+# less outputs than ENOUGH, so that there are programs for the whole GPU.
+OUTPUTS, FEW_OUTPUTS, ENOUGH = 32, 16, 4096
 # Groups that tensor cores can take: 16 words at a time.
 GROUP = 128
 # Elements of a program that writes a matrix out.
@@ -93,11 +94,12 @@ def quantized_rows(
     of INT4 are ``GROUP``."""
     (rows, inputs), outputs = x_ME.shape, weight.shape[0]
     out_MF = torch.empty((rows, outputs), dtype=x_ME.dtype, device=x_ME.device)
-    each = OUTPUTS if outputs >= ENOUGH else FEW_OUTPUTS
+    block = max(16, triton.next_power_of_2(rows))
+    each = max(block, OUTPUTS if outputs >= ENOUGH else FEW_OUTPUTS)
     grid = (triton.cdiv(outputs, each),)
     bias = x_ME if bias_F is None else bias_F
     sizes = {
-        "E": inputs, "F": outputs, "BF": each, "BM": max(16, triton.next_power_of_2(rows)),
+        "E": inputs, "F": outputs, "BF": each, "BM": block,
         "STAGES": STAGES, "BIASED": bias_F is not None, "num_warps": WARPS,
     }  # fmt: skip
     if weight.dtype == torch.int32:

@@ -2,12 +2,13 @@
 
 | kind | preset | format | tensors |
 |---|---|---|---|
-| INT8 | W8A16, one group a channel | pack-quantized | weight_packed int32 [O, I / 4], weight_scale [O, 1], weight_shape |
+| INT8 | W8A16 | pack-quantized | weight_packed int32 [O, I / 4], weight_scale [O, 1] |
 | FP8 | FP8_DYNAMIC | float-quantized | weight e4m3 [O, I], weight_scale [O, 1] |
 | FP8, read only | FP8, W8A16 | float-quantized | weight_scale [1] or [O, 1], maybe input_scale |
-| INT4 | W4A16 | pack-quantized | weight_packed int32 [O, I / 8], weight_scale [O, I / group], weight_shape |
+| INT4 | W4A16 | pack-quantized | weight_packed int32 [O, I / 8], weight_scale [O, I / group] |
 
-Packed values are stored plus half their range, the first input in the lowest bits. FP8_DYNAMIC
+Packed values are stored plus half their range, the first input in the lowest bits, beside
+weight_shape, int64 [2]. INT8 has one scale a channel (the preset: one a group). FP8_DYNAMIC
 asks consumers to round activations too, of each token when it comes; mtk computes with
 activations as they are.
 

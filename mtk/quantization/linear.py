@@ -28,10 +28,10 @@ Model = TypeVar("Model", bound=nn.Module)
 class QuantizedLinear(nn.Module):
     """x W^T + b of a W that is never wholly there in full precision for longer than a product.
 
-    packed: see :mod:`mtk.quantization.packing`. scale: fp32 [O, G]. input_scale: fp32 [I], a factor of
-    the inputs, or None. product: how to multiply (None: with the kernels of
-    :mod:`mtk.kernels.quantized` where they run, else :func:`dequantized_product`). Weights are not
-    trained.
+    packed: see :mod:`mtk.quantization.packing`. scale: fp32 [O, G]. input_scale: fp32 [I], a
+    factor of the inputs, or None. product: how to multiply (None: with kernels where they run, as
+    :mod:`mtk.quantization.kernel_product` does, else :func:`dequantized_product`). Weights are
+    not trained.
     """
 
     def __init__(self, kind: Kind, outputs: int, inputs: int, groups: int) -> None:

@@ -73,7 +73,7 @@ def fuse(paged: PagedModel) -> int:
     """Let layers use kernels as far as they can, and :func:`mtk.kernels.gemv.gemv` where a step has
     one row; how many do the latter."""
     fused = 0
-    use_kernels(paged.model)
+    use_kernels(paged)
     for block in paged.blocks:
         mlp = block.mlp
         if isinstance(mlp, GatedMLP) and mlp.activation is ACTIVATIONS["swiglu"]:

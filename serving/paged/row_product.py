@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from mtk.kernels.gemv import gemv
 from mtk.kernels.quantized_gemv import quantized_gemv
-from mtk.models.gpt import GPT
 from mtk.quantization.kernel_product import has_kernels, kernel_product
 from mtk.quantization.linear import QuantizedLinear
 from mtk.quantization.packing import typed
-from serving.paged.layers import Stacked
+from serving.paged.layers import PagedModel, Stacked
 from serving.paged.quantized import QuantizedStack
 
 
@@ -48,8 +47,13 @@ def row_product(layer: nn.Module | Stacked | QuantizedStack) -> RowProduct | Non
     return None
 
 
-def use_kernels(model: GPT) -> None:
+def use_kernels(paged: PagedModel) -> None:
     """Let quantised layers of a model multiply with kernels, on whatever device."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.product = kernel_product
+    layers = list(paged.model.modules())
+    for block in paged.blocks:
+        for stacked in (getattr(part, "stacked", None) for part in (block.attention, block.mlp)):
+            if isinstance(stacked, QuantizedStack):
+                layers.append(stacked.linear)
+    for layer in layers:
+        if isinstance(layer, QuantizedLinear):
+            layer.product = kernel_product
