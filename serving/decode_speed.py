@@ -82,14 +82,14 @@ def measure_decode(
     """Decode ``new_tokens`` for each of ``batch`` random prompts, on the paged cache.
 
     The model's matrices are joined in place, as when it is served. options: as of ``mtk serve``
-    (default: its defaults, without the prefix cache). sampling: how tokens are chosen. Raises
+    (default: its defaults, without the prefix cache and guesses). sampling: how tokens are chosen. Raises
     ConfigError for a model that blocks do not hold and for too few tokens to time.
     """
     if not can_page(model):
         raise ConfigError("the model keeps states or biases scores; the paged cache cannot hold it")
     if new_tokens <= WARM_UP + 1:
         raise ConfigError(f"{new_tokens} new tokens: give at least {WARM_UP + 2} to be timed")
-    options = options or CacheConfig(prefix_caching=False)
+    options = options or CacheConfig(prefix_caching=False, speculation="off")
     context = prompt_tokens + new_tokens
     vocab = model.config.vocab_size or 0
     vocabulary = Vocabulary(NullTokenizer({"vocab_size": vocab, "eod": 0}), vocab)
