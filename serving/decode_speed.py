@@ -82,8 +82,8 @@ def measure_decode(
     """Decode ``new_tokens`` for each of ``batch`` random prompts, on the paged cache.
 
     The model's matrices are joined in place, as when it is served. options: as of ``mtk serve``
-    (default: its defaults, without the prefix cache and guesses). sampling: how tokens are chosen. Raises
-    ConfigError for a model that blocks do not hold and for too few tokens to time.
+    (default: its defaults, without the prefix cache and guesses). sampling: how tokens are chosen.
+    Raises ConfigError for a model that blocks do not hold and for too few tokens to time.
     """
     if not can_page(model):
         raise ConfigError("the model keeps states or biases scores; the paged cache cannot hold it")

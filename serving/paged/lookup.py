@@ -26,12 +26,15 @@ NEWEST = 0.25
 class DraftSettings:
     """most: tokens guessed for a sequence in one step. longest, shortest: tokens that two places
     must have in common; of several places one with ``longest`` or the most is taken. entries:
-    tokens of a step that has guesses, all sequences' own among them."""
+    tokens of a step that has guesses, all sequences' own among them. worth: guesses are computed
+    if they promise so many more tokens for each sequence of the step; what they cost is shared by
+    all, what they bring is not."""
 
     most: int = 7
     longest: int = 5
     shortest: int = 2
     entries: int = 32
+    worth: float = 0.3
 
 
 class Lookup:

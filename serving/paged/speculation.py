@@ -18,10 +18,6 @@ from serving.paged.lookup import DraftSettings, Lookup
 from serving.paged.results import Found
 from serving.paged.schedule import Row, Scheduler
 
-# Guesses are computed if they promise at least so many more tokens for each row of the step: what
-# they cost is shared by all rows, what they bring is not.
-WORTH = 0.3
-
 
 class Speculation:
     """Decides which rows compute guesses, and what of them was right. drafted, accepted: guessed
@@ -43,7 +39,7 @@ class Speculation:
         rows = [row for row in self._scheduler.running if row.decodes]
         if not rows or len(rows) >= self._settings.entries:
             return False
-        return sum(self._expected(row) for row in rows) >= WORTH * len(rows)
+        return sum(self._expected(row) for row in rows) >= self._settings.worth * len(rows)
 
     def _expected(self, row: Row) -> float:
         lookup = row.lookup
