@@ -294,7 +294,7 @@ def test_nan_ends_a_sequence_behind_the_tokens_before_it() -> None:
         return made
 
     model.logits = logits  # type: ignore[method-assign]
-    found, batch, _ = run(model, ask(tuple(b"zz"), max_tokens=60), drafts=DRAFTS)
+    found, _, _ = run(model, ask(tuple(b"zz"), max_tokens=60), drafts=DRAFTS)
     assert calls[0] == 1
     assert [len(d.tokens) for d in found[0]][-4:] == [1, 1, 1, 0]
 
