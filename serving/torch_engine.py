@@ -269,16 +269,17 @@ class TorchEngine:
         self._owners[sequence] = (job, now)
         if self._observer is not None and delta.tokens:
             self._observer.token(now - since, first=len(sequence.tokens) == 1)
-        if sequence.error is not None:
+        # Several steps of one sequence may come together, and only the last of them ends it.
+        if sequence.error is not None and not delta.tokens:
             job.ticket.fail(sequence.error)
             del self._owners[sequence]
             self._finished("error")
             return
         job.ticket.push(delta)
-        if sequence.finish is not None:
+        if delta.finish is not None:
             job.ticket.complete(sequence.output())
             del self._owners[sequence]
-            self._finished(sequence.finish)
+            self._finished(delta.finish)
             if job.ticket.done:
                 self._learn_duration(job.ticket)
 

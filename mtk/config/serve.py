@@ -151,12 +151,42 @@ class CacheConfig:
     cuda_graphs: bool = option(
         True, help="Launch a step of decoding as one CUDA graph.", runtime=True
     )
+    speculation: Literal["off", "lookup"] = option(
+        "lookup",
+        help="lookup guesses tokens by what followed the last ones earlier in the text, and "
+        "computes them in one step with the next; only what single steps would choose is taken.",
+        runtime=True,
+    )
+    draft_tokens: int = option(
+        7, help="Tokens guessed for a sequence in one step, at most.", runtime=True
+    )
+    lookup_ngram: int = option(
+        5, help="Last tokens of a text that are looked for in it, at most.", runtime=True
+    )
+    lookup_min_ngram: int = option(
+        2, help="Of these so many must be found for a guess.", runtime=True
+    )
+    speculation_tokens: int = option(
+        32,
+        help="Tokens of a decode step with guesses, at most; batches of so many sequences have "
+        "none.",
+        runtime=True,
+    )
 
     def problems(self) -> Iterator[Problem]:
         for name in ("kv_cache_tokens", "max_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 16:
                 yield Problem(name, value, "must be at least 16, a block", "Nearest: 16.")
+        for name in ("draft_tokens", "lookup_min_ngram", "speculation_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                yield Problem(name, value, "must be at least 1", "Nearest: 1.")
+        if self.lookup_ngram < self.lookup_min_ngram:
+            rule = f"must not be below lookup_min_ngram = {self.lookup_min_ngram}"
+            yield Problem(
+                "lookup_ngram", self.lookup_ngram, rule, f"Nearest: {self.lookup_min_ngram}."
+            )
         gib = self.kv_cache_gib
         if gib is not None and not 0 < gib < float("inf"):
             yield Problem("kv_cache_gib", gib, "must be greater than 0")
