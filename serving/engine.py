@@ -16,6 +16,7 @@ from typing import Protocol
 
 from mtk.errors import ServingError
 from mtk.tokenizers import Tokenizer
+from serving.encoder_prompt import EncoderPrompt
 from serving.errors import OverloadedError
 from serving.requests import Delta, GenerationRequest, SequenceOutput
 
@@ -79,7 +80,11 @@ class Engine(Protocol):
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and continuation together."""
+        """Most tokens of prompt and continuation together; with an encoder of the latter."""
+
+    @property
+    def encoder(self) -> EncoderPrompt | None:
+        """How prompts are read by an encoder; None for a model that continues its prompts."""
 
     @property
     def vocab_size(self) -> int:

@@ -22,9 +22,11 @@ from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 from serving import beam
+from serving.decoding import SequenceDecoder
+from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
-from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
+from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary, decoder_for
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
@@ -55,7 +57,6 @@ class _Probe:
 @dataclass
 class _BeamSearch:
     job: _Job
-    decoder: Decoder
     steps: Generator[None, None, list[beam.Hypothesis]]
 
 
@@ -63,9 +64,10 @@ class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
-    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
-    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). report: gets the traceback
-    if the thread dies. Raises ConfigError for a cache that holds nothing.
+    context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
+    prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
+    is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
+    report: gets the traceback if the thread dies. Raises ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -76,12 +78,15 @@ class TorchEngine:
         context: int,
         max_batch_size: int = 8,
         max_queue: int = 64,
+        encoder: EncoderPrompt | None = None,
         paged: CacheConfig | None = None,
         ahead: bool | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
-        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
+        size = model.config.vocab_size or tokenizer.vocab_size
+        self._vocabulary = Vocabulary(tokenizer, size, continues=encoder is None)
+        self._encoder = encoder
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report = report
@@ -104,12 +109,20 @@ class TorchEngine:
     @torch.inference_mode()
     def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
         if paged is None:
-            return Batch(Decoder(self._model))
+            return Batch(self._decoder())
         settings = paged_settings(
             self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
         return PagedBatch(self._model, self._vocabulary, settings, self._report)
+
+    def _decoder(self) -> SequenceDecoder:
+        """With caches of its own."""
+        return decoder_for(self._model, self._encoder)
+
+    @property
+    def encoder(self) -> EncoderPrompt | None:
+        return self._encoder
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -136,7 +149,8 @@ class TorchEngine:
         self._observer = observer
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        check_fits(request, context=self._context, vocab=self._vocabulary.size)
+        vocab = self._vocabulary.size
+        check_fits(request, context=self._context, vocab=vocab, encoder=self._encoder)
         ticket = Ticket(request, self._notify)
         with self._wake:
             self._refuse_if_stopped()
@@ -238,9 +252,8 @@ class TorchEngine:
         request = job.ticket.request
         if request.beam is not None:
             self._count_prompt(len(request.prompts[0]))
-            decoder = Decoder(self._model)
-            search = beam.search(decoder, self._vocabulary, request)
-            self._beam = _BeamSearch(job, decoder, search)
+            search = beam.search(self._decoder(), self._vocabulary, request)
+            self._beam = _BeamSearch(job, search)
             return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
@@ -327,7 +340,7 @@ class TorchEngine:
 
     def _decode_once(self) -> Health:
         """A prompt of one token and one decode step, in a cache of their own."""
-        decoder = Decoder(self._model)
+        decoder = self._decoder()
         decoder.cache.add_row()
         decoder.prefill(0, [self._vocabulary.tokenizer.eod])
         if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():

@@ -116,6 +116,7 @@ def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
         found = open_tensorrt(config, reporter.warn)
         chat = open_chat(config.chat_template, found.engine.tokenizer, config.load)
         return OpenedEngine(found.engine, lineage_of(found.artifact), chat)
+    from serving.encoder_prompt import encoder_prompt
     from serving.torch_engine import TorchEngine
 
     dtype, device = _place(config)
@@ -128,6 +129,7 @@ def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
         context=context,
         max_batch_size=config.limits.max_batch_size,
         max_queue=config.limits.max_queue,
+        encoder=encoder_prompt(served.model.config, served.tokenizer, config.limits.max_seq_length),
         paged=paged_cache(config.cache, served.model),
         report=reporter.warn,
     )
@@ -154,18 +156,20 @@ def _place(config: ServeConfig) -> tuple[torch.dtype, str]:
 
 
 def context_length(config: ServeConfig, model: GPT) -> int:
-    """Tokens of a sequence: --max-seq-length within what the model has positions for.
+    """Tokens of a sequence (with an encoder: of what the decoder writes): --max-seq-length within
+    what the model has positions for.
 
     Raises ConfigError if it asks for more.
     """
     asked, positions = config.limits.max_seq_length, model.config.positions
+    default = model.config.decoder_seq_length if model.config.family == "t5" else positions
     if not model.config.positions_are_limited:
-        return asked or positions
+        return asked or default
     if asked is not None and asked > positions:
         rule = f"the model has {positions} positions"
         fix = f"Nearest: {positions}."
         raise ConfigError([Problem("limits.max_seq_length", asked, rule, fix)])
-    return asked or positions
+    return asked or default
 
 
 def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
@@ -175,7 +179,7 @@ def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
 
     able = can_page(model)
     if config.kv_cache == "paged" and not able:
-        rule = "the model keeps states or adds biases to scores, which blocks do not hold"
+        rule = "the model has states, an encoder or biases on scores, which blocks do not hold"
         raise ConfigError([Problem("cache.kv_cache", "paged", rule, "Give --kv-cache dense.")])
     return config if able and config.kv_cache != "dense" else None
 

@@ -55,7 +55,8 @@ class LimitsConfig:
     max_batch_size: int = option(8, help="Sequences decoded together.", runtime=True)
     max_seq_length: int | None = option(
         None,
-        help="Most tokens of prompt and continuation together (default: the model's positions).",
+        help="Most tokens of prompt and continuation together (default: the model's positions); "
+        "of a T5 each of the two (default: positions and --decoder-seq-length of its training).",
         runtime=True,
     )
     max_queue: int = option(
@@ -127,7 +128,7 @@ class CacheConfig:
     kv_cache: Literal["auto", "paged", "dense"] = option(
         "auto",
         help="paged keeps them in blocks that sequences share, dense a row for each sequence; auto "
-        "is paged where the model can (no Mamba layers, no biases on scores).",
+        "is paged where the model can (no Mamba layers, no biases on scores, no encoder).",
         runtime=True,
     )
     kv_cache_tokens: int | None = option(

@@ -60,6 +60,11 @@ class OpenedModel:
             )
         return load_tokenizer(self.tokenizer_folder)
 
+    def require_generator(self, option: str, found: object) -> None:
+        """Raises ConfigError, of ``option`` = ``found``, for a BERT: it writes no text."""
+        if self.config.family == "bert":
+            self.require_decoder(option, found)
+
     def require_decoder(self, option: str, found: object) -> None:
         """Raises ConfigError, of ``option`` = ``found``, for a BERT or a T5."""
         if self.config.family != "gpt":
