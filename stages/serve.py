@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from mtk.models.gpt import GPT
+    from mtk.tokenizers import Tokenizer
     from serving.chat_prompt import ChatPrompt
+    from serving.engine_process import EngineProcess
+    from serving.open_served import Served
     from serving.settings import ServerSettings
     from serving.tensorrt_llm_engine import TensorRTEngine
     from serving.torch_engine import TorchEngine
@@ -48,9 +52,11 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     check_ready_file(config.listen.ready_file)
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(listener.close)
         opened = open_engine(config, reporter)
-        engine, context = opened.engine, opened.engine.context
+        engine = opened.engine
+        cleanup.callback(engine.close, 0.0)
         settings = server_settings(
             config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
         )
@@ -58,18 +64,25 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         server = HttpServer(
             create_app(engine, settings), listener, drain_timeout=limits.drain_timeout
         )
-    except BaseException:
-        listener.close()
-        raise
-    warn_if_open(config, bool(keys), reporter)
-    with stopped_by_signals(server.stop), ready_file(config.listen.ready_file, server.url):
-        reporter.info(f"{settings.model} is served at {server.url} (Ctrl-C drains and stops)")
-        reporter.event("serving", url=server.url, model=settings.model, context=context)
-        server.run()
+        warn_if_open(config, bool(keys), reporter)
+        with stopped_by_signals(server.stop), ready_file(config.listen.ready_file, server.url):
+            _say_ready(reporter, opened, settings.model, server.url)
+            server.run()
     reporter.info("stopped")
     reporter.event("stopped", url=server.url)
     if engine.died:
         raise WorkerError(f"{engine.died}; the server answered 503 since. Its log has the cause.")
+
+
+def _say_ready(reporter: Reporter, opened: OpenedEngine, model: str, url: str) -> None:
+    reporter.info(f"{model} is served at {url} (Ctrl-C drains and stops)")
+    reporter.event(
+        "serving",
+        url=url,
+        model=model,
+        context=opened.engine.context,
+        engine_processes=opened.processes,
+    )
 
 
 def server_settings(
@@ -98,17 +111,19 @@ def server_settings(
 @dataclass(frozen=True)
 class OpenedEngine:
     """lineage: the chain of digests as plain data; None if the model is no mtk artifact. chat:
-    how conversations become prompts, if they can."""
+    how conversations become prompts, if they can. processes: those that the engine runs in beside
+    this one."""
 
-    engine: TorchEngine | TensorRTEngine
+    engine: TorchEngine | EngineProcess | TensorRTEngine
     lineage: dict[str, Any] | None
     chat: ChatPrompt | None
+    processes: Sequence[int] = ()
 
 
 def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
     """The model behind the engine that was asked for. Raises ConfigError and ArtifactError."""
     from serving.chat_prompt import open_chat
-    from serving.open_served import lineage_of, open_served
+    from serving.open_served import lineage_of
 
     if config.engine == "tensorrt-llm":
         from serving.tensorrt_llm_open import open_tensorrt
@@ -116,27 +131,46 @@ def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
         found = open_tensorrt(config, reporter.warn)
         chat = open_chat(config.chat_template, found.engine.tokenizer, config.load)
         return OpenedEngine(found.engine, lineage_of(found.artifact), chat)
-    from serving.torch_engine import TorchEngine
+    if config.engine_process:
+        from stages.serve_process import open_process
+
+        return open_process(config, reporter.warn)
+    served = served_model(config)
+    chat = open_chat(config.chat_template, served.tokenizer, config.load)
+    engine = torch_engine(config, served.model, served.tokenizer, reporter.warn)
+    return OpenedEngine(engine, served.lineage, chat)
+
+
+def served_model(config: ServeConfig) -> Served:
+    """The model on its device. Raises ConfigError and ArtifactError."""
+    from serving.open_served import open_served
 
     dtype, device = _place(config)
-    served = open_served(config.load, dtype=dtype, device=device)
-    context = context_length(config, served.model)
-    chat = open_chat(config.chat_template, served.tokenizer, config.load)
+    return open_served(config.load, dtype=dtype, device=device)
+
+
+def torch_engine(
+    config: ServeConfig, model: GPT, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> TorchEngine:
+    """An engine in this process. Raises ConfigError."""
+    from serving.torch_engine import TorchEngine
+
+    context = context_length(config, model)
     engine = TorchEngine(
-        served.model,
-        served.tokenizer,
+        model,
+        tokenizer,
         context=context,
         max_batch_size=config.limits.max_batch_size,
         max_queue=config.limits.max_queue,
-        paged=paged_cache(config.cache, served.model),
-        report=reporter.warn,
+        paged=paged_cache(config.cache, model),
+        report=warn,
     )
     if engine.context < context:
-        reporter.warn(
+        warn(
             f"the cache holds {engine.context} tokens: sequences may not be longer "
             f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
         )
-    return OpenedEngine(engine, served.lineage, chat)
+    return engine
 
 
 def _place(config: ServeConfig) -> tuple[torch.dtype, str]:
