@@ -24,6 +24,7 @@ from serving.engine_messages import (
     pack_delta,
     with_grammar,
 )
+from serving.errors import NotReadyError
 from serving.grammar import JsonGrammars
 from serving.requests import Delta, GenerationRequest, SequenceOutput
 from serving.torch_engine import TorchEngine
@@ -44,10 +45,12 @@ class Relay:
         self._grammars = JsonGrammars(engine.tokenizer, engine.vocab_size)
         self._tickets: dict[int, RemoteTicket] = {}
         self._seen = 0
-        self._clear()
+        self._deltas: list[tuple[int, tuple[Any, ...]]] = []
+        self._outputs: list[tuple[int, tuple[SequenceOutput, ...], bool]] = []
+        self._failures: list[tuple[int, ServingError]] = []
+        self._figures: list[tuple[Any, ...]] = []
         self._sent_stats: EngineStats | None = None
         self._sent_at = 0.0
-        self._dead = False
 
     def serve(self) -> None:
         """Until the other end closes, or asks for the engine's end."""
@@ -120,17 +123,22 @@ class Relay:
 
     def flush(self) -> None:
         """Send what has been gathered, if anybody waits for it."""
-        seen = self._seen
-        stats = self._engine.stats()
-        now = time.monotonic()
+        seen, ended = self._seen, self._engine.ended
+        stats, now = self._engine.stats(), time.monotonic()
+        if ended is not None:
+            # All who still wait get that error where it arrives, after the death is known there.
+            self._failures = [f for f in self._failures if not isinstance(f[1], NotReadyError)]
+        messages: list[Any] = []
         if self._urgent(stats) or (self._sent_stats != stats and now > self._sent_at):
-            step = Step(self._deltas, self._outputs, self._failures, self._figures, stats, seen)
+            messages.append(
+                Step(self._deltas, self._outputs, self._failures, self._figures, stats, seen)
+            )
             self._clear()
             self._sent_stats, self._sent_at = stats, now + FIGURES_EVERY
-            self._send(step)
-        if self._engine.ended is not None and not self._dead:
-            self._dead = True
-            self._send(Died(self._engine.ended, self._engine.died is not None))
+        if ended is not None:
+            messages.append(Died(ended, self._engine.died is not None))
+        if messages:
+            self._send(*messages)
 
     def _urgent(self, stats: EngineStats) -> bool:
         before = self._sent_stats
@@ -139,14 +147,11 @@ class Relay:
         return (before.running, before.waiting) != (stats.running, stats.waiting)
 
     def _clear(self) -> None:
-        self._deltas: list[tuple[int, tuple[Any, ...]]] = []
-        self._outputs: list[tuple[int, tuple[SequenceOutput, ...], bool]] = []
-        self._failures: list[tuple[int, ServingError]] = []
-        self._figures: list[tuple[Any, ...]] = []
+        self._deltas, self._outputs, self._failures, self._figures = [], [], [], []
 
-    def _send(self, message: Any) -> None:
+    def _send(self, *messages: Any) -> None:
         try:
-            self._line.send(message)
+            self._line.send(*messages)
         except OSError:
             return  # the server is gone; the receiving thread ends the process
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from mtk.errors import MtkError, WorkerError
@@ -30,7 +32,8 @@ class Workers:
     to this one in ``folder`` (:func:`serving.engine_messages.connect`).
 
     Returns at once; processes need some seconds to come up. timeout: seconds that a collective may
-    last. error: what a process failed with, once ``ended`` is set.
+    last. server: forks them in place of one of their own; it is left running, and nobody else may
+    use it meanwhile. error: what a process failed with, once ``ended`` is set.
     """
 
     def __init__(
@@ -40,13 +43,16 @@ class Workers:
         *,
         ranks: int = 1,
         timeout: float = 600.0,
+        server: RankServer | None = None,
     ) -> None:
         self.error: MtkError | None = None
         self.ended = threading.Event()
-        self._server = RankServer([function.__module__], rank_variables(ranks))
-        self._listener = listen(self._server.folder)
+        self._owned = server is None
+        self._server = server or RankServer([function.__module__], rank_variables(ranks))
+        folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self._server.folder))
+        self._listener = listen(folder)
         self._children = [self._server.fork(owns_terminal=rank == 0) for rank in range(ranks)]
-        call = pickle_call(function, (self._server.folder, *arguments))
+        call = pickle_call(function, (folder, *arguments))
         self._thread = threading.Thread(
             target=self._watch, args=(call, timeout), name="mtk-engine-watch", daemon=True
         )
@@ -81,6 +87,10 @@ class Workers:
         """Wait for their end, and end those that are left."""
         self.ended.wait(timeout)
         self.kill()
+        self._listener.close()
+        if not self._owned:
+            self._thread.join()
+            return
         # Not by closing alone: a thread that waits for the socket would keep it open.
         with suppress(OSError):
             self._server.events.shutdown(socket.SHUT_RDWR)
