@@ -8,7 +8,6 @@ process is gone, however it ended, they are too.
 from __future__ import annotations
 
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -27,31 +26,36 @@ from serving.engine_messages import Line, listen
 LOOK_EVERY = 0.2
 
 
+def start_server(module: str, ranks: int = 1) -> RankServer:
+    """The process that ``ranks`` others are forked from. It loads torch and ``module`` while this
+    one does other things; nothing that only training needs, so that it is there soon."""
+    return RankServer([module], rank_variables(ranks), base=("torch",))
+
+
 class Workers:
     """``function(place, folder, *arguments)`` on ``ranks`` processes, of which the first connects
     to this one in ``folder`` (:func:`serving.engine_messages.connect`).
 
-    Returns at once; processes need some seconds to come up. timeout: seconds that a collective may
-    last. server: forks them in place of one of their own; it is left running, and nobody else may
-    use it meanwhile. error: what a process failed with, once ``ended`` is set.
+    Returns at once. server: forks them, and must outlive them; nobody else may use it meanwhile.
+    timeout: seconds that a collective may last. error: what a process failed with, once ``ended``
+    is set.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         arguments: Sequence[Any],
+        server: RankServer,
         *,
         ranks: int = 1,
         timeout: float = 600.0,
-        server: RankServer | None = None,
     ) -> None:
         self.error: MtkError | None = None
         self.ended = threading.Event()
-        self._owned = server is None
-        self._server = server or RankServer([function.__module__], rank_variables(ranks))
-        folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self._server.folder))
+        self._server, self._settled = server, False
+        folder = Path(tempfile.mkdtemp(prefix="engine-", dir=server.folder))
         self._listener = listen(folder)
-        self._children = [self._server.fork(owns_terminal=rank == 0) for rank in range(ranks)]
+        self._children = [server.fork(owns_terminal=rank == 0) for rank in range(ranks)]
         call = pickle_call(function, (folder, *arguments))
         self._thread = threading.Thread(
             target=self._watch, args=(call, timeout), name="mtk-engine-watch", daemon=True
@@ -88,18 +92,13 @@ class Workers:
         self.ended.wait(timeout)
         self.kill()
         self._listener.close()
-        if not self._owned:
+        if self._settled:  # else the server does not listen yet
             self._thread.join()
-            return
-        # Not by closing alone: a thread that waits for the socket would keep it open.
-        with suppress(OSError):
-            self._server.events.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        self._thread.join(LOOK_EVERY)
 
     def _watch(self, call: bytes, timeout: float) -> None:
         try:
             self._server.settle()
+            self._settled = True
             crew = Crew(self._server, self._children, timeout)
             try:
                 crew.start(call, "cpu")

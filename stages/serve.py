@@ -17,6 +17,7 @@ from mtk.session import Session
 if TYPE_CHECKING:
     import torch
 
+    from mtk.launch.rank_server import RankServer
     from mtk.models.gpt import GPT
     from mtk.tokenizers import Tokenizer
     from serving.chat_prompt import ChatPrompt
@@ -35,6 +36,16 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     Returns normally after a drain. Raises ConfigError (port, keys, ready file),
     ArtifactError (model), WorkerError if the engine died meanwhile.
     """
+    with ExitStack() as cleanup:
+        ranks = _start_ranks(config)
+        if ranks is not None:
+            cleanup.callback(ranks.close, 0.0)
+        _serve(config, (session or Session()).reporter, ranks, cleanup)
+
+
+def _serve(
+    config: ServeConfig, reporter: Reporter, ranks: RankServer | None, cleanup: ExitStack
+) -> None:
     from serving.app import create_app
     from serving.server import (
         HttpServer,
@@ -46,32 +57,38 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         stopped_by_signals,
     )
 
-    reporter = (session or Session()).reporter
-    limits = config.limits
     keys = read_keys(config.listen.api_key_file)
     check_ready_file(config.listen.ready_file)
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
-    with ExitStack() as cleanup:
-        cleanup.callback(listener.close)
-        opened = open_engine(config, reporter)
-        engine = opened.engine
-        cleanup.callback(engine.close, 0.0)
-        settings = server_settings(
-            config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
-        )
-        quiet_waitress()
-        server = HttpServer(
-            create_app(engine, settings), listener, drain_timeout=limits.drain_timeout
-        )
-        warn_if_open(config, bool(keys), reporter)
-        with stopped_by_signals(server.stop), ready_file(config.listen.ready_file, server.url):
-            _say_ready(reporter, opened, settings.model, server.url)
-            server.run()
+    cleanup.callback(listener.close)
+    opened = open_engine(config, reporter, ranks)
+    engine = opened.engine
+    cleanup.callback(engine.close, 0.0)
+    settings = server_settings(
+        config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
+    )
+    quiet_waitress()
+    server = HttpServer(
+        create_app(engine, settings), listener, drain_timeout=config.limits.drain_timeout
+    )
+    warn_if_open(config, bool(keys), reporter)
+    with stopped_by_signals(server.stop), ready_file(config.listen.ready_file, server.url):
+        _say_ready(reporter, opened, settings.model, server.url)
+        server.run()
     reporter.info("stopped")
     reporter.event("stopped", url=server.url)
     if engine.died:
         raise WorkerError(f"{engine.died}; the server answered 503 since. Its log has the cause.")
+
+
+def _start_ranks(config: ServeConfig) -> RankServer | None:
+    """What the engine's process is forked from, if it is to have one."""
+    if not config.engine_process or config.engine != "torch":
+        return None
+    from serving.engine_workers import start_server
+
+    return start_server("stages.serve_process")
 
 
 def _say_ready(reporter: Reporter, opened: OpenedEngine, model: str, url: str) -> None:
@@ -120,8 +137,11 @@ class OpenedEngine:
     processes: Sequence[int] = ()
 
 
-def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
-    """The model behind the engine that was asked for. Raises ConfigError and ArtifactError."""
+def open_engine(
+    config: ServeConfig, reporter: Reporter, ranks: RankServer | None = None
+) -> OpenedEngine:
+    """The model behind the engine that was asked for, in a process that ``ranks`` forks if given.
+    Raises ConfigError and ArtifactError."""
     from serving.chat_prompt import open_chat
     from serving.open_served import lineage_of
 
@@ -131,10 +151,10 @@ def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
         found = open_tensorrt(config, reporter.warn)
         chat = open_chat(config.chat_template, found.engine.tokenizer, config.load)
         return OpenedEngine(found.engine, lineage_of(found.artifact), chat)
-    if config.engine_process:
+    if ranks is not None:
         from stages.serve_process import open_process
 
-        return open_process(config, reporter.warn)
+        return open_process(config, ranks, reporter.warn)
     served = served_model(config)
     chat = open_chat(config.chat_template, served.tokenizer, config.load)
     engine = torch_engine(config, served.model, served.tokenizer, reporter.warn)

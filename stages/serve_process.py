@@ -10,6 +10,7 @@ from mtk.config.serve import ServeConfig
 from mtk.convert.open_model import open_tokenizer
 from mtk.convert.source import find_source
 from mtk.launch.process import Place
+from mtk.launch.rank_server import RankServer
 from serving.chat_prompt import open_chat
 from serving.engine_child import Relay
 from serving.engine_messages import Warned, connect
@@ -19,14 +20,16 @@ from serving.open_served import lineage_of
 from stages.serve import OpenedEngine, served_model, torch_engine
 
 
-def open_process(config: ServeConfig, warn: Callable[[str], None]) -> OpenedEngine:
-    """Start the engine's process, and meanwhile open here what the server itself needs.
+def open_process(
+    config: ServeConfig, server: RankServer, warn: Callable[[str], None]
+) -> OpenedEngine:
+    """Let ``server`` fork the engine's process, and open here what this one itself needs.
 
     Raises what either side raises: ConfigError, ArtifactError, DataError (chat template), or
     WorkerError for a process that ended.
     """
     limits = config.limits
-    workers = Workers(run_engine, (config,), timeout=limits.step_timeout)
+    workers = Workers(run_engine, (config,), server, timeout=limits.step_timeout)
     try:
         source = find_source(config.load)
         tokenizer = open_tokenizer(source)

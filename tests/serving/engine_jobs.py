@@ -79,7 +79,7 @@ def start_tiny(
 ) -> EngineProcess:
     """An engine in a process that ``server`` forks."""
     given = {"max_batch_size": max_batch_size, **options}
-    workers = Workers(serve_tiny, (faults, given), server=server)
+    workers = Workers(serve_tiny, (faults, given), server)
     try:
         return EngineProcess(
             workers,

@@ -14,10 +14,10 @@ import pytest
 
 from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError, ServingError
-from mtk.launch.local import rank_variables
 from mtk.launch.rank_server import RankServer
 from serving.engine import EngineStats, Ticket
 from serving.engine_process import EngineProcess
+from serving.engine_workers import start_server
 from serving.errors import NotReadyError, OverloadedError
 from serving.grammar import JsonGrammars
 from serving.guides import Guide
@@ -36,7 +36,7 @@ NO_FAULTS, SLOW = Faults(), Faults(tick=0.05)
 @pytest.fixture(scope="module")
 def server() -> Iterator[RankServer]:
     """One process that forks all engines of this module: starting it takes seconds."""
-    running = RankServer([serve_tiny.__module__], {**rank_variables(1), "OMP_NUM_THREADS": "1"})
+    running = start_server(serve_tiny.__module__)
     yield running
     running.close()
 
