@@ -36,47 +36,47 @@ class Graphs:
 
     def __init__(
         self,
-        step: Callable[[Tensor, int], Launched],
+        step: Callable[[Tensor, int, bool], Launched],
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
         self._step, self._report = step, report
         self._able = device.type == "cuda"
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._pool: Any = None
 
     @property
     def count(self) -> int:
         return len(self._captured)
 
-    def __call__(self, inputs_3B: Tensor, width: int) -> Launched:
+    def __call__(self, inputs_3B: Tensor, width: int, guessed: bool) -> Launched:
         """What the step finds; overwritten by the next one of the same size."""
         if not self._able:
-            return self._step(inputs_3B, width)
-        shape = (inputs_3B.shape[1], width)
+            return self._step(inputs_3B, width, guessed)
+        shape = (inputs_3B.shape[1], width, guessed)
         if shape not in self._captured:
             try:
-                self._captured[shape] = self._capture(inputs_3B, width)
+                self._captured[shape] = self._capture(inputs_3B, width, guessed)
             except RuntimeError as error:
                 self._able = False
                 self._report(f"steps are run without CUDA graphs: {error}")
-                return self._step(inputs_3B, width)
+                return self._step(inputs_3B, width, guessed)
         captured = self._captured[shape]
         captured.inputs_3B.copy_(inputs_3B, non_blocking=True)
         captured.graph.replay()
         return captured.found
 
-    def _capture(self, inputs_3B: Tensor, width: int) -> _Captured:
-        static_2B = inputs_3B.clone()
+    def _capture(self, inputs_3B: Tensor, width: int, guessed: bool) -> _Captured:
+        static_3B = inputs_3B.clone()
         ahead = torch.cuda.Stream(inputs_3B.device)  # type: ignore[no-untyped-call]
         ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ahead):
             for _ in range(WARM_UPS):
-                self._step(static_2B, width)
+                self._step(static_3B, width, guessed)
         torch.cuda.current_stream().wait_stream(ahead)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the server may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = self._step(static_2B, width)
+            found = self._step(static_3B, width, guessed)
         self._pool = graph.pool()
-        return _Captured(graph, static_2B, found)
+        return _Captured(graph, static_3B, found)

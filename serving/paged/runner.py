@@ -115,7 +115,8 @@ class Runner:
             inputs += [(self.idle_slot, 0, self.idle_slot)] * (self._size(count) - count)
         inputs_3B = send(torch.tensor(inputs, dtype=torch.int64).T.contiguous(), self.device)
         run = self._decode if self.graphs is None else self.graphs
-        return run(inputs_3B, width).first(count)
+        guessed = any(row.draft for row in rows)
+        return run(inputs_3B, width, guessed).first(count)
 
     def _size(self, count: int) -> int:
         """The size that a step of so many places runs in."""
@@ -148,24 +149,25 @@ class Runner:
         needed = max(len(row.table.blocks) for row in rows)
         return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
 
-    def _decode(self, inputs_3B: Tensor, width: int) -> Launched:
+    def _decode(self, inputs_3B: Tensor, width: int, guessed: bool) -> Launched:
         slots_B, positions_B, places_B = inputs_3B.unbind(0)
         tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
-        return self._look(self.paged.states(tokens, self._attend(tokens, width)))
-
-    def _attend(self, tokens: Tokens, width: int) -> Attend:
         window = self._form.window
         if self._kernels is not None:
-            return self._kernels.attention(tokens, window)
+            return self._look(self._kernels.logits(tokens, window, guessed=guessed))
         table_BW = self.table_RW[tokens.slots_N, :width]
-        return DecodeAttention(self.storage, table_BW, tokens.positions_N + 1, window)
+        attend = DecodeAttention(self.storage, table_BW, tokens.positions_N + 1, window)
+        return self._look(self.paged.logits(self.paged.states(tokens, attend)))
 
     def _tokens(self, ids_N: Tensor, slots_N: Tensor, positions_N: Tensor) -> Tokens:
         block = self.storage.shape.block
         return Tokens(ids_N, slots_N, positions_N, self.table_RW, block, self.paged.tables)
 
-    def _look(self, x_BE: Tensor) -> Launched:
-        return look(self.paged.logits(x_BE), self._drawable)
+    def _look(self, logits_BV: Tensor) -> Launched:
+        if self._kernels is None:
+            return look(logits_BV, self._drawable)
+        likeliest_B, finite_B = self._kernels.look(logits_BV, self._drawable).unbind(0)
+        return Launched(logits_BV, likeliest_B, finite_B.bool())
 
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
         """Read chunks of text; what follows those that are the last of their rows, if any.
@@ -178,7 +180,7 @@ class Runner:
             assert row.slot is not None
             columns += [(row.ids[i], row.slot, i) for i in range(chunk.start, end)]
         tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
-        attend = PrefillAttention(self.storage, [self._span(c) for c in chunks], self._form)
+        attend = self._prefill(tokens, [self._span(chunk) for chunk in chunks])
         x_NE = self.paged.states(tokens, attend)
         ends, done = [], 0
         for chunk in chunks:
@@ -187,7 +189,12 @@ class Runner:
             ends += [done - 1] * chunk.last
         if not ends:
             return None
-        return self._look(x_NE[index(ends, self.device)])
+        return self._look(self.paged.logits(x_NE[index(ends, self.device)]))
+
+    def _prefill(self, tokens: Tokens, spans: Sequence[Span]) -> Attend:
+        if self._kernels is not None:
+            return self._kernels.prefill(tokens, spans, self._form)
+        return PrefillAttention(self.storage, spans, self._form)
 
     def _span(self, chunk: Chunk) -> Span:
         blocks = -(-(chunk.start + chunk.count) // self.storage.shape.block)
@@ -212,7 +219,9 @@ class Runner:
             return
         for size in sorted({self._size(count) for count in range(1, self._places + 1)}):
             idle = [[self.idle_slot] * size, [0] * size, [self.idle_slot] * size]
-            self.graphs(torch.tensor(idle, device=self.device), self._columns)
+            # Of steps with guesses those that are larger than any without.
+            guessed = size > self.idle_slot
+            self.graphs(torch.tensor(idle, device=self.device), self._columns, guessed)
 
 
 def _kernels(paged: PagedModel, context: int) -> Kernels:
