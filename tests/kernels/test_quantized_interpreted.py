@@ -40,10 +40,10 @@ def test_written_out(kind: Kind, group: int) -> None:
 def test_whole_steps(kind: Kind, rows: int) -> None:
     """The engine's batch on kernels gives the tokens of the quantised model without a cache."""
     model = quantize_in_place(tiny_model(**LLAMA_LIKE, ffn_hidden_size=64), kind, 32)
-    prompts = (tuple(b"Hello world"), tuple(b"x" * 20), (7,))
-    expected = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
+    prompts = (tuple(b"Hello"), (7,))
+    expected = [greedy_without_cache(model, prompt, 3) for prompt in prompts]
     outputs, batch = generate_paged(
-        model, ask(*prompts, max_tokens=6), rows=rows, kernels=True, ahead=True
+        model, ask(*prompts, max_tokens=3), rows=rows, kernels=True, ahead=True
     )
     assert [list(output.tokens) for output in outputs] == expected
     for block in batch.runner.paged.blocks:
