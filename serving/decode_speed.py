@@ -27,20 +27,23 @@ GREEDY = SamplingParams(temperature=0)
 @dataclass(frozen=True)
 class DecodeFigures:
     """What was measured. prefill_seconds: until every sequence has its first token.
-    step_seconds: of each step of decoding, by the host's clock, in which every sequence gets a
-    token. weight_bytes: read by a step at least once (all parameters but an embedding that is
-    only looked up). graphs: captured sizes. blocks: of the cache. tokens: what was generated, row
-    by row."""
+    step_seconds: of each step of decoding, by the host's clock. timed_tokens: what these steps
+    brought, a token to every sequence, or more where guesses were right. weight_bytes: read by a step at least once (all parameters but an embedding that is
+    only looked up). graphs: captured sizes. blocks: of the cache. drafted: guessed tokens
+    that were computed, accepted: of these right. tokens: what was generated, row by row."""
 
     batch: int
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     step_seconds: Sequence[float]
+    timed_tokens: int
     weight_bytes: int
     cache_token_bytes: int
     graphs: int
     blocks: int
+    drafted: int
+    accepted: int
     tokens: Sequence[Sequence[int]]
 
     @property
@@ -50,7 +53,12 @@ class DecodeFigures:
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all sequences, over all timed steps."""
-        return self.batch * len(self.step_seconds) / self.seconds
+        return self.timed_tokens / self.seconds
+
+    @property
+    def step_tokens(self) -> float:
+        """New tokens of all sequences in one step."""
+        return self.timed_tokens / len(self.step_seconds)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -78,18 +86,19 @@ def measure_decode(
     options: CacheConfig | None = None,
     sampling: SamplingParams = GREEDY,
     seed: int = 0,
+    period: int | None = None,
 ) -> DecodeFigures:
     """Decode ``new_tokens`` for each of ``batch`` random prompts, on the paged cache.
 
     The model's matrices are joined in place, as when it is served. options: as of ``mtk serve``
-    (default: its defaults, without the prefix cache). sampling: how tokens are chosen. Raises
-    ConfigError for a model that blocks do not hold and for too few tokens to time.
+    (default: its defaults, without the prefix cache and guesses). sampling: how tokens are chosen.
+    period: prompts are so many random tokens again and again (default: random to the end). Raises ConfigError for a model that blocks do not hold and for too few tokens to time.
     """
     if not can_page(model):
         raise ConfigError("the model keeps states or biases scores; the paged cache cannot hold it")
     if new_tokens <= WARM_UP + 1:
         raise ConfigError(f"{new_tokens} new tokens: give at least {WARM_UP + 2} to be timed")
-    options = options or CacheConfig(prefix_caching=False)
+    options = options or CacheConfig(prefix_caching=False, speculation="off")
     context = prompt_tokens + new_tokens
     vocab = model.config.vocab_size or 0
     vocabulary = Vocabulary(NullTokenizer({"vocab_size": vocab, "eod": 0}), vocab)
@@ -97,10 +106,10 @@ def measure_decode(
     if settings.blocks * cache_shape(model).block < batch * context:
         raise ConfigError("the cache does not hold all sequences at once. Lower batch or tokens.")
     running = PagedBatch(model, vocabulary, settings)
-    sequences = [_sequence(i, prompt_tokens, new_tokens, vocabulary, sampling, seed)
-                 for i in range(batch)]  # fmt: skip
+    prompts = prompts_of(vocab, batch + 1, prompt_tokens, seed, period)
+    sequences = [_sequence(prompt, new_tokens, vocabulary, sampling) for prompt in prompts[:batch]]
     # Prompts are read once before, for what libraries do at first.
-    running.add(_sequence(batch, prompt_tokens, 1, vocabulary, sampling, seed))
+    running.add(_sequence(prompts[batch], 1, vocabulary, sampling))
     while running.count:
         running.step()
     for sequence in sequences:
@@ -110,30 +119,33 @@ def measure_decode(
     while any(not sequence.tokens for sequence in sequences):
         running.step()
     prefill = time.perf_counter() - start
-    steps = _timed(running, sequences)
-    graphs = running.runner.graphs
+    steps, timed_tokens = _timed(running, sequences)
+    graphs, cache = running.runner.graphs, running.cache_stats()
     return DecodeFigures(
         batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         prefill_seconds=prefill,
         step_seconds=steps,
+        timed_tokens=timed_tokens,
         weight_bytes=_weight_bytes(model),
         cache_token_bytes=running.runner.storage.shape.token_bytes,
         graphs=0 if graphs is None else graphs.count,
         blocks=settings.blocks,
+        drafted=cache.drafted,
+        accepted=cache.accepted,
         tokens=[tuple(sequence.tokens) for sequence in sequences],
     )
 
 
-def _timed(running: PagedBatch, sequences: Sequence[RunningSequence]) -> list[float]:
-    """Seconds from one token of every sequence to the next. Tokens come to the host at its pace, so
-    that its clock is the right one."""
+def _timed(running: PagedBatch, sequences: Sequence[RunningSequence]) -> tuple[list[float], int]:
+    """Seconds of each step while all sequences run, and the tokens of all these steps. Tokens come
+    to the host at its pace, so that its clock is the right one."""
     for _ in range(WARM_UP):
         running.step()
-    seconds, before = [], time.perf_counter()
+    seconds, tokens, before = list[float](), 0, time.perf_counter()
     while all(sequence.finish is None for sequence in sequences):
-        running.step()
+        tokens += sum(len(delta.tokens) for _, delta in running.step())
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
@@ -144,15 +156,25 @@ def _timed(running: PagedBatch, sequences: Sequence[RunningSequence]) -> list[fl
     errors = [sequence.error for sequence in sequences if sequence.error is not None]
     if errors:
         raise errors[0]
-    return seconds
+    return seconds, tokens
+
+
+def prompts_of(
+    vocab: int, batch: int, length: int, seed: int, period: int | None = None
+) -> list[list[int]]:
+    """Random token ids, those of row i with seed + i. period: see :func:`measure_decode`."""
+    found, size = [], min(length, period or length)
+    for row in range(batch):
+        chance = torch.Generator().manual_seed(seed + row)
+        ids = torch.randint(vocab, (size,), generator=chance).tolist()
+        found.append((ids * -(-length // size))[:length])
+    return found
 
 
 def _sequence(
-    index: int, prompt: int, new: int, vocabulary: Vocabulary, sampling: SamplingParams, seed: int
+    prompt: Sequence[int], new: int, vocabulary: Vocabulary, sampling: SamplingParams
 ) -> RunningSequence:
-    chance = torch.Generator().manual_seed(seed + index)
-    ids = torch.randint(vocabulary.size, (prompt,), generator=chance).tolist()
-    request = GenerationRequest(prompts=(tuple(ids),), max_tokens=new, sampling=sampling)
+    request = GenerationRequest(prompts=(tuple(prompt),), max_tokens=new, sampling=sampling)
     return RunningSequence(request, 0, vocabulary)
 
 

@@ -27,10 +27,10 @@ def open_served(path: str, *, dtype: torch.dtype, device: str) -> Served:
     the bits they have there.
 
     Raises ArtifactError if there is no model, or it has no tokenizer, ConfigError for one that
-    does not predict the next token.
+    writes no text.
     """
     opened = open_model(path, dtype=dtype, device=device, packed=True)
-    opened.require_decoder("load", path)
+    opened.require_generator("load", path)
     return Served(opened.model, opened.tokenizer, lineage_of(opened.artifact))
 
 

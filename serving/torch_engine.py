@@ -22,9 +22,11 @@ from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 from serving import beam
+from serving.decoding import SequenceDecoder
+from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.errors import NotReadyError, OverloadedError, describe
-from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
+from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary, decoder_for
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
@@ -55,7 +57,6 @@ class _Probe:
 @dataclass
 class _BeamSearch:
     job: _Job
-    decoder: Decoder
     steps: Generator[None, None, list[beam.Hypothesis]]
 
 
@@ -63,9 +64,10 @@ class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
-    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
-    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). report: gets the traceback
-    if the thread dies. Raises ConfigError for a cache that holds nothing.
+    context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
+    prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
+    is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
+    report: gets the traceback if the thread dies. Raises ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -76,16 +78,21 @@ class TorchEngine:
         context: int,
         max_batch_size: int = 8,
         max_queue: int = 64,
+        encoder: EncoderPrompt | None = None,
         paged: CacheConfig | None = None,
         ahead: bool | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
-        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
+        size = model.config.vocab_size or tokenizer.vocab_size
+        self._vocabulary = Vocabulary(tokenizer, size, continues=encoder is None)
+        self._encoder = encoder
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report = report
         self._observer: Observer | None = None
+        self._after_tick: Callable[[], None] = lambda: None
+        self._ticks = 0
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._probes: list[_Probe] = []
@@ -104,12 +111,20 @@ class TorchEngine:
     @torch.inference_mode()
     def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
         if paged is None:
-            return Batch(Decoder(self._model))
+            return Batch(self._decoder())
         settings = paged_settings(
             self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
         return PagedBatch(self._model, self._vocabulary, settings, self._report)
+
+    def _decoder(self) -> SequenceDecoder:
+        """With caches of its own."""
+        return decoder_for(self._model, self._encoder)
+
+    @property
+    def encoder(self) -> EncoderPrompt | None:
+        return self._encoder
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -132,12 +147,28 @@ class TorchEngine:
         """Why the thread ended, unless it was stopped on request."""
         return self._death if self._crashed else None
 
+    @property
+    def ended(self) -> str | None:
+        """Why the thread ended, also on request."""
+        return self._death
+
     def observe(self, observer: Observer) -> None:
         self._observer = observer
 
+    def follow(self, after_tick: Callable[[], None]) -> None:
+        """Call ``after_tick`` in the engine's thread when a step of work is done, and when the
+        thread ends."""
+        self._after_tick = after_tick
+
+    def progress(self) -> tuple[int, bool]:
+        """How many steps of work have begun, and whether there is work."""
+        with self._wake:
+            return self._ticks, self._has_work()
+
     def submit(self, request: GenerationRequest) -> Ticket:
-        check_fits(request, context=self._context, vocab=self._vocabulary.size)
-        ticket = Ticket(request, self._notify)
+        vocab = self._vocabulary.size
+        check_fits(request, context=self._context, vocab=vocab, encoder=self._encoder)
+        ticket = Ticket(request, self.wake)
         with self._wake:
             self._refuse_if_stopped()
             waiting = self._waiting()
@@ -146,9 +177,19 @@ class TorchEngine:
                     f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
                     retry_after=round(self._seconds_per_request * (waiting + 1)),
                 )
-            self._jobs.append(_Job(ticket))
-            self._wake.notify_all()
+            self._take(ticket)
         return ticket
+
+    def take(self, ticket: Ticket) -> None:
+        """Queue a ticket whose request fits, however many wait. Raises ServingError (503) when the
+        engine is dead or stopping."""
+        with self._wake:
+            self._refuse_if_stopped()
+            self._take(ticket)
+
+    def _take(self, ticket: Ticket) -> None:
+        self._jobs.append(_Job(ticket))
+        self._wake.notify_all()
 
     def probe(self, timeout: float) -> Health:
         with self._wake:
@@ -174,7 +215,8 @@ class TorchEngine:
             self._wake.notify_all()
         self._thread.join(timeout)
 
-    def _notify(self) -> None:
+    def wake(self) -> None:
+        """Let the thread look at what has changed."""
         with self._wake:
             self._wake.notify_all()
 
@@ -198,21 +240,25 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
+                    self._ticks += 1
                     self._tick()
+                    self._after_tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
             self._crashed = True
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:
             self._die(reason)
+            self._after_tick()
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._stopping and not (
-                self._jobs or self._probes or self._owners or self._beam
-            ):
+            while not self._stopping and not self._has_work():
                 self._wake.wait()
             return not self._stopping
+
+    def _has_work(self) -> bool:
+        return bool(self._jobs or self._probes or self._owners or self._beam)
 
     def _tick(self) -> None:
         self._answer_probes()
@@ -238,9 +284,8 @@ class TorchEngine:
         request = job.ticket.request
         if request.beam is not None:
             self._count_prompt(len(request.prompts[0]))
-            decoder = Decoder(self._model)
-            search = beam.search(decoder, self._vocabulary, request)
-            self._beam = _BeamSearch(job, decoder, search)
+            search = beam.search(self._decoder(), self._vocabulary, request)
+            self._beam = _BeamSearch(job, search)
             return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
@@ -269,16 +314,17 @@ class TorchEngine:
         self._owners[sequence] = (job, now)
         if self._observer is not None and delta.tokens:
             self._observer.token(now - since, first=len(sequence.tokens) == 1)
-        if sequence.error is not None:
+        # Several steps of one sequence may come together, and only the last of them ends it.
+        if sequence.error is not None and not delta.tokens:
             job.ticket.fail(sequence.error)
             del self._owners[sequence]
             self._finished("error")
             return
         job.ticket.push(delta)
-        if sequence.finish is not None:
+        if delta.finish is not None:
             job.ticket.complete(sequence.output())
             del self._owners[sequence]
-            self._finished(sequence.finish)
+            self._finished(delta.finish)
             if job.ticket.done:
                 self._learn_duration(job.ticket)
 
@@ -326,7 +372,7 @@ class TorchEngine:
 
     def _decode_once(self) -> Health:
         """A prompt of one token and one decode step, in a cache of their own."""
-        decoder = Decoder(self._model)
+        decoder = self._decoder()
         decoder.cache.add_row()
         decoder.prefill(0, [self._vocabulary.tokenizer.eod])
         if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():

@@ -53,12 +53,12 @@ class OpenedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Loaded on first use. Raises ArtifactError if the model has none."""
-        if not self.has_tokenizer:
-            raise ArtifactError(
-                f"{self.folder} has no tokenizer: it was trained on ids alone, or its tokenizer "
-                f"files were left out. Text cannot be used with it."
-            )
-        return load_tokenizer(self.tokenizer_folder)
+        return _read_tokenizer(self.kind, self.folder)
+
+    def require_generator(self, option: str, found: object) -> None:
+        """Raises ConfigError, of ``option`` = ``found``, for a BERT: it writes no text."""
+        if self.config.family == "bert":
+            self.require_decoder(option, found)
 
     def require_decoder(self, option: str, found: object) -> None:
         """Raises ConfigError, of ``option`` = ``found``, for a BERT or a T5."""
@@ -132,6 +132,21 @@ def assemble(
     for name, parameter in parameters.items():
         copy_into(parameter, tensors[name], name, folder)
     return model.eval()
+
+
+def open_tokenizer(source: Source) -> Tokenizer:
+    """A model's tokenizer without the model. Raises ArtifactError if it has none."""
+    return _read_tokenizer(source.kind, source.folder)
+
+
+def _read_tokenizer(kind: SourceKind, folder: Path) -> Tokenizer:
+    found = tokenizer_folder(kind, folder)
+    if not has_tokenizer(found):
+        raise ArtifactError(
+            f"{folder} has no tokenizer: it was trained on ids alone, or its tokenizer "
+            f"files were left out. Text cannot be used with it."
+        )
+    return load_tokenizer(found)
 
 
 def tokenizer_folder(kind: SourceKind, folder: Path) -> Path:

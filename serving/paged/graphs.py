@@ -26,7 +26,7 @@ WARM_UPS = 2
 @dataclass(frozen=True)
 class _Captured:
     graph: Any
-    inputs_2B: Tensor
+    inputs_3B: Tensor
     found: Launched
 
 
@@ -49,26 +49,26 @@ class Graphs:
     def count(self) -> int:
         return len(self._captured)
 
-    def __call__(self, inputs_2B: Tensor, width: int) -> Launched:
+    def __call__(self, inputs_3B: Tensor, width: int) -> Launched:
         """What the step finds; overwritten by the next one of the same size."""
         if not self._able:
-            return self._step(inputs_2B, width)
-        shape = (inputs_2B.shape[1], width)
+            return self._step(inputs_3B, width)
+        shape = (inputs_3B.shape[1], width)
         if shape not in self._captured:
             try:
-                self._captured[shape] = self._capture(inputs_2B, width)
+                self._captured[shape] = self._capture(inputs_3B, width)
             except RuntimeError as error:
                 self._able = False
                 self._report(f"steps are run without CUDA graphs: {error}")
-                return self._step(inputs_2B, width)
+                return self._step(inputs_3B, width)
         captured = self._captured[shape]
-        captured.inputs_2B.copy_(inputs_2B, non_blocking=True)
+        captured.inputs_3B.copy_(inputs_3B, non_blocking=True)
         captured.graph.replay()
         return captured.found
 
-    def _capture(self, inputs_2B: Tensor, width: int) -> _Captured:
-        static_2B = inputs_2B.clone()
-        ahead = torch.cuda.Stream(inputs_2B.device)  # type: ignore[no-untyped-call]
+    def _capture(self, inputs_3B: Tensor, width: int) -> _Captured:
+        static_2B = inputs_3B.clone()
+        ahead = torch.cuda.Stream(inputs_3B.device)  # type: ignore[no-untyped-call]
         ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ahead):
             for _ in range(WARM_UPS):

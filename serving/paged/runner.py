@@ -1,11 +1,11 @@
 """What lies on the device while sequences run, and the forward passes over it.
 
-Every running sequence has a slot: a row of the table of its blocks, and a place for its last
-token. A step of decoding is told slots and positions only; the tokens it begins with need never
-have been on the host.
+Every running sequence has a slot: a row of the table of its blocks, and room for its last token. A
+step of decoding is told slots and positions, and where tokens lie; those it begins with need never
+have been on the host. Tokens that only the host knows, as guesses are, lie behind the slots.
 
-Shape suffixes: R slots, W columns of the table, N tokens to be read, B rows of a step, V
-vocabulary, E hidden size.
+Shape suffixes: R slots, W columns of the table, N tokens to be read, B places of a step, one for
+each row and each of its guesses, T tokens on the device, V vocabulary, E hidden size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launched:
-    """Of some rows: logits [B, V] as the model has them, the likeliest token that may be drawn
+    """Of some places: logits [B, V] as the model has them, the likeliest token that may be drawn
     [B], and whether all logits are finite [B]."""
 
     logits_BV: Tensor
@@ -54,9 +54,10 @@ def look(logits_BV: Tensor, drawable: int) -> Launched:
 
 
 class Runner:
-    """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. padded:
-    run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
-    use those of :mod:`serving.paged.kernels` (default: where they can run)."""
+    """slots: sequences at once. context: most tokens of one. places: most of a step with guesses.
+    drawable: see :func:`look`. padded: run steps in few sizes, which graphs need (they are
+    captured on a GPU, if ``graphs``). kernels: use those of :mod:`serving.paged.kernels` (default:
+    where they can run)."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Runner:
         slots: int,
         context: int,
         drawable: int,
+        places: int = 0,
         padded: bool = False,
         graphs: bool = False,
         kernels: bool | None = None,
@@ -78,7 +80,9 @@ class Runner:
         self._columns = -(-context // storage.shape.block)
         # The last slot is that of rows that fill a batch up; its table names block 0.
         self.idle_slot = slots
-        self.tokens_R = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self._places = max(slots, places)
+        tokens = slots + 1 + self._places
+        self.tokens_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         self.table_RW = torch.zeros(slots + 1, self._columns, dtype=torch.int64, device=self.device)
         self._kernels: Kernels | None = None
         if fused_on(self.device) if kernels is None else kernels:
@@ -104,16 +108,38 @@ class Runner:
             self.table_RW[slots, columns] = blocks_
 
     def decode(self, rows: Sequence[Row]) -> Launched:
-        """One token for each row, whose last one is in its slot already."""
-        # Of each row the position of that token.
-        pairs = [(row.slot, row.cached - 1) for row in rows]
-        size, width = len(rows), self._width(rows)
+        """The next token of each row, and the one after each of its guesses: a place for each."""
+        inputs = self._inputs(rows)
+        count, width = len(inputs), self._width(rows)
         if self._padded:
-            size = bucket(size, self.idle_slot)
-            pairs += [(self.idle_slot, 0)] * (size - len(rows))
-        inputs_2B = send(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), self.device)
+            inputs += [(self.idle_slot, 0, self.idle_slot)] * (self._size(count) - count)
+        inputs_3B = send(torch.tensor(inputs, dtype=torch.int64).T.contiguous(), self.device)
         run = self._decode if self.graphs is None else self.graphs
-        return run(inputs_2B, width).first(len(rows))
+        return run(inputs_3B, width).first(count)
+
+    def _size(self, count: int) -> int:
+        """The size that a step of so many places runs in."""
+        most = self.idle_slot if count <= self.idle_slot else self._places
+        return min(next((size for size in BUCKETS if size >= count), most), most)
+
+    def _inputs(self, rows: Sequence[Row]) -> list[tuple[int, int, int]]:
+        """Slot, position, and where the token lies, of each place. Tokens that only the host knows
+        are sent."""
+        inputs, sent = list[tuple[int, int, int]](), list[int]()
+        for row in rows:
+            assert row.slot is not None
+            first = row.cached - row.width
+            given = row.draft if row.told else (row.ids[-1], *row.draft)
+            if row.told:
+                inputs.append((row.slot, first, row.slot))
+                first += 1
+            for position, token in enumerate(given, first):
+                inputs.append((row.slot, position, self.idle_slot + 1 + len(sent)))
+                sent.append(token)
+        if sent:
+            start = self.idle_slot + 1
+            self.tokens_T[start : start + len(sent)] = send(torch.tensor(sent), self.device)
+        return inputs
 
     def _width(self, rows: Sequence[Row]) -> int:
         """Columns of the table that this step looks at; kernels find out themselves."""
@@ -122,9 +148,9 @@ class Runner:
         needed = max(len(row.table.blocks) for row in rows)
         return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
 
-    def _decode(self, inputs_2B: Tensor, width: int) -> Launched:
-        slots_B, positions_B = inputs_2B.unbind(0)
-        tokens = self._tokens(self.tokens_R[slots_B], slots_B, positions_B)
+    def _decode(self, inputs_3B: Tensor, width: int) -> Launched:
+        slots_B, positions_B, places_B = inputs_3B.unbind(0)
+        tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
         return self._look(self.paged.states(tokens, self._attend(tokens, width)))
 
     def _attend(self, tokens: Tokens, width: int) -> Attend:
@@ -184,9 +210,9 @@ class Runner:
         have do not matter to them."""
         if self.graphs is None or self._kernels is None:
             return
-        for size in (*(b for b in BUCKETS if b < self.idle_slot), self.idle_slot):
-            pairs = torch.tensor([[self.idle_slot] * size, [0] * size], device=self.device)
-            self.graphs(pairs, self._columns)
+        for size in sorted({self._size(count) for count in range(1, self._places + 1)}):
+            idle = [[self.idle_slot] * size, [0] * size, [self.idle_slot] * size]
+            self.graphs(torch.tensor(idle, device=self.device), self._columns)
 
 
 def _kernels(paged: PagedModel, context: int) -> Kernels:
@@ -194,8 +220,3 @@ def _kernels(paged: PagedModel, context: int) -> Kernels:
     from serving.paged.kernels import Kernels
 
     return Kernels(paged, context)
-
-
-def bucket(rows: int, most: int) -> int:
-    """The size that a step of ``rows`` rows runs in."""
-    return min(next((size for size in BUCKETS if size >= rows), most), most)
