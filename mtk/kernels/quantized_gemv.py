@@ -1,6 +1,6 @@
 """As :mod:`mtk.kernels.gemv`, of a matrix in INT8, FP8 or INT4: half or a quarter of the bytes.
 
-Weights are read 16 bytes a thread and become fp32 in registers. A byte is one conversion. Four
+Weights are read 8 or 16 bytes a thread and become fp32 in registers. A byte is one conversion. Four
 bits are put into the mantissa of a number between 1 and 2 by a shift and a mask, which makes it
 1 + q / 16; what that adds to the sum, of the offset of q too, is taken off once a group.
 Layouts: :mod:`mtk.quantization.packing`. Needs Triton.
@@ -22,8 +22,9 @@ from mtk.kernels.dependent import launch_options
 OUTPUTS, BYTES = 4, 4096
 WORD_OUTPUTS, WORDS = 8, 512
 WARPS = 4
-# Bytes that a thread reads at once.
-VECTOR = tl.constexpr(16)
+# Bytes that a thread reads at once. The inputs that belong to 8 bytes are one load of a thread, in
+# bf16; with 16 the compiler sends them around through shared memory instead.
+VECTOR = 8
 # Sizes of groups that kernels know.
 GROUPS = (32, 64, 128)
 
@@ -41,8 +42,9 @@ def _weights(weight, rows, at, WIDTH: tl.constexpr):
 
 @triton.jit
 def _dot_bytes(
-    weight, first, rows, x, norm, E: tl.constexpr, BYTES: tl.constexpr, NORMED: tl.constexpr
-):
+    weight, first, rows, x, norm,
+    E: tl.constexpr, BYTES: tl.constexpr, VECTOR: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
     """Of a few rows, whose first bytes are read already: their products with x, without scales, and
     the sum of x's squares."""
     lanes = tl.arange(0, BYTES)
@@ -50,7 +52,7 @@ def _dot_bytes(
     sums = tl.zeros((rows.shape[0], runs), tl.float32)
     squares = tl.zeros((runs,), tl.float32)
     for start in tl.static_range(0, E, BYTES):
-        at = start + lanes
+        at = tl.max_contiguous(start + lanes, VECTOR)
         inside = at < E
         part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if NORMED:
@@ -118,10 +120,11 @@ def _dot_words(
 @triton.jit
 def _dot(
     weight, first, rows, scales, x, norm,
-    E: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, NORMED: tl.constexpr,
+    E: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
     if GROUP == 0:
-        y, squares = _dot_bytes(weight, first, rows, x, norm, E, LANES, NORMED)
+        y, squares = _dot_bytes(weight, first, rows, x, norm, E, LANES, VECTOR, NORMED)
         y = y * tl.load(scales + rows)
     else:
         y, squares = _dot_words(weight, first, rows, scales, x, norm, E, LANES, GROUP, NORMED)
@@ -132,8 +135,8 @@ def _dot(
 def _quantized_gemv(
     x, weight, scales, norm, bias, residual, out, eps,
     E: tl.constexpr, F: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr,
-    GROUP: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    ADDED: tl.constexpr, EARLY: tl.constexpr,
+    VECTOR: tl.constexpr, GROUP: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr,
+    GATED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = E if GROUP == 0 else E // 8
     lanes = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -143,13 +146,16 @@ def _quantized_gemv(
     if EARLY:
         gdc_launch_dependents()
     # On their way while the kernels before end: weights depend on none of them.
-    first = _weights(weight, rows, tl.arange(0, LANES), width)
+    start = tl.arange(0, LANES)
+    if GROUP == 0:
+        start = tl.max_contiguous(start, VECTOR)
+    first = _weights(weight, rows, start, width)
     other = first
     if GATED:
-        other = _weights(weight, rows + F, tl.arange(0, LANES), width)
+        other = _weights(weight, rows + F, start, width)
     if EARLY:
         gdc_wait()
-    y, squares = _dot(weight, first, rows, scales, x, norm, E, LANES, GROUP, NORMED)
+    y, squares = _dot(weight, first, rows, scales, x, norm, E, LANES, VECTOR, GROUP, NORMED)
     factor = 1.0
     if NORMED:
         factor = tl.rsqrt(squares / E + eps)
@@ -157,7 +163,7 @@ def _quantized_gemv(
     if BIASED:
         y += tl.load(bias + rows).to(tl.float32)
     if GATED:
-        up, _ = _dot(weight, other, rows + F, scales, x, norm, E, LANES, GROUP, NORMED)
+        up, _ = _dot(weight, other, rows + F, scales, x, norm, E, LANES, VECTOR, GROUP, NORMED)
         up = up * factor
         if BIASED:
             up += tl.load(bias + rows + F).to(tl.float32)
@@ -195,7 +201,7 @@ def quantized_gemv(
         x_1E if bias_F is None else bias_F, x_1E if residual_1F is None else residual_1F, out_1F,
         0.0 if norm is None else norm[1],
         E=inputs, F=outputs, OUTPUTS=each, LANES=lanes,
-        GROUP=inputs // scale_FG.shape[1] if words else 0,
+        VECTOR=VECTOR, GROUP=inputs // scale_FG.shape[1] if words else 0,
         NORMED=norm is not None, BIASED=bias_F is not None, GATED=gated,
         ADDED=residual_1F is not None, num_warps=WARPS, **launch_options(x_1E.device),
     )  # fmt: skip

@@ -95,7 +95,18 @@ def open_stored(folder: Path) -> StoredWeights:
         raise ConversionError(f"{folder} lacks {', '.join(missing)} (first five).")
     parts |= {f"{layer}{suffix}" for layer in layers for suffix in dialect.optional}
     names = [name for name in stored if name not in parts]
-    others = LazyTensors(names, lambda name: stored[name])
+
+    def read(name: str) -> Tensor:
+        tensor = stored[name]
+        narrow = not tensor.is_floating_point() or tensor.element_size() == 1
+        if name.endswith(".weight") and narrow:
+            raise ConversionError(
+                f"{folder}: {name} is {tensor.dtype}, but there is no "
+                f"{name.removesuffix('weight')}{marker}."
+            )
+        return tensor
+
+    others = LazyTensors(names, read)
     return StoredWeights(folder, dialect, frozenset(layers), others, stored)
 
 

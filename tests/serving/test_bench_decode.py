@@ -107,6 +107,15 @@ def test_without_transformers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     assert "not installed" in report.skipped and len(report.rows) == 1
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rounded_weights(weights: str, checkpoint: Path) -> None:
+    """They are small, and nothing stands beside them that would have others."""
+    dense = bench_decode(config(checkpoint), Reporter(quiet=True), refused)
+    report = bench_decode(config(checkpoint, weights=weights), Reporter(quiet=True), refused)
+    assert "--weights" in report.skipped and len(report.rows) == 1
+    assert weight_bytes(report.model.model, 1) < weight_bytes(dense.model.model, 1)
+
+
 def test_positions_are_checked_before_anything_is_measured(checkpoint: Path) -> None:
     limited = config(checkpoint, prompt_tokens=[4, 10**6])
     with pytest.raises(ConfigError, match="positions"):
