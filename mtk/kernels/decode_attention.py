@@ -26,7 +26,7 @@ from mtk.kernels.heads import HeadForm, Rows, head_width, turned
 LEAST = tl.constexpr(-1e30)
 LOG2E = 1.4426950408889634
 # Tokens read at a time.
-TILE = 64
+TILE = 32
 WARPS = 4
 # What keeps an H200's 132 processors busy: two programs for each.
 PROGRAMS = 264

@@ -28,8 +28,9 @@ from mtk.kernels.dependent import launch_options
 
 # Most rows that are worth it: with more, libraries' products are as fast.
 MOST_ROWS = 64
-# Programs that keep an H200's 132 processors busy.
+# Programs that keep an H200's 132 processors busy, and outputs of each.
 PROGRAMS = 264
+OUTPUTS = 64
 # Programs that can take part in sums at once.
 PLACES = 65536
 
@@ -209,14 +210,21 @@ def _product(
         )  # fmt: skip
 
 
-def choose_shape(outputs: int, inputs: int, *, gated: bool) -> Shape:
-    """What was fastest on an H200 (docs/benchmarks/serving.md)."""
-    tile, first = 64 if gated else 128, 256
-    tiles = -(-outputs // tile)
-    splits = 1
-    while tiles * splits * 2 <= PROGRAMS and inputs // (splits * 2) >= first:
+def choose_shape(outputs: int, inputs: int, *, gated: bool, item_bytes: int = 2) -> Shape:
+    """Near what was fastest for matrices of 2,048 to 131,072 outputs on an H200
+    (docs/benchmarks/serving.md)."""
+    tiles, splits = -(-outputs // OUTPUTS), 1
+    # A gate and its other half are twice the work.
+    programs, least = (PROGRAMS // 2, 1024) if gated else (PROGRAMS, 512)
+    while tiles * splits * 2 <= programs and inputs // (splits * 2) >= least:
         splits *= 2
-    return Shape(tile, splits, first)
+    if gated:
+        first, stages = 64, 5
+    elif inputs // splits <= least:
+        first, stages = least, 2
+    else:
+        first, stages = 128 if splits == 1 else 256, 4
+    return Shape(OUTPUTS, splits, first * 2 // item_bytes, stages=max(2, stages * 2 // item_bytes))
 
 
 def _share(inputs: int, cut: Shape) -> int:
@@ -275,7 +283,9 @@ def _launch(
     x_ME = x.weighted_ME if isinstance(x, Normed) else x
     rows, inputs = x_ME.shape
     outputs = weight_FE.shape[0] // (2 if gated else 1)
-    cut = shape or choose_shape(outputs, inputs, gated=gated)
+    cut = shape or choose_shape(
+        outputs, inputs, gated=gated, item_bytes=x_ME.element_size()
+    )
     tiles, share = -(-outputs // cut.outputs), _share(inputs, cut)
     splits = -(-inputs // share)
     m_tile = max(16, triton.next_power_of_2(rows))

@@ -32,8 +32,8 @@ def _better(value, at, other, other_at):
 
 @triton.jit
 def _look(
-    logits, tokens, finite, values, ids, sound, arrived, stride, V, drawable, share,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    logits, tokens, finite, slots, kept, values, ids, sound, arrived, stride, V, drawable, share,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -56,6 +56,8 @@ def _look(
     if SPLITS == 1:
         tl.store(tokens + row, best.to(tl.int64))
         tl.store(finite + row, all_good.to(tl.int64))
+        if KEPT:
+            tl.store(kept + tl.load(slots + row), best.to(tl.int64))
     else:
         tl.store(values + row * SPLITS + split, value)
         tl.store(ids + row * SPLITS + split, best)
@@ -67,21 +69,30 @@ def _look(
             tl.store(tokens + row, best.to(tl.int64))
             tl.store(finite + row, tl.min(tl.load(sound + parts), 0).to(tl.int64))
             tl.store(arrived + row, 0)
+            if KEPT:
+                tl.store(kept + tl.load(slots + row), best.to(tl.int64))
 
 
-def look_at(logits_BV: Tensor, drawable: int, workspace: Workspace) -> Tensor:
+def look_at(
+    logits_BV: Tensor,
+    drawable: int,
+    workspace: Workspace,
+    keep: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """int64 [2, B]: the likeliest of the ids below ``drawable``, the first of equals, and whether
-    all logits of the row are finite. Rows of ``logits_BV`` may lie apart."""
+    all logits of the row are finite. Rows of ``logits_BV`` may lie apart. keep: places int64 [B]
+    in a tensor, int64, that get the ids too."""
     rows, vocab = logits_BV.shape
     found_2B = torch.empty((2, rows), dtype=torch.int64, device=logits_BV.device)
     wanted = min(PROGRAMS // rows, -(-vocab // BLOCK), MOST_SPLITS)
     splits = 1 << max(wanted, 1).bit_length() - 1
     shape = (rows, splits)
+    slots_B, kept = (found_2B, found_2B) if keep is None else keep
     values = torch.empty(shape, dtype=torch.float32, device=logits_BV.device)
     ids = torch.empty(shape, dtype=torch.int32, device=logits_BV.device)
     _look[(rows, splits)](
-        logits_BV, found_2B[0], found_2B[1], values, ids, torch.empty_like(ids), workspace.arrived,
+        logits_BV, found_2B[0], found_2B[1], slots_B, kept, values, ids, torch.empty_like(ids), workspace.arrived,
         logits_BV.stride(0), vocab, drawable, -(-vocab // splits), BLOCK=BLOCK, SPLITS=splits,
-        num_warps=4, **launch_options(logits_BV.device),
+        KEPT=keep is not None, num_warps=4, **launch_options(logits_BV.device),
     )  # fmt: skip
     return found_2B
