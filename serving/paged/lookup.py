@@ -22,6 +22,8 @@ from serving.paged.step_cost import HOST, StepCost
 MOST_PLACES = 8
 # How much the newest guess counts in the average of all.
 NEWEST = 0.25
+# Share of guesses that begin a passage that is copied, and of other tokens that are right at least.
+COPIES, CHANCE = 0.02, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,14 @@ class Lookup:
 
     @property
     def expected(self) -> float:
-        """How many tokens of a guess of ``most`` may be right, by those before it and by how far
-        this one has been right already."""
-        right = min(self._right, self._settings.most)
-        return max(self._average, (self._average + right) / 2)
+        """How many tokens of a guess of ``most`` may be right: the average of those before it, or
+        as many more as have been right already, the likelier the less chance explains them."""
+        right, average = min(self._right, self._settings.most), self._average
+        if right <= average:
+            return average
+        chance = max(CHANCE, average / (1 + average)) ** right
+        copies = COPIES / (COPIES + chance)
+        return copies * right + (1 - copies) * average
 
     @property
     def length(self) -> int:
