@@ -25,7 +25,9 @@ from serving.generation import SCORED_AT_ONCE, logprobs_of
 from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
 from serving.paged.choose import index
 from serving.paged.graphs import BUCKETS, Graphs
+from serving.paged.host_rows import HostAttention, HostRows
 from serving.paged.layers import PagedModel, Tokens
+from serving.paged.rotation import signed
 from serving.paged.schedule import Chunk, Row
 from serving.paged.storage import Storage
 
@@ -84,6 +86,9 @@ class Runner:
         if fused_on(self.device) if kernels is None else kernels:
             self._kernels = _kernels(self.paged, context)
         self._padded = padded or graphs
+        self.host: HostRows | None = None
+        if self.device.type == "cpu" and self._kernels is None and not self._padded:
+            self.host = HostRows(storage)
         self.graphs = Graphs(self._decode, self.device, report) if graphs else None
 
     @property
@@ -103,8 +108,14 @@ class Runner:
             slots, columns, blocks_ = send(torch.tensor(entries), self.device).unbind(1)
             self.table_RW[slots, columns] = blocks_
 
+    def ordered(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of a step of decoding in the order in which it is cheapest."""
+        return rows if self.host is None else self.host.ordered(rows)
+
     def decode(self, rows: Sequence[Row]) -> Launched:
-        """One token for each row, whose last one is in its slot already."""
+        """One token for each row, whose last one is in its slot already. rows: :meth:`ordered`."""
+        if self.host is not None:
+            return self._decode_on_host(self.host, rows)
         # Of each row the position of that token.
         pairs = [(row.slot, row.cached - 1) for row in rows]
         size, width = len(rows), self._width(rows)
@@ -114,6 +125,22 @@ class Runner:
         inputs_2B = send(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), self.device)
         run = self._decode if self.graphs is None else self.graphs
         return run(inputs_2B, width).first(len(rows))
+
+    def _decode_on_host(self, host: HostRows, rows: Sequence[Row]) -> Launched:
+        step = host.begin(rows)
+        slots_B = torch.tensor([row.slot for row in rows])
+        positions_B = torch.tensor([row.cached - 1 for row in rows])
+        tokens = self._tokens(self.tokens_R[slots_B], slots_B, positions_B)
+        attend = HostAttention(host, step, self._rotary(tokens), self._form.window)
+        launched = self._look(self.paged.states(tokens, attend))
+        host.keep_full(rows)
+        return launched
+
+    def _rotary(self, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+        if tokens.rotary is None:
+            return None
+        cos, sin = (table.to(self.storage.shape.dtype) for table in tokens.rotary)
+        return cos, signed(sin, interleaved=self.model.config.rotary_interleaved)
 
     def _width(self, rows: Sequence[Row]) -> int:
         """Columns of the table that this step looks at; kernels find out themselves."""
