@@ -81,10 +81,14 @@ class Speculation:
                 yield row, lookup.expected, min(lookup.length, left)
 
     def accept(self, row: Row, found: Sequence[Found]) -> Sequence[Found]:
-        """What counts of all that a row's places have chosen; the row then goes on behind it."""
+        """What counts of all that a row's places have chosen; the row then goes on behind it.
+        Nothing does if one of them is not finite, as that may reach others: such a row goes on
+        from where it was, without guesses."""
         right = right_part(row.draft, found)
+        if any(one.token is None for one in found):
+            right, row.lookup = [], None
         dropped = len(found) - len(right)
-        self.accepted += len(right) - 1
+        self.accepted += max(0, len(right) - 1)
         row.draft = ()
         row.cached -= dropped
         row.asked -= dropped
