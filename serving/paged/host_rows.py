@@ -231,7 +231,7 @@ class HostAttention:
             # The queries of all new tokens side by side as well.
             q = own.transpose(0, 1).flatten(1, 2)[None]
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
-            out[done : done + width] = found.view(own.transpose(0, 1).shape).transpose(0, 1)
+            out[done : done + width] = found.reshape(own.transpose(0, 1).shape).transpose(0, 1)
             done += width
         return out
 

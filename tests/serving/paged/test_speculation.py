@@ -82,7 +82,7 @@ def of_few_words(model: GPT) -> GPT:
     real = model.logits
     likely = torch.zeros(257)
     likely[97:101] = 1e3
-    model.logits = lambda states: real(states) + likely  # type: ignore[method-assign]
+    model.logits = lambda states: real(states) + likely.to(states.device)  # type: ignore[method-assign]
     return model
 
 
