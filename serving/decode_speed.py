@@ -26,11 +26,12 @@ GREEDY = SamplingParams(temperature=0)
 
 @dataclass(frozen=True)
 class DecodeFigures:
-    """What was measured. prefill_seconds: until every sequence has its first token.
-    step_seconds: of each step of decoding, by the host's clock. timed_tokens: what these steps
-    brought, a token to every sequence, or more where guesses were right. weight_bytes: read by a step at least once (all parameters but an embedding that is
-    only looked up). graphs: captured sizes. blocks: of the cache. drafted: guessed tokens
-    that were computed, accepted: of these right. tokens: what was generated, row by row."""
+    """What was measured. prefill_seconds: until every sequence has its first token. step_seconds:
+    of each step of decoding, by the host's clock. timed_tokens: what these steps brought, a token
+    to every sequence, or more where guesses were right. weight_bytes: read by a step at least once
+    (all parameters but an embedding that is only looked up). graphs: captured sizes. blocks: of
+    the cache. drafted: guessed tokens that were computed, accepted: of these right. tokens: what
+    was generated, row by row."""
 
     batch: int
     prompt_tokens: int
@@ -92,7 +93,8 @@ def measure_decode(
 
     The model's matrices are joined in place, as when it is served. options: as of ``mtk serve``
     (default: its defaults, without the prefix cache and guesses). sampling: how tokens are chosen.
-    period: prompts are so many random tokens again and again (default: random to the end). Raises ConfigError for a model that blocks do not hold and for too few tokens to time.
+    period: prompts are so many random tokens again and again (default: random to the end). Raises
+    ConfigError for a model that blocks do not hold and for too few tokens to time.
     """
     if not can_page(model):
         raise ConfigError("the model keeps states or biases scores; the paged cache cannot hold it")

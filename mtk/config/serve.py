@@ -167,7 +167,7 @@ class CacheConfig:
         runtime=True,
     )
     draft_tokens: int = option(
-        7, help="Tokens guessed for a sequence in one step, at most.", runtime=True
+        15, help="Tokens guessed for a sequence in one step, at most.", runtime=True
     )
     lookup_ngram: int = option(
         5, help="Last tokens of a text that are looked for in it, at most.", runtime=True

@@ -134,7 +134,8 @@ class PagedBatch:
         chunked = [chunk.row for chunk in step.chunks]
         self.runner.place([*step.decode, *chunked])
         if step.decode:
-            launches.append(self._choose(self.runner.decode(step.decode), step.decode))
+            rows = self.runner.ordered(step.decode)
+            launches.append(self._choose(self.runner.decode(rows), rows))
         if step.chunks:
             read = self.runner.read(step.chunks)
             if read is not None:

@@ -10,6 +10,7 @@ from mtk.models.gpt import GPT
 from serving.paged.batch import PagedSettings
 from serving.paged.layers import cache_shape
 from serving.paged.lookup import DraftSettings
+from serving.paged.step_cost import step_cost
 from serving.paged.storage import CacheShape
 
 # Of a GPU's free memory; the rest is for activations, graphs and other libraries.
@@ -34,12 +35,12 @@ def paged_settings(
         tokens=options.max_batched_tokens,
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
-        drafts=draft_settings(options),
+        drafts=draft_settings(options, shape.device),
         graphs=gpu and options.cuda_graphs,
     )
 
 
-def draft_settings(options: CacheConfig) -> DraftSettings | None:
+def draft_settings(options: CacheConfig, device: torch.device) -> DraftSettings | None:
     """What is guessed, if anything."""
     if options.speculation == "off":
         return None
@@ -48,6 +49,7 @@ def draft_settings(options: CacheConfig) -> DraftSettings | None:
         longest=options.lookup_ngram,
         shortest=options.lookup_min_ngram,
         entries=options.speculation_tokens,
+        cost=step_cost(device),
     )
 
 

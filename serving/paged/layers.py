@@ -169,7 +169,7 @@ class GatedMLP:
 
     def _join(self, wide: Tensor) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
-        return self.activation(gate) * up
+        return self.activation(gate).mul_(up)
 
 
 def add_product(x_NE: Tensor, inner: Tensor, linear: nn.Module) -> Tensor:

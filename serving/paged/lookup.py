@@ -16,25 +16,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serving.paged.step_cost import HOST, StepCost
+
 # Places looked at for the longest run in common; the latest first.
 MOST_PLACES = 8
 # How much the newest guess counts in the average of all.
 NEWEST = 0.25
+# Share of guesses that begin a passage that is copied, and of other tokens that are right at least.
+COPIES, CHANCE = 0.02, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSettings:
     """most: tokens guessed for a sequence in one step. longest, shortest: tokens that two places
     must have in common; of several places one with ``longest`` or the most is taken. entries:
-    tokens of a step that has guesses, all sequences' own among them. worth: guesses are computed
-    if they promise so many more tokens for each sequence of the step; what they cost is shared by
-    all, what they bring is not."""
+    tokens of a step that has guesses, all sequences' own among them. cost: of steps; guesses are
+    computed if they promise ``margin`` times the tokens for that cost that single ones are."""
 
-    most: int = 7
+    most: int = 15
     longest: int = 5
     shortest: int = 2
     entries: int = 32
-    worth: float = 0.3
+    cost: StepCost = HOST
+    margin: float = 1.05
 
 
 class Lookup:
@@ -58,9 +62,19 @@ class Lookup:
 
     @property
     def expected(self) -> float:
-        """How many tokens of a guess of ``most`` may be right, by those before it and by how far
-        it has been right already."""
-        return max(self._average, float(min(self._right, self._settings.most)))
+        """How many tokens of a guess of ``most`` may be right: the average of those before it, or
+        as many more as have been right already, the likelier the less chance explains them."""
+        right, average = min(self._right, self._settings.most), self._average
+        if right <= average:
+            return average
+        chance = max(CHANCE, average / (1 + average)) ** right
+        copies = COPIES / (COPIES + chance)
+        return copies * right + (1 - copies) * average
+
+    @property
+    def length(self) -> int:
+        """Tokens worth guessing: twice what is expected, so that it may turn out to be more."""
+        return min(self._settings.most, int(2 * self.expected) + 1)
 
     def advance(self) -> None:
         """Look at the tokens that came since the last call."""
@@ -74,11 +88,10 @@ class Lookup:
         if self._source is None and self._ids:
             self._source = self._find(len(self._ids))
 
-    def draft(self, most: int) -> list[int]:
-        """At most ``most`` tokens that may come next, fewer if fewer are likely to be right."""
+    def draft(self, count: int) -> list[int]:
+        """``count`` tokens that may come next, none without a guess."""
         if self._source is None:
             return []
-        count = min(most, self._settings.most, int(2 * self.expected) + 1)
         known, made = len(self._ids), list[int]()
         for place in range(self._source, self._source + count):
             made.append(self._ids[place] if place < known else made[place - known])

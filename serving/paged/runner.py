@@ -25,7 +25,9 @@ from serving.generation import SCORED_AT_ONCE, logprobs_of
 from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
 from serving.paged.choose import index
 from serving.paged.graphs import BUCKETS, Graphs
+from serving.paged.host_rows import HostAttention, HostRows
 from serving.paged.layers import PagedModel, Tokens
+from serving.paged.rotation import signed
 from serving.paged.schedule import Chunk, Row
 from serving.paged.storage import Storage
 
@@ -88,6 +90,9 @@ class Runner:
         if fused_on(self.device) if kernels is None else kernels:
             self._kernels = _kernels(self.paged, context)
         self._padded = padded or graphs
+        self.host: HostRows | None = None
+        if self.device.type == "cpu" and self._kernels is None and not self._padded:
+            self.host = HostRows(storage)
         self.graphs = Graphs(self._decode, self.device, report) if graphs else None
 
     @property
@@ -107,9 +112,16 @@ class Runner:
             slots, columns, blocks_ = send(torch.tensor(entries), self.device).unbind(1)
             self.table_RW[slots, columns] = blocks_
 
+    def ordered(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of a step of decoding in the order in which it is cheapest."""
+        return rows if self.host is None else self.host.ordered(rows)
+
     def decode(self, rows: Sequence[Row]) -> Launched:
-        """The next token of each row, and the one after each of its guesses: a place for each."""
+        """The next token of each row, and the one after each of its guesses: a place for each.
+        rows: :meth:`ordered`."""
         inputs = self._inputs(rows)
+        if self.host is not None:
+            return self._decode_on_host(self.host, rows, inputs)
         count, width = len(inputs), self._width(rows)
         if self._padded:
             inputs += [(self.idle_slot, 0, self.idle_slot)] * (self._size(count) - count)
@@ -141,6 +153,24 @@ class Runner:
             start = self.idle_slot + 1
             self.tokens_T[start : start + len(sent)] = send(torch.tensor(sent), self.device)
         return inputs
+
+    def _decode_on_host(
+        self, host: HostRows, rows: Sequence[Row], inputs: Sequence[tuple[int, int, int]]
+    ) -> Launched:
+        step = host.begin(rows)
+        slots_B, positions_B, places_B = torch.tensor(inputs).T.contiguous().unbind(0)
+        tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
+        repeats = self.model.config.num_attention_heads // self.storage.shape.groups
+        attend = HostAttention(host, step, self._rotary(tokens), self._form.window, repeats)
+        launched = self._look(self.paged.states(tokens, attend))
+        host.keep_full(rows)
+        return launched
+
+    def _rotary(self, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+        if tokens.rotary is None:
+            return None
+        cos, sin = (table.to(self.storage.shape.dtype) for table in tokens.rotary)
+        return cos, signed(sin, interleaved=self.model.config.rotary_interleaved)
 
     def _width(self, rows: Sequence[Row]) -> int:
         """Columns of the table that this step looks at; kernels find out themselves."""

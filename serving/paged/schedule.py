@@ -27,10 +27,11 @@ class Row:
 
     ids: all that are known. slot: its place on the device while it runs. cached: keys and values
     computed, or on their way. asked: new tokens sampled, or on their way. target: up to where its
-    text is read before the first of them. in_flight: steps not looked at yet. ended: nothing of
-    it is wanted any more. lookup: makes its guesses, if it may have any. draft: guesses that its
-    step computes behind its own token. drawn: choices made for tokens that are not taken yet.
-    told: whether the device has its last token in its slot; the host has it otherwise.
+    text is read before the first of them. in_flight: steps not looked at yet. begun: how often it
+    got a slot. ended: nothing of it is wanted any more. lookup: makes its guesses, if it may have
+    any. draft: guesses that its step computes behind its own token. drawn: choices made for tokens
+    that are not taken yet. told: whether the device has its last token in its slot; the host has
+    it otherwise.
     """
 
     sequence: RunningSequence
@@ -43,6 +44,7 @@ class Row:
     target: int = 0
     in_flight: int = 0
     placed: int = 0
+    begun: int = 0
     ended: bool = False
     scored: list[TokenLogprob] = field(default_factory=list)
     lookup: Lookup | None = None
@@ -206,6 +208,7 @@ class Scheduler:
             self.pool.found += found
         row.slot, row.cached, row.target = self.slots.pop(), found, len(ids)
         row.asked, row.placed, row.scored = len(row.sequence.tokens), 0, []
+        row.begun += 1
         self.running.append(row)
         self.running.sort(key=lambda other: other.age)
         return True

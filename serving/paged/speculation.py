@@ -12,7 +12,7 @@ guesses left in the cache lies behind the sequence's end and is written over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from serving.paged.lookup import DraftSettings, Lookup
 from serving.paged.results import Found
@@ -37,41 +37,58 @@ class Speculation:
         """Whether the next step should have guesses, for which all tokens must be known. Rows whose
         last token is on its way are judged by those before it."""
         rows = [row for row in self._scheduler.running if row.decodes]
-        if not rows or len(rows) >= self._settings.entries:
-            return False
-        return sum(self._expected(row) for row in rows) >= self._settings.worth * len(rows)
+        return bool(self._lengths(rows, self._settings.entries))
 
-    def _expected(self, row: Row) -> float:
-        lookup = row.lookup
-        if lookup is None:
-            return 0.0
-        lookup.advance()
-        left = row.sequence.request.max_tokens - row.asked - 1
-        return min(lookup.expected, left) if lookup.matched else 0.0
-
-    def draft(self, rows: Iterable[Row], room: int) -> None:
+    def draft(self, rows: Sequence[Row], room: int) -> None:
         """Give rows that are to decode their guesses, at most ``room`` tokens, and blocks for
         them, of which nobody loses any."""
         pool = self._scheduler.pool
-        room = min(room, self._settings.entries - len(list(rows)))
-        for row in rows:
-            if row.lookup is None or row.in_flight or room < 1:
-                continue
+        for row, length in self._lengths(rows, room).items():
+            assert row.lookup is not None
             blocks = len(row.table.blocks) + pool.available
-            left = row.sequence.request.max_tokens - row.asked - 1
-            most = min(room, left, blocks * pool.size - row.cached - 1)
-            if most > 0:
-                row.lookup.advance()
-                row.draft = tuple(row.lookup.draft(most))
-                row.table.extend(row.cached + 1 + len(row.draft))
-                room -= len(row.draft)
-                self.drafted += len(row.draft)
+            row.draft = tuple(row.lookup.draft(min(length, blocks * pool.size - row.cached - 1)))
+            row.table.extend(row.cached + row.width)
+            self.drafted += len(row.draft)
+
+    def _lengths(self, rows: Sequence[Row], room: int) -> dict[Row, int]:
+        """How many tokens to guess for which rows: as many of the best guesses as make tokens
+        cheapest, if they are cheaper than without."""
+        cost, count = self._settings.cost, len(rows)
+        room = min(room, self._settings.entries - count)
+        if not rows or room < 1:
+            return {}
+        offers = sorted(self._offers(rows), key=lambda offer: -offer[1])
+        lengths, best = dict[Row, int](), dict[Row, int]()
+        rate, right = self._settings.margin * count / cost.plain(count), 0.0
+        for row, expected, length in offers:
+            length = min(length, room)
+            if length < 1:
+                break
+            lengths[row], room, right = length, room - length, right + min(expected, length)
+            found = (count + right) / cost.guessed(count + sum(lengths.values()))
+            if found >= rate:
+                rate, best = found, dict(lengths)
+        return best
+
+    def _offers(self, rows: Sequence[Row]) -> Iterator[tuple[Row, float, int]]:
+        """Rows with a guess, how many tokens of it may be right, and how many are worth trying."""
+        for row in rows:
+            lookup, left = row.lookup, row.sequence.request.max_tokens - row.asked - 1
+            if lookup is None or left < 1:
+                continue
+            lookup.advance()
+            if lookup.matched:
+                yield row, lookup.expected, min(lookup.length, left)
 
     def accept(self, row: Row, found: Sequence[Found]) -> Sequence[Found]:
-        """What counts of all that a row's places have chosen; the row then goes on behind it."""
+        """What counts of all that a row's places have chosen; the row then goes on behind it.
+        Nothing does if one of them is not finite, as that may reach others: such a row goes on
+        from where it was, without guesses."""
         right = right_part(row.draft, found)
+        if any(one.token is None for one in found):
+            right, row.lookup = [], None
         dropped = len(found) - len(right)
-        self.accepted += len(right) - 1
+        self.accepted += max(0, len(right) - 1)
         row.draft = ()
         row.cached -= dropped
         row.asked -= dropped

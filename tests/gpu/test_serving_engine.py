@@ -31,6 +31,7 @@ from tests.models.sizes import llama_config, small_model
 from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
 from tests.serving.paged.running import ask, drain, generate_paged, make_batch, sequences
 from tests.serving.paged.test_batch import KINDS, PROMPTS
+from tests.serving.paged.test_speculation import DRAFTS, of_few_words, run, same
 
 CUDA = torch.device("cuda")
 
@@ -102,6 +103,22 @@ def test_greedy_tokens_equal_the_cpu(kind: str, kernels: bool, graphs: bool) -> 
         assert [sequence.tokens for sequence in made] == expected
         if graphs and kind in GRAPHED:
             assert batch.runner.graphs is not None and batch.runner.graphs.count and not said
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_guesses_change_no_token(rows: int, kernels: bool, graphs: bool) -> None:
+    """Several places of a sequence in one step, on graphs of more places than there are rows."""
+    model = of_few_words(tiny_model().to(CUDA))
+    values = {"rows": rows, "blocks": 40, "ahead": True, "graphs": graphs, "kernels": kernels}
+    asked = [ask(*PROMPTS, max_tokens=40)]
+    asked += [ask(*PROMPTS, max_tokens=40, sampling=SamplingParams(temperature=0.3, seed=2))]
+    plain, _, _ = run(model, *asked, **values)
+    found, batch, _ = run(model, *asked, **values, drafts=DRAFTS)
+    same(found, plain)
+    stats = batch.cache_stats()
+    assert stats.drafted > stats.accepted > 20
 
 
 def test_seeds_give_the_cpus_tokens() -> None:

@@ -18,8 +18,8 @@ from mtk.log import Reporter
 from serving.bench.decode import bench_decode
 from serving.bench.decode_costs import cache_bytes, copy_rate, prefill_flops, weight_bytes
 from serving.bench.decode_rows import cells, same_tokens
-from serving.bench.transformers_speed import Speed, prompts_of, speed_of
-from serving.decode_speed import measure_decode
+from serving.bench.transformers_speed import Speed, speed_of
+from serving.decode_speed import measure_decode, prompts_of
 from tests.convert.models import llama, save_native
 from tests.serving.models import LLAMA_LIKE, greedy_without_cache, tiny_model
 
@@ -167,3 +167,25 @@ def test_cells_fit_the_columns(checkpoint: Path) -> None:
 
     report = bench_decode(config(checkpoint, transformers=False), Reporter(quiet=True), refused)
     assert len(cells(report, report.rows[0])) == len(COLUMNS)
+
+
+def test_guesses_are_measured_beside_single_tokens(tmp_path: Path) -> None:
+    """The same tokens in no more steps; what a step brings is counted, not assumed."""
+    load = save_native(tmp_path / "long", llama(max_position_embeddings=128))
+    asked = config(load, transformers=False, speculation="lookup", prompt_period=3,
+                   prompt_tokens=[12], new_tokens=100)  # fmt: skip
+    report = bench_decode(asked, Reporter(quiet=True), refused)
+    plain, guessed = report.rows
+    assert [plain.name, guessed.name] == ["mtk", "mtk, lookup"]
+    assert plain.step_tokens == 1 and guessed.step_tokens >= 1 and guessed.same == 1
+    assert guessed.ratio == pytest.approx(guessed.decode_rate / plain.decode_rate)
+    (run,) = guessed.runs
+    seconds = sum(run.step_seconds) / len(run.step_seconds)
+    assert guessed.decode_rate == pytest.approx(run.step_tokens / seconds)
+
+
+def test_prompts_of_a_period() -> None:
+    first, second = prompts_of(50, 2, 11, seed=3, period=4)
+    assert first == (first[:4] * 3)[:11] and first != second
+    assert first[:4] != prompts_of(50, 2, 11, seed=4, period=4)[1][:3]
+    assert prompts_of(50, 1, 11, seed=3, period=40) == prompts_of(50, 1, 11, seed=3)

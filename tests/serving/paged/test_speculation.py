@@ -16,13 +16,15 @@ from serving.paged.batch import PagedBatch
 from serving.paged.lookup import DraftSettings
 from serving.paged.results import Found
 from serving.paged.speculation import right_part
+from serving.paged.step_cost import StepCost
 from serving.requests import Delta, GenerationRequest, StopRules
 from serving.sampling import SamplingParams
 from tests.serving.models import LLAMA_LIKE, greedy_without_cache, tiny_model
 from tests.serving.paged.running import CONTEXT, ask, drain, make_batch, sequences
 
 # Guesses are computed however bad they have been.
-DRAFTS = DraftSettings(shortest=1, worth=0.0)
+FREE = StepCost(several=1, each=0, wait=0)
+DRAFTS = DraftSettings(shortest=1, cost=FREE, margin=0)
 # As in test_batch: ways to make steps.
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,7 +82,7 @@ def of_few_words(model: GPT) -> GPT:
     real = model.logits
     likely = torch.zeros(257)
     likely[97:101] = 1e3
-    model.logits = lambda states: real(states) + likely  # type: ignore[method-assign]
+    model.logits = lambda states: real(states) + likely.to(states.device)  # type: ignore[method-assign]
     return model
 
 
@@ -118,7 +120,7 @@ def repeating() -> GPT:
     return model
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_any_requests_in_any_schedule(seed: int) -> None:
     """All options of sampling and stopping, in random company: every delta is that of a run
     without guesses. In double, so that rounding of larger products changes no choice."""
@@ -129,7 +131,8 @@ def test_any_requests_in_any_schedule(seed: int) -> None:
     way = chance.choice(list(WAYS.values()))
     drafts = DraftSettings(
         most=chance.randrange(1, 10), shortest=(n := chance.randrange(1, 3)),
-        longest=n + chance.randrange(4), entries=chance.choice([5, 9, 32]), worth=0.0,
+        longest=n + chance.randrange(4), entries=chance.choice([5, 9, 32]), cost=FREE,
+        margin=0,
     )  # fmt: skip
     found, batch, _ = run(model, *requests, **{"rows": 4, "blocks": 24, **way, "drafts": drafts})
     same(found, plain)
@@ -217,8 +220,8 @@ def test_random_schedules(seed: int) -> None:
     )  # fmt: skip
     live, finished, asked = [], 0, 0
     with torch.inference_mode():
-        while asked < 120 or batch.count or batch._pending:
-            while asked < 120 and batch.count < 6 and chance.random() < 0.6:
+        while asked < 50 or batch.count or batch._pending:
+            while asked < 50 and batch.count < 6 and chance.random() < 0.6:
                 text = chance.choice(texts)
                 wanted = chance.randrange(0, min(40, CONTEXT - len(text)) + 1)
                 (made,) = sequences(batch, ask(text, max_tokens=wanted))
@@ -235,7 +238,7 @@ def test_random_schedules(seed: int) -> None:
                     assert sequence.tokens == full[sequence.prompt][:wanted]
                     finished += 1
     drain(batch)
-    assert finished > 60 and batch.scheduler.preemptions > 0
+    assert finished > 25 and batch.scheduler.preemptions > 0
     assert batch.cache_stats().accepted > 0
 
 
@@ -258,7 +261,9 @@ def test_full_batches_have_no_guesses() -> None:
 def test_a_step_has_no_more_tokens_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading goes on beside guesses, and sizes of steps stay within what was set."""
     model, sizes, read = repeating(), list[int](), list[int]()
-    batch = make_batch(model, rows=3, tokens=12, drafts=DraftSettings(shortest=1, entries=10))
+    batch = make_batch(
+        model, rows=3, tokens=12, drafts=DraftSettings(shortest=1, entries=10, most=7)
+    )
     decode, chunks = batch.runner.decode, batch.runner.read
 
     def watched(rows: Any) -> Any:
@@ -281,22 +286,28 @@ def test_a_step_has_no_more_tokens_than_it_may(monkeypatch: pytest.MonkeyPatch) 
     assert max(sizes) == 8 and sum(read) == 82 and min(read) >= 2
 
 
-def test_nan_ends_a_sequence_behind_the_tokens_before_it() -> None:
-    """Logits that stop being numbers at some place of a guess: what was right before it is told."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_nan_behind_a_guess_says_nothing(broken: bool) -> None:
+    """Logits that are not finite in a step with guesses: the tokens come one by one from there,
+    and the sequence ends where it would have ended without."""
     model = repeating()
-    real, calls = model.logits, [0]
+    real, seen = model.logits, [0]
 
     def logits(states: torch.Tensor) -> torch.Tensor:
         made = real(states)
-        calls[0] += made.shape[0] > 3
-        if calls[0] == 1 and made.shape[0] > 3:
-            made = made.index_fill(0, torch.tensor([2]), float("nan"))
-        return made
+        wide = made.shape[0] > 3
+        seen[0] += wide
+        return made.index_fill(0, torch.tensor([2]), float("nan")) if wide else made
 
     model.logits = logits  # type: ignore[method-assign]
-    found, _, _ = run(model, ask(tuple(b"zz"), max_tokens=60), drafts=DRAFTS)
-    assert calls[0] == 1
-    assert [len(d.tokens) for d in found[0]][-4:] == [1, 1, 1, 0]
+    if broken:
+        with torch.no_grad():
+            model.layers["0"].mlp.up.weight.fill_(float("nan"))
+    asked = ask(tuple(b"zz"), max_tokens=60)
+    found, _, _ = run(model, asked, drafts=DRAFTS)
+    plain, _, _ = run(model, asked)
+    same(found, plain)
+    assert len(found[0]) == (1 if broken else 60) and seen[0] == (not broken)
 
 
 def test_right_part() -> None:
@@ -314,3 +325,26 @@ def test_right_part() -> None:
     ]
     for draft, choices, right in cases:
         assert right_part(draft, choices) == choices[:right]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("several", "each", "expected"), [(1.5, 0.05, True), (0, 1, False)])
+def test_guesses_are_computed_where_they_make_tokens_cheaper(
+    rows: int, several: float, each: float, expected: bool
+) -> None:
+    """A guess of which all is right, where a token more costs little, and as much as one alone."""
+    drafts = DraftSettings(shortest=1, cost=StepCost(several=several, each=each, wait=0))
+    _, batch, _ = run(repeating(), ask(*[tuple(b"zz")] * rows, max_tokens=30), drafts=drafts)
+    assert (batch.cache_stats().drafted > 0) == expected
+
+
+def test_bad_guesses_are_given_up() -> None:
+    """Of four words at random one guess in four is right: less than a step more costs."""
+    model = tiny_model()
+    real, likely = model.logits, torch.zeros(257)
+    likely[97:101] = 1e3
+    model.logits = lambda states: 0 * real(states) + likely  # type: ignore[method-assign]
+    asked = ask(tuple(b"abcd"), max_tokens=90, sampling=SamplingParams(temperature=1.0, seed=1))
+    found, batch, _ = run(model, asked, drafts=DraftSettings())
+    assert {t for d in found[0] for t in d.tokens} == {97, 98, 99, 100}
+    assert batch.cache_stats().drafted <= 9
