@@ -183,4 +183,4 @@ class PagedBatch:
             self.scheduler.end(row, broken=sequence.error is not None)
         else:
             row.table.publish(row.ids, min(row.cached, len(row.ids)))
-        return replace(delta, prompt_logprobs=scored)
+        return replace(delta, prompt_logprobs=scored) if scored else delta

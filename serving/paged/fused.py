@@ -118,15 +118,9 @@ class Steps:
                 x_BE, normed = _product(attended, half.outer, space, residual_MF=x_BE), None
                 x_BE = block.feed(x_BE)
                 continue
-            x_BE, after = product_before_norm(
-                attended,
-                half.outer.weight,
-                space,
-                mlp.norm,
-                bias_F=half.outer.bias,
-                residual_MF=x_BE,
-            )
-            inner = _product(after, mlp.inner, space, gated=True)
+            x_BE, normed = _through(attended, half.outer, space, x_BE, mlp.norm)
+            assert normed is not None
+            inner = _product(normed, mlp.inner, space, gated=True)
             x_BE, normed = _through(inner, mlp.outer, space, x_BE, self._next_norm(i))
         if self._final is None:
             return self._paged.logits(x_BE)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtk.kernels.transfer import send
+
 if TYPE_CHECKING:
     from serving.paged.runner import Launched
 
@@ -41,7 +43,7 @@ class Graphs:
         report: Callable[[str], None],
     ) -> None:
         self._step, self._report = step, report
-        self._able = device.type == "cuda"
+        self._able, self._device = device.type == "cuda", device
         self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._pool: Any = None
 
@@ -50,9 +52,10 @@ class Graphs:
         return len(self._captured)
 
     def __call__(self, inputs_3B: Tensor, width: int, guessed: bool) -> Launched:
-        """What the step finds; overwritten by the next one of the same size."""
+        """What the step finds; overwritten by the next one of the same size. ``inputs_3B`` is on
+        the host."""
         if not self._able:
-            return self._step(inputs_3B, width, guessed)
+            return self._step(send(inputs_3B, self._device), width, guessed)
         shape = (inputs_3B.shape[1], width, guessed)
         if shape not in self._captured:
             try:
@@ -60,15 +63,15 @@ class Graphs:
             except RuntimeError as error:
                 self._able = False
                 self._report(f"steps are run without CUDA graphs: {error}")
-                return self._step(inputs_3B, width, guessed)
+                return self._step(send(inputs_3B, self._device), width, guessed)
         captured = self._captured[shape]
-        captured.inputs_3B.copy_(inputs_3B, non_blocking=True)
+        captured.inputs_3B.copy_(inputs_3B.pin_memory(), non_blocking=True)
         captured.graph.replay()
         return captured.found
 
     def _capture(self, inputs_3B: Tensor, width: int, guessed: bool) -> _Captured:
-        static_3B = inputs_3B.clone()
-        ahead = torch.cuda.Stream(inputs_3B.device)  # type: ignore[no-untyped-call]
+        static_3B = send(inputs_3B, self._device)
+        ahead = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ahead):
             for _ in range(WARM_UPS):

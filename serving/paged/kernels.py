@@ -135,9 +135,11 @@ class Kernels:
         rows, tables = self._rows(tokens), self._paged.tables
         return KernelPrefill(self._paged.storage, rows, spans, form, tables)
 
-    def look(self, logits_BV: Tensor, drawable: int) -> Tensor:
+    def look(
+        self, logits_BV: Tensor, drawable: int, keep: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """See :func:`mtk.kernels.look.look_at`."""
-        return look_at(logits_BV, drawable, self.workspace)
+        return look_at(logits_BV, drawable, self.workspace, keep)
 
     def _rows(self, tokens: Tokens) -> Rows:
         return Rows(tokens.slots_N, tokens.positions_N, tokens.table_RW, self._context)

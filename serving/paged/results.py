@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from serving.requests import TokenLogprob
 from serving.sampling import GREEDY, Choice
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Of one row. token: None if its logits were not finite."""
 
     token: int | None
@@ -35,14 +34,14 @@ class Pending:
     """Results on their way to the host."""
 
     def __init__(
-        self, rows: Sequence[Row], tokens_B: Tensor, launched: Launched, scored: _Scored | None
+        self, rows: Sequence[Row], packed_2P: Tensor, scored: _Scored | None = None
     ) -> None:
+        """packed: tokens of all places and whether their logits are finite; more may follow."""
         self.rows, self._widths = rows, [row.width for row in rows]
-        packed_2B = torch.stack((tokens_B, launched.finite_B.long()))
-        self._host_2B = _to_host(packed_2B)
+        self._host_2P = _to_host(packed_2P)
         self._scored = scored
         self._event: Any = None
-        if packed_2B.is_cuda:
+        if packed_2P.is_cuda:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
@@ -50,8 +49,11 @@ class Pending:
         """Of each row what its tokens are, one after the other. Waits until they are there."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, finite = self._host_2B.tolist()
-        logprobs = {} if self._scored is None else self._scored.read(tokens)
+        tokens, finite = self._host_2P.tolist()
+        if self._scored is None:
+            found = (Found(t if sound else None) for t, sound in zip(tokens, finite, strict=True))
+            return [list(islice(found, width)) for width in self._widths]
+        logprobs = self._scored.read(tokens)
         found = (
             Found(token if sound else None, logprobs.get(place, ()))
             for place, (token, sound) in enumerate(zip(tokens, finite, strict=True))
@@ -88,6 +90,10 @@ def choose_next(
 ) -> Pending:
     """Choose each row's token, leave it in the row's slot and send it to the host; of a row with
     guesses choose one for each place, and let the host find out which is its last."""
+    if launched.kept and all(row.sequence.plain for row in rows):
+        for row in rows:
+            row.told = True
+        return Pending(rows, launched.found_2P)
     device = launched.logits_BV.device
     # Of each place the row, and how it chooses.
     places = [row for row in rows for _ in range(row.width)]
@@ -113,7 +119,7 @@ def choose_next(
         tokens_B = tokens_B.index_copy(0, at, picked)
     _keep(tokens_B, places, runner)
     scored = _score(launched.logits_BV, tokens_B, places)
-    return Pending(rows, tokens_B, launched, scored)
+    return Pending(rows, torch.stack((tokens_B, launched.finite_B)), scored)
 
 
 def _choices(row: Row) -> list[Choice]:

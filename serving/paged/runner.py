@@ -11,7 +11,8 @@ each row and each of its guesses, T tokens on the device, V vocabulary, E hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,22 +38,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launched:
-    """Of some places: logits [B, V] as the model has them, the likeliest token that may be drawn
-    [B], and whether all logits are finite [B]."""
+    """Of some places: logits [B, V] as the model has them, and int64 [2, P], the likeliest tokens
+    that may be drawn and whether all logits are finite, of the same places and maybe some that
+    filled the step up. kept: whether the likeliest are in their rows' slots already."""
 
     logits_BV: Tensor
-    likeliest_B: Tensor
-    finite_B: Tensor
+    found_2P: Tensor
+    kept: bool = False
 
-    def first(self, rows: int) -> Launched:
-        return Launched(self.logits_BV[:rows], self.likeliest_B[:rows], self.finite_B[:rows])
+    @property
+    def likeliest_B(self) -> Tensor:
+        return self.found_2P[0, : len(self.logits_BV)]
+
+    @property
+    def finite_B(self) -> Tensor:
+        return self.found_2P[1, : len(self.logits_BV)]
+
+    def first(self, places: int) -> Launched:
+        return replace(self, logits_BV=self.logits_BV[:places])
 
 
 def look(logits_BV: Tensor, drawable: int) -> Launched:
     """drawable: ids that may be drawn are below it."""
     lowest_B, highest_B = logits_BV.aminmax(dim=-1)
     finite_B = lowest_B.isfinite() & highest_B.isfinite()
-    return Launched(logits_BV, logits_BV[:, :drawable].argmax(dim=-1), finite_B)
+    likeliest_B = logits_BV[:, :drawable].argmax(dim=-1)
+    return Launched(logits_BV, torch.stack((likeliest_B, finite_B.long())))
 
 
 class Runner:
@@ -125,10 +136,11 @@ class Runner:
         count, width = len(inputs), self._width(rows)
         if self._padded:
             inputs += [(self.idle_slot, 0, self.idle_slot)] * (self._size(count) - count)
-        inputs_3B = send(torch.tensor(inputs, dtype=torch.int64).T.contiguous(), self.device)
-        run = self._decode if self.graphs is None else self.graphs
+        inputs_3B = torch.tensor(inputs, dtype=torch.int64).T.contiguous()
         guessed = any(row.draft for row in rows)
-        return run(inputs_3B, width, guessed).first(count)
+        if self.graphs is not None:
+            return self.graphs(inputs_3B, width, guessed).first(count)
+        return self._decode(send(inputs_3B, self.device), width, guessed).first(count)
 
     def _size(self, count: int) -> int:
         """The size that a step of so many places runs in."""
@@ -162,7 +174,7 @@ class Runner:
         tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
         repeats = self.model.config.num_attention_heads // self.storage.shape.groups
         attend = HostAttention(host, step, self._rotary(tokens), self._form.window, repeats)
-        launched = self._look(self.paged.states(tokens, attend))
+        launched = self._look(self.paged.logits(self.paged.states(tokens, attend)))
         host.keep_full(rows)
         return launched
 
@@ -184,7 +196,11 @@ class Runner:
         tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
         window = self._form.window
         if self._kernels is not None:
-            return self._look(self._kernels.logits(tokens, window, guessed=guessed))
+            logits_BV = self._kernels.logits(tokens, window, guessed=guessed)
+            # Which of a row's guesses are right, and so which token is its last, the host finds out.
+            keep = None if guessed else (slots_B, self.tokens_T)
+            found_2B = self._kernels.look(logits_BV, self._drawable, keep)
+            return Launched(logits_BV, found_2B, kept=not guessed)
         table_BW = self.table_RW[tokens.slots_N, :width]
         attend = DecodeAttention(self.storage, table_BW, tokens.positions_N + 1, window)
         return self._look(self.paged.logits(self.paged.states(tokens, attend)))
@@ -196,20 +212,14 @@ class Runner:
     def _look(self, logits_BV: Tensor) -> Launched:
         if self._kernels is None:
             return look(logits_BV, self._drawable)
-        likeliest_B, finite_B = self._kernels.look(logits_BV, self._drawable).unbind(0)
-        return Launched(logits_BV, likeliest_B, finite_B.bool())
+        return Launched(logits_BV, self._kernels.look(logits_BV, self._drawable))
 
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
         """Read chunks of text; what follows those that are the last of their rows, if any.
 
         Log-probabilities that rows want of their prompts are added to them.
         """
-        columns: list[tuple[int, int, int]] = []
-        for chunk in chunks:
-            row, end = chunk.row, chunk.start + chunk.count
-            assert row.slot is not None
-            columns += [(row.ids[i], row.slot, i) for i in range(chunk.start, end)]
-        tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
+        tokens = self._tokens(*send(_columns(chunks), self.device).unbind(0))
         attend = self._prefill(tokens, [self._span(chunk) for chunk in chunks])
         x_NE = self.paged.states(tokens, attend)
         ends, done = [], 0
@@ -251,7 +261,16 @@ class Runner:
             idle = [[self.idle_slot] * size, [0] * size, [self.idle_slot] * size]
             # Of steps with guesses those that are larger than any without.
             guessed = size > self.idle_slot
-            self.graphs(torch.tensor(idle, device=self.device), self._columns, guessed)
+            self.graphs(torch.tensor(idle), self._columns, guessed)
+
+
+def _columns(chunks: Sequence[Chunk]) -> Tensor:
+    """int64 [3, N] on the host: ids, slots and positions of the chunks' tokens."""
+    spans = [(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+    pairs = list(zip(chunks, spans, strict=True))
+    ids = torch.tensor(list(chain.from_iterable(c.row.ids[a:b] for c, (a, b) in pairs)))
+    slots = torch.cat([torch.full((chunk.count,), chunk.row.slot or 0) for chunk in chunks])
+    return torch.stack((ids, slots, torch.cat([torch.arange(a, b) for a, b in spans])))
 
 
 def _kernels(paged: PagedModel, context: int) -> Kernels:
