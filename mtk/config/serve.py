@@ -152,7 +152,17 @@ class CacheConfig:
         True, help="Launch a step of decoding as one CUDA graph.", runtime=True
     )
 
+    deterministic_mode: bool = option(
+        False,
+        help="Compute in steps of fixed shapes, so that an answer is the same to the last bit of its "
+        "log-probabilities whatever else is served. Costs a full batch a step.",
+        runtime=True,
+    )
+
     def problems(self) -> Iterator[Problem]:
+        if self.deterministic_mode and self.kv_cache == "dense":
+            rule = "needs the paged cache"
+            yield Problem("deterministic_mode", True, rule, "Leave --kv-cache dense out.")
         for name in ("kv_cache_tokens", "max_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 16:

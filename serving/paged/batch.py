@@ -23,7 +23,8 @@ Deltas = list[tuple[RunningSequence, Delta]]
 class PagedSettings:
     """rows: sequences at once. context: most tokens of one. blocks: of the cache. tokens: computed
     in one step. remember: share beginnings. ahead: launch a step before the last one's tokens
-    have been looked at. padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
+    have been looked at. window: tokens of a window of :mod:`serving.paged.fixed`; None lets shapes
+    of steps follow what there is to do. padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
 
     rows: int
     context: int
@@ -31,6 +32,7 @@ class PagedSettings:
     tokens: int = 2048
     remember: bool = True
     ahead: bool = False
+    window: int | None = None
     padded: bool = False
     graphs: bool = False
     kernels: bool | None = None
@@ -51,7 +53,10 @@ class PagedBatch:
         shape = cache_shape(model)
         self.pool = BlockPool(settings.blocks, shape.block, remember=settings.remember)
         self.scheduler = Scheduler(
-            self.pool, rows=settings.rows, tokens=max(settings.tokens, settings.rows + 1)
+            self.pool,
+            rows=settings.rows,
+            tokens=max(settings.tokens, settings.rows + 1),
+            window=settings.window,
         )
         self.runner = Runner(
             model,
@@ -59,6 +64,7 @@ class PagedBatch:
             slots=settings.rows,
             context=settings.context,
             drawable=vocabulary.size,
+            window=settings.window,
             padded=settings.padded,
             graphs=settings.graphs,
             kernels=settings.kernels,
@@ -66,6 +72,8 @@ class PagedBatch:
         )
         self.runner.capture()
         self._vocabulary, self._ahead = vocabulary, settings.ahead
+        # What was decoded has other last bits than what is read.
+        self._share_decoded = settings.window is None
         self._pending: list[Pending] = []
 
     @property
@@ -118,10 +126,10 @@ class PagedBatch:
         if step.decode:
             rows = self.runner.ordered(step.decode)
             launches.append(self._choose(self.runner.decode(rows), rows))
-        if step.chunks:
-            read = self.runner.read(step.chunks)
+        for chunks in self.runner.passes(step.chunks):
+            read = self.runner.read(chunks)
             if read is not None:
-                ended = [chunk.row for chunk in step.chunks if chunk.last]
+                ended = [chunk.row for chunk in chunks if chunk.last]
                 launches.append(self._choose(read, ended))
         return launches
 
@@ -157,6 +165,6 @@ class PagedBatch:
             row.ids += delta.tokens
         if sequence.error is not None or sequence.finish is not None:
             self.scheduler.end(row, broken=sequence.error is not None)
-        else:
+        elif self._share_decoded:
             row.table.publish(row.ids, min(row.cached, len(row.ids)))
         return replace(delta, prompt_logprobs=scored)

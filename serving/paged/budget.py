@@ -8,6 +8,7 @@ from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.gpt import GPT
 from serving.paged.batch import PagedSettings
+from serving.paged.fixed import GPU_WINDOW, HOST_WINDOW
 from serving.paged.layers import cache_shape
 from serving.paged.storage import CacheShape
 
@@ -33,8 +34,17 @@ def paged_settings(
         tokens=options.max_batched_tokens,
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
+        window=_window(model, gpu) if options.deterministic_mode else None,
         graphs=gpu and options.cuda_graphs,
     )
+
+
+def _window(model: GPT, gpu: bool) -> int:
+    if model.config.num_experts is not None:
+        rule = "an expert multiplies as many tokens as chose it, in whatever company"
+        fix = "Leave --deterministic-mode out for models with experts."
+        raise ConfigError([Problem("cache.deterministic_mode", True, rule, fix)])
+    return GPU_WINDOW if gpu else HOST_WINDOW
 
 
 def cache_blocks(shape: CacheShape, options: CacheConfig, *, rows: int, context: int) -> int:

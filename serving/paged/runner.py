@@ -24,6 +24,7 @@ from mtk.models.gpt import GPT
 from serving.generation import SCORED_AT_ONCE, logprobs_of
 from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
 from serving.paged.choose import index
+from serving.paged.fixed import NoAttention, WindowAttention, steady_rows
 from serving.paged.graphs import BUCKETS, Graphs
 from serving.paged.host_rows import HostAttention, HostRows
 from serving.paged.layers import PagedModel, Tokens
@@ -60,8 +61,8 @@ def look(logits_BV: Tensor, drawable: int) -> Launched:
 
 
 class Runner:
-    """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. padded:
-    run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
+    """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. window:
+    steps have fixed shapes, see :mod:`serving.paged.fixed`. padded: run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
     use those of :mod:`serving.paged.kernels` (default: where they can run)."""
 
     def __init__(
@@ -72,6 +73,7 @@ class Runner:
         slots: int,
         context: int,
         drawable: int,
+        window: int | None = None,
         padded: bool = False,
         graphs: bool = False,
         kernels: bool | None = None,
@@ -92,8 +94,17 @@ class Runner:
         self._padded = padded or graphs
         self.host: HostRows | None = None
         if self.device.type == "cpu" and self._kernels is None and not self._padded:
-            self.host = HostRows(storage)
+            self.host = HostRows(storage, apart=window is not None)
+        self._window, self._size = window, slots
+        if window is not None:
+            vocab = model.config.vocab_size or 1
+            self._size = steady_rows(self._without_attention, slots, vocab)
         self.graphs = Graphs(self._decode, self.device, report) if graphs else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether steps have fixed shapes."""
+        return self._window is not None
 
     @property
     def model(self) -> GPT:
@@ -123,8 +134,8 @@ class Runner:
         # Of each row the position of that token.
         pairs = [(row.slot, row.cached - 1) for row in rows]
         size, width = len(rows), self._width(rows)
-        if self._padded:
-            size = bucket(size, self.idle_slot)
+        if self._padded or self._window is not None:
+            size = bucket(size, self.idle_slot) if self._window is None else self._size
             pairs += [(self.idle_slot, 0)] * (size - len(rows))
         inputs_2B = send(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), self.device)
         run = self._decode if self.graphs is None else self.graphs
@@ -132,13 +143,15 @@ class Runner:
 
     def _decode_on_host(self, host: HostRows, rows: Sequence[Row]) -> Launched:
         step = host.begin(rows)
-        slots_B = torch.tensor([row.slot for row in rows])
-        positions_B = torch.tensor([row.cached - 1 for row in rows])
+        pairs = [(row.slot, row.cached - 1) for row in rows]
+        if self._window is not None:
+            pairs += [(self.idle_slot, 0)] * (self._size - len(rows))
+        slots_B, positions_B = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
         tokens = self._tokens(self.tokens_R[slots_B], slots_B, positions_B)
         attend = HostAttention(host, step, self._rotary(tokens), self._form.window)
         launched = self._look(self.paged.states(tokens, attend))
         host.keep_full(rows)
-        return launched
+        return launched.first(len(rows))
 
     def _rotary(self, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
         if tokens.rotary is None:
@@ -148,7 +161,7 @@ class Runner:
 
     def _width(self, rows: Sequence[Row]) -> int:
         """Columns of the table that this step looks at; kernels find out themselves."""
-        if self._kernels is not None:
+        if self._kernels is not None or self._window is not None:
             return self._columns
         needed = max(len(row.table.blocks) for row in rows)
         return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
@@ -175,8 +188,11 @@ class Runner:
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
         """Read chunks of text; what follows those that are the last of their rows, if any.
 
-        Log-probabilities that rows want of their prompts are added to them.
+        Log-probabilities that rows want of their prompts are added to them. chunks: one of
+        :meth:`passes`.
         """
+        if self._window is not None:
+            return self._read_window(chunks[0], self._window)
         columns: list[tuple[int, int, int]] = []
         for chunk in chunks:
             row, end = chunk.row, chunk.start + chunk.count
@@ -193,6 +209,38 @@ class Runner:
         if not ends:
             return None
         return self._look(x_NE[index(ends, self.device)])
+
+    def passes(self, chunks: Sequence[Chunk]) -> Sequence[Sequence[Chunk]]:
+        """Which of a step's chunks are read at once."""
+        if self._window is not None:
+            return [[chunk] for chunk in chunks]
+        return [chunks] if chunks else []
+
+    def _read_window(self, chunk: Chunk, window: int) -> Launched | None:
+        """The window around a chunk, in which each token has its place."""
+        row, end = chunk.row, chunk.start + chunk.count
+        begin, slot = chunk.start // window * window, row.slot
+        assert slot is not None and end <= begin + window
+        filler = (0, self.idle_slot, 0)
+        columns = [
+            (row.ids[i], slot, i) if chunk.start <= i < end else filler
+            for i in range(begin, begin + window)
+        ]
+        tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
+        needed = -(-(begin + window) // self.storage.shape.block)
+        blocks_W = self.table_RW.new_zeros(needed)
+        given_W = self.table_RW[slot, :needed]
+        blocks_W[: len(given_W)] = given_W
+        attend = WindowAttention(self.storage, blocks_W, begin, end, self._form)
+        x_NE = self.paged.states(tokens, attend)
+        self._score(chunk, x_NE[chunk.start - begin : end - begin])
+        return self._look(x_NE[end - begin - 1 : end - begin]) if chunk.last else None
+
+    def _without_attention(self, ids_S: Tensor) -> Tensor:
+        """Logits of tokens that look at nothing."""
+        ids_S = ids_S.to(self.device)
+        tokens = self._tokens(ids_S, torch.full_like(ids_S, self.idle_slot), ids_S * 0)
+        return self.paged.logits(self.paged.states(tokens, NoAttention()))
 
     def _span(self, chunk: Chunk) -> Span:
         blocks = -(-(chunk.start + chunk.count) // self.storage.shape.block)
@@ -216,6 +264,7 @@ class Runner:
         if self.graphs is None or self._kernels is None:
             return
         for size in (*(b for b in BUCKETS if b < self.idle_slot), self.idle_slot):
+            size = size if self._window is None else self._size
             pairs = torch.tensor([[self.idle_slot] * size, [0] * size], device=self.device)
             self.graphs(pairs, self._columns)
 
