@@ -154,8 +154,8 @@ class CacheConfig:
 
     deterministic_mode: bool = option(
         False,
-        help="Compute in steps of fixed shapes, so that an answer is the same to the last bit of its "
-        "log-probabilities whatever else is served. Costs a full batch a step.",
+        help="Compute in steps of fixed shapes, so that an answer is the same to the last bit of "
+        "its log-probabilities whatever else is served. Each step then costs that of a full batch.",
         runtime=True,
     )
 

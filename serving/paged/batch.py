@@ -23,8 +23,8 @@ Deltas = list[tuple[RunningSequence, Delta]]
 class PagedSettings:
     """rows: sequences at once. context: most tokens of one. blocks: of the cache. tokens: computed
     in one step. remember: share beginnings. ahead: launch a step before the last one's tokens
-    have been looked at. window: tokens of a window of :mod:`serving.paged.fixed`; None lets shapes
-    of steps follow what there is to do. padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
+    have been looked at. window, padded, graphs, kernels: see
+    :class:`serving.paged.runner.Runner`."""
 
     rows: int
     context: int

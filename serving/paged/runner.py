@@ -62,8 +62,9 @@ def look(logits_BV: Tensor, drawable: int) -> Launched:
 
 class Runner:
     """slots: sequences at once. context: most tokens of one. drawable: see :func:`look`. window:
-    steps have fixed shapes, see :mod:`serving.paged.fixed`. padded: run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``). kernels:
-    use those of :mod:`serving.paged.kernels` (default: where they can run)."""
+    steps have fixed shapes, prompts are read in so many tokens (:mod:`serving.paged.fixed`).
+    padded: run steps in few sizes, which graphs need (they are captured on a GPU, if ``graphs``).
+    kernels: use those of :mod:`serving.paged.kernels` (default: where they can run)."""
 
     def __init__(
         self,

@@ -123,6 +123,19 @@ def test_a_text_known_from_an_earlier_request_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_what_a_broken_text_left_in_blocks_is_not_looked_at() -> None:
+    model = tiny_model(**LLAMA_LIKE)
+    batch = make_batch(model, rows=3, blocks=6, window=32)
+    storage = batch.runner.storage
+    with torch.inference_mode():
+        for store in storage.keys_KGPD + storage.values_KGPD:
+            store[1:] = float("nan")
+    (mine,) = sequences(batch, ask(PROMPT[:19], max_tokens=NEW))
+    batch.add(mine)
+    drain(batch)
+    assert mine.tokens == greedy_without_cache(model, PROMPT[:19], NEW)
+
+
 def test_sequences_wait_until_all_they_can_become_fits() -> None:
     """None loses its blocks, and all get the tokens of the simplest decoder."""
     model = tiny_model()
