@@ -235,6 +235,11 @@ def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
     if config.kv_cache == "paged" and not able:
         rule = "the model has states, an encoder or biases on scores, which blocks do not hold"
         raise ConfigError([Problem("cache.kv_cache", "paged", rule, "Give --kv-cache dense.")])
+    if config.deterministic_mode and not able:
+        rule = "needs the paged cache, which does not hold this model's states or biases on scores"
+        raise ConfigError(
+            [Problem("cache.deterministic_mode", True, rule, "Leave --deterministic-mode out.")]
+        )
     return config if able and config.kv_cache != "dense" else None
 
 

@@ -182,7 +182,17 @@ class CacheConfig:
         runtime=True,
     )
 
+    deterministic_mode: bool = option(
+        False,
+        help="Compute in steps of fixed shapes, so that an answer is the same to the last bit of "
+        "its log-probabilities whatever else is served. Each step then costs that of a full batch.",
+        runtime=True,
+    )
+
     def problems(self) -> Iterator[Problem]:
+        if self.deterministic_mode and self.kv_cache == "dense":
+            rule = "needs the paged cache"
+            yield Problem("deterministic_mode", True, rule, "Leave --kv-cache dense out.")
         for name in ("kv_cache_tokens", "max_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 16:

@@ -25,8 +25,8 @@ Deltas = list[tuple[RunningSequence, Delta]]
 class PagedSettings:
     """rows: sequences at once. context: most tokens of one. blocks: of the cache. tokens: computed
     in one step. remember: share beginnings. ahead: launch a step before the last one's tokens
-    have been looked at. drafts: compute guesses with the next token (default: never). padded,
-    graphs, kernels: see :class:`serving.paged.runner.Runner`."""
+    have been looked at. drafts: compute guesses with the next token (default: never). window,
+    padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
 
     rows: int
     context: int
@@ -35,6 +35,7 @@ class PagedSettings:
     remember: bool = True
     ahead: bool = False
     drafts: DraftSettings | None = None
+    window: int | None = None
     padded: bool = False
     graphs: bool = False
     kernels: bool | None = None
@@ -55,7 +56,10 @@ class PagedBatch:
         shape = cache_shape(model)
         self.pool = BlockPool(settings.blocks, shape.block, remember=settings.remember)
         self.scheduler = Scheduler(
-            self.pool, rows=settings.rows, tokens=max(settings.tokens, settings.rows + 1)
+            self.pool,
+            rows=settings.rows,
+            tokens=max(settings.tokens, settings.rows + 1),
+            window=settings.window,
         )
         self.speculation: Speculation | None = None
         if settings.drafts is not None:
@@ -67,6 +71,7 @@ class PagedBatch:
             context=settings.context,
             places=0 if settings.drafts is None else settings.drafts.entries,
             drawable=vocabulary.size,
+            window=settings.window,
             padded=settings.padded,
             graphs=settings.graphs,
             kernels=settings.kernels,
@@ -74,6 +79,8 @@ class PagedBatch:
         )
         self.runner.capture()
         self._vocabulary, self._ahead = vocabulary, settings.ahead
+        # What was decoded has other last bits than what is read.
+        self._share_decoded = settings.window is None
         self._pending: list[Pending] = []
 
     @property
@@ -136,10 +143,10 @@ class PagedBatch:
         if step.decode:
             rows = self.runner.ordered(step.decode)
             launches.append(self._choose(self.runner.decode(rows), rows))
-        if step.chunks:
-            read = self.runner.read(step.chunks)
+        for chunks in self.runner.passes(step.chunks):
+            read = self.runner.read(chunks)
             if read is not None:
-                ended = [chunk.row for chunk in step.chunks if chunk.last]
+                ended = [chunk.row for chunk in chunks if chunk.last]
                 launches.append(self._choose(read, ended))
         return launches
 
@@ -181,6 +188,6 @@ class PagedBatch:
             row.ids += delta.tokens
         if sequence.error is not None or sequence.finish is not None:
             self.scheduler.end(row, broken=sequence.error is not None)
-        else:
+        elif self._share_decoded:
             row.table.publish(row.ids, min(row.cached, len(row.ids)))
         return replace(delta, prompt_logprobs=scored) if scored else delta

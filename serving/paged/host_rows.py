@@ -205,7 +205,8 @@ class HostAttention:
         queries = heads_BND.shape[1] - 2 * self._groups
         rotate_heads(heads_BND, queries, self._groups, own, self._rotary)
         store_RNCD = self._rows.stores[layer]
-        kv_ND = heads_BND[:, queries:].reshape(-1, own.head_size)
+        # Rows that only fill the step up have no place.
+        kv_ND = heads_BND[: len(self._step.places), queries:].reshape(-1, own.head_size)
         store_RNCD.view(-1, own.head_size).index_copy_(0, self._at, kv_ND)
         # Queries that share keys side by side, as if they were tokens.
         q_BGJD = heads_BND[:, :queries].view(len(qkv), self._groups, -1, own.head_size)
@@ -221,7 +222,7 @@ class HostAttention:
         return F.scaled_dot_product_attention(q_BGJD, k, v, attn_mask=self._mask)
 
     def _each(self, q_BGJD: Tensor, store_RNCD: Tensor) -> Tensor:
-        out, done, step = torch.empty_like(q_BGJD), 0, self._step
+        out, done, step = torch.zeros_like(q_BGJD), 0, self._step
         for place, width, length, mask in zip(
             step.places, step.widths, step.lengths, self._masks, strict=True
         ):

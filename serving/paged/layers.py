@@ -23,6 +23,7 @@ from mtk.models.gpt import GPT
 from mtk.models.mlp import MLP
 from mtk.models.rotary import rotate
 from serving.paged.attention import Attend
+from serving.paged.columns import in_columns, lay_out, wants_columns
 from serving.paged.quantized import QuantizedStack, can_stack_quantized
 from serving.paged.storage import CacheShape, Storage
 
@@ -106,6 +107,8 @@ def stack(linears: Sequence[nn.Linear]) -> Stacked | QuantizedStack:
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
     joined = torch.cat([parameter.detach() for parameter in parameters])
+    if joined.dim() == 2 and wants_columns(joined):
+        joined = in_columns(joined)
     parts = torch.split(joined, [parameter.shape[0] for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
@@ -232,6 +235,8 @@ class PagedModel:
         for block in model.layers.values():
             self.blocks.append(PagedBlock(block, layer))
             layer += self.blocks[-1].attention is not None
+        # A tied one is read by rows where tokens are looked up.
+        lay_out(model.output)
 
     def states(self, tokens: Tokens, attend: Attend) -> Tensor:
         """States [N, E] after the last layer."""

@@ -114,9 +114,11 @@ def choose_next(
         tokens_B = allowed_BV.argmax(dim=-1)
     drawn = [i for i, choice in enumerate(choices) if not choice.greedy]
     if drawn:
-        at = index(drawn, device)
-        picked = draw(allowed_BV.index_select(0, at), [choices[i] for i in drawn])
-        tokens_B = tokens_B.index_copy(0, at, picked)
+        # Sums over a row may be split up by how many rows there are.
+        for part in [[i] for i in drawn] if runner.fixed else [drawn]:
+            at = index(part, device)
+            picked = draw(allowed_BV.index_select(0, at), [choices[i] for i in part])
+            tokens_B = tokens_B.index_copy(0, at, picked)
     _keep(tokens_B, places, runner)
     scored = _score(launched.logits_BV, tokens_B, places)
     return Pending(rows, torch.stack((tokens_B, launched.finite_B)), scored)

@@ -25,6 +25,7 @@ from mtk.models.gpt import GPT
 from serving.generation import SCORED_AT_ONCE, logprobs_of
 from serving.paged.attention import Attend, DecodeAttention, PrefillAttention, Span
 from serving.paged.choose import index
+from serving.paged.fixed import NoAttention, WindowAttention, steady_rows
 from serving.paged.graphs import BUCKETS, Graphs
 from serving.paged.host_rows import HostAttention, HostRows
 from serving.paged.layers import PagedModel, Tokens
@@ -60,7 +61,11 @@ class Launched:
 
 def look(logits_BV: Tensor, drawable: int) -> Launched:
     """drawable: ids that may be drawn are below it."""
-    lowest_B, highest_B = logits_BV.aminmax(dim=-1)
+    if logits_BV.is_cuda:
+        lowest_B, highest_B = logits_BV.aminmax(dim=-1)
+    else:
+        # Both at once are many times slower on a host than one after the other.
+        lowest_B, highest_B = logits_BV.amin(dim=-1), logits_BV.amax(dim=-1)
     finite_B = lowest_B.isfinite() & highest_B.isfinite()
     likeliest_B = logits_BV[:, :drawable].argmax(dim=-1)
     return Launched(logits_BV, torch.stack((likeliest_B, finite_B.long())))
@@ -68,7 +73,8 @@ def look(logits_BV: Tensor, drawable: int) -> Launched:
 
 class Runner:
     """slots: sequences at once. context: most tokens of one. places: most of a step with guesses.
-    drawable: see :func:`look`. padded: run steps in few sizes, which graphs need (they are
+    drawable: see :func:`look`. window: steps have fixed shapes, prompts are read in so many tokens
+    (:mod:`serving.paged.fixed`). padded: run steps in few sizes, which graphs need (they are
     captured on a GPU, if ``graphs``). kernels: use those of :mod:`serving.paged.kernels` (default:
     where they can run)."""
 
@@ -81,6 +87,7 @@ class Runner:
         context: int,
         drawable: int,
         places: int = 0,
+        window: int | None = None,
         padded: bool = False,
         graphs: bool = False,
         kernels: bool | None = None,
@@ -103,8 +110,17 @@ class Runner:
         self._padded = padded or graphs
         self.host: HostRows | None = None
         if self.device.type == "cpu" and self._kernels is None and not self._padded:
-            self.host = HostRows(storage)
+            self.host = HostRows(storage, apart=window is not None)
+        self._window, self._steady = window, None
+        if window is not None:
+            vocab = model.config.vocab_size or 1
+            self._steady = steady_rows(self._without_attention, slots, vocab)
         self.graphs = Graphs(self._decode, self.device, report) if graphs else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether steps have fixed shapes."""
+        return self._window is not None
 
     @property
     def model(self) -> GPT:
@@ -135,16 +151,23 @@ class Runner:
         if self.host is not None:
             return self._decode_on_host(self.host, rows, inputs)
         count, width = len(inputs), self._width(rows)
-        if self._padded:
-            inputs += [(self.idle_slot, 0, self.idle_slot)] * (self._size(count) - count)
+        if self._padded or self.fixed:
+            inputs += [self._filler] * (self._size(count) - count)
         inputs_3B = torch.tensor(inputs, dtype=torch.int64).T.contiguous()
         guessed = any(row.draft for row in rows)
         if self.graphs is not None:
             return self.graphs(inputs_3B, width, guessed).first(count)
         return self._decode(send(inputs_3B, self.device), width, guessed).first(count)
 
+    @property
+    def _filler(self) -> tuple[int, int, int]:
+        """What fills a step up."""
+        return self.idle_slot, 0, self.idle_slot
+
     def _size(self, count: int) -> int:
         """The size that a step of so many places runs in."""
+        if self._steady is not None:
+            return self._steady
         most = self.idle_slot if count <= self.idle_slot else self._places
         return min(next((size for size in BUCKETS if size >= count), most), most)
 
@@ -171,13 +194,16 @@ class Runner:
         self, host: HostRows, rows: Sequence[Row], inputs: Sequence[tuple[int, int, int]]
     ) -> Launched:
         step = host.begin(rows)
+        count = len(inputs)
+        if self.fixed:
+            inputs = [*inputs, *[self._filler] * (self._size(count) - count)]
         slots_B, positions_B, places_B = torch.tensor(inputs).T.contiguous().unbind(0)
         tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
         repeats = self.model.config.num_attention_heads // self.storage.shape.groups
         attend = HostAttention(host, step, self._rotary(tokens), self._form.window, repeats)
         launched = self._look(self.paged.logits(self.paged.states(tokens, attend)))
         host.keep_full(rows)
-        return launched
+        return launched.first(count)
 
     def _rotary(self, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
         if tokens.rotary is None:
@@ -187,7 +213,7 @@ class Runner:
 
     def _width(self, rows: Sequence[Row]) -> int:
         """Columns of the table that this step looks at; kernels find out themselves."""
-        if self._kernels is not None:
+        if self._kernels is not None or self._window is not None:
             return self._columns
         needed = max(len(row.table.blocks) for row in rows)
         return min(1 << (needed - 1).bit_length(), self._columns) if self._padded else needed
@@ -218,8 +244,11 @@ class Runner:
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
         """Read chunks of text; what follows those that are the last of their rows, if any.
 
-        Log-probabilities that rows want of their prompts are added to them.
+        Log-probabilities that rows want of their prompts are added to them. chunks: one of
+        :meth:`passes`.
         """
+        if self._window is not None:
+            return self._read_window(chunks[0], self._window)
         tokens = self._tokens(*send(_columns(chunks), self.device).unbind(0))
         attend = self._prefill(tokens, [self._span(chunk) for chunk in chunks])
         x_NE = self.paged.states(tokens, attend)
@@ -236,6 +265,40 @@ class Runner:
         if self._kernels is not None:
             return self._kernels.prefill(tokens, spans, self._form)
         return PrefillAttention(self.storage, spans, self._form)
+
+    def passes(self, chunks: Sequence[Chunk]) -> Sequence[Sequence[Chunk]]:
+        """Which of a step's chunks are read at once."""
+        if self._window is not None:
+            return [[chunk] for chunk in chunks]
+        return [chunks] if chunks else []
+
+    def _read_window(self, chunk: Chunk, window: int) -> Launched | None:
+        """The window around a chunk, in which each token has its place."""
+        row, end = chunk.row, chunk.start + chunk.count
+        begin, slot = chunk.start // window * window, row.slot
+        assert slot is not None and end <= begin + window
+        filler = (0, self.idle_slot, 0)
+        columns = [
+            (row.ids[i], slot, i) if chunk.start <= i < end else filler
+            for i in range(begin, begin + window)
+        ]
+        tokens = self._tokens(*send(torch.tensor(columns), self.device).T.contiguous().unbind(0))
+        needed = -(-(begin + window) // self.storage.shape.block)
+        blocks_W = self.table_RW.new_zeros(needed)
+        given_W = self.table_RW[slot, :needed]
+        blocks_W[: len(given_W)] = given_W
+        attend = WindowAttention(self.storage, blocks_W, begin, end, self._form)
+        x_NE = self.paged.states(tokens, attend)
+        self._score(chunk, x_NE[chunk.start - begin : end - begin])
+        if not chunk.last:
+            return None
+        return self._look(self.paged.logits(x_NE[end - begin - 1 : end - begin]))
+
+    def _without_attention(self, ids_S: Tensor) -> Tensor:
+        """Logits of tokens that look at nothing."""
+        ids_S = ids_S.to(self.device)
+        tokens = self._tokens(ids_S, torch.full_like(ids_S, self.idle_slot), ids_S * 0)
+        return self.paged.logits(self.paged.states(tokens, NoAttention()))
 
     def _span(self, chunk: Chunk) -> Span:
         blocks = -(-(chunk.start + chunk.count) // self.storage.shape.block)

@@ -105,12 +105,16 @@ class Step:
 
 
 class Scheduler:
-    """rows: sequences that run at once. tokens: computed in one step."""
+    """rows: sequences that run at once. tokens: computed in one step. window: chunks end at its
+    multiples and count as one each, and a sequence begins when there are blocks for all it can
+    become, as reading its tokens once more might round them differently."""
 
-    def __init__(self, pool: BlockPool, *, rows: int, tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, rows: int, tokens: int, window: int | None = None
+    ) -> None:
         if tokens <= rows:
             raise ValueError(f"{tokens} tokens a step leave nothing beside {rows} rows")
-        self.pool, self._tokens = pool, tokens
+        self.pool, self._tokens, self._window = pool, tokens, window
         self.slots = list(range(rows - 1, -1, -1))
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
@@ -157,12 +161,14 @@ class Scheduler:
             if reader is None:
                 break
             chunks.append(self._read(reader, budget))
-            budget -= chunks[-1].count
+            budget -= self._window or chunks[-1].count
         for row in decode:
             row.cached += row.width
         return Step(decode, chunks)
 
     def _read(self, row: Row, most: int) -> Chunk:
+        if self._window is not None:
+            most = self._window - row.cached % self._window
         chunk = Chunk(row, row.cached, min(row.target - row.cached, most))
         row.cached += chunk.count
         # Who begins alike finds them in this very step: keys are stored before any is read.
@@ -198,11 +204,13 @@ class Scheduler:
         scores = row.sequence.score_top is not None and not row.sequence.tokens
         found = 0 if scores else table.find(ids)
         # One that just lost its blocks must not take those that others need next.
-        spare = len(self.running)
-        if table.missing(len(ids)) + spare > self.pool.available:
+        length, spare = len(ids), len(self.running)
+        if self._window is not None:
+            length, spare = length + row.sequence.request.max_tokens, 0
+        if table.missing(length) + spare > self.pool.available:
             table.release()
             return False
-        table.extend(len(ids))
+        table.extend(length)
         if not scores:
             self.pool.asked += len(ids)
             self.pool.found += found
