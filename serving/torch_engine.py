@@ -67,7 +67,7 @@ class TorchEngine:
     context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
     prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
     is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
-    report: gets the traceback if the thread dies. Raises ConfigError for a cache that holds nothing.
+    report: gets the traceback if the thread dies. Raises ConfigError for a cache of nothing.
     """
 
     def __init__(
