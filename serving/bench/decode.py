@@ -24,7 +24,8 @@ from mtk.models.gpt import GPT
 from serving.bench.decode_costs import copy_rate, weight_bytes
 from serving.bench.decode_rows import Report, Timed, content, row_of
 from serving.bench.transformers_speed import Generate, missing
-from serving.decode_speed import measure_decode
+from serving.decode_speed import DecodeFigures, measure_decode
+from serving.encoder_prompt import decoder_start, has_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # From a model's path to a folder that transformers reads, for as long as the block runs.
@@ -45,7 +46,7 @@ def bench_decode(
     device = _device(config)
     dtype = DTYPES[config.dtype]
     opened = open_model(config.load, dtype=dtype, device=device)
-    opened.require_decoder("load", config.load)
+    opened.require_generator("load", config.load)
     _check_lengths(config, opened)
     report = Report(
         config, opened, hardware, device, copy_rate(device), weight_bytes(opened.model, 1), "", []
@@ -58,7 +59,13 @@ def bench_decode(
     try:
         with export(config.load) as folder:
             compiled = {"auto": None, "on": True, "off": False}[config.compile_transformers]
-            beside = Generate(folder, dtype=dtype, device=device.type, compiled=compiled)
+            beside = Generate(
+                folder,
+                dtype=dtype,
+                device=device.type,
+                compiled=compiled,
+                encoder=has_encoder(opened.config),
+            )
     except MtkError as error:
         report.skipped = str(error)
         reporter.info(f"transformers is not measured: {report.skipped}")
@@ -79,7 +86,10 @@ def _device(config: DecodeBenchConfig) -> torch.device:
 
 
 def _check_lengths(config: DecodeBenchConfig, opened: OpenedModel) -> None:
-    longest, model = max(config.prompt_tokens) + config.new_tokens, opened.config
+    model, prompt = opened.config, max(config.prompt_tokens)
+    # Behind an encoder each side has the positions to itself.
+    both = (prompt, config.new_tokens)
+    longest = max(both) if has_encoder(model) else sum(both)
     if model.positions_are_limited and longest > model.positions:
         rule = f"with --new-tokens {config.new_tokens} needs {longest} positions, of which the "
         rule += f"model has {model.positions}"
@@ -98,13 +108,27 @@ def _why_not(config: DecodeBenchConfig) -> str:
 
 def _sweep(report: Report, beside: Generate | None, reporter: Reporter) -> None:
     config, model = report.config, report.model.model
+    start = None
+    if has_encoder(model.config) and report.model.has_tokenizer:
+        start = decoder_start(model.config, report.model.tokenizer)
     for prompt_tokens in config.prompt_tokens:
         for batch in config.batch:
-            own, theirs = _take_turns(config, model, beside, batch, prompt_tokens)
+            own, theirs = _take_turns(config, model, beside, batch, prompt_tokens, start)
             found = []
             if beside is not None:
-                found = [row_of(report, "transformers", batch, prompt_tokens, theirs, beside.how)]
-            mine = row_of(report, "mtk", batch, prompt_tokens, own, beside=next(iter(found), None))
+                found = [
+                    row_of(
+                        report,
+                        "transformers",
+                        batch,
+                        prompt_tokens,
+                        theirs,
+                        beside.how,
+                        cache="static",
+                    )
+                ]
+            cache, other = own[-1].cache, next(iter(found), None)
+            mine = row_of(report, "mtk", batch, prompt_tokens, own, cache=cache, beside=other)
             for row in (mine, *found):
                 report.rows.append(row)
                 reporter.info(f"{row.name}, {batch} x {prompt_tokens}: {row.decode_rate:,.1f}/s")
@@ -117,11 +141,12 @@ def _take_turns(
     beside: Generate | None,
     batch: int,
     prompt_tokens: int,
-) -> tuple[list[Timed], list[Timed]]:
+    start: int | None,
+) -> tuple[list[DecodeFigures], list[Timed]]:
     shape, vocab = (batch, prompt_tokens, config.new_tokens), model.config.vocab_size or 0
-    own, theirs = list[Timed](), list[Timed]()
+    own, theirs = list[DecodeFigures](), list[Timed]()
     for turn in range(config.repeats + 1):  # the first is for caches, compilers and clocks
-        mine = measure_decode(model, *shape, seed=config.seed)
+        mine = measure_decode(model, *shape, seed=config.seed, start=start)
         other = [] if beside is None else [beside.measure(vocab, *shape, config.seed)]
         if turn:
             own.append(mine)

@@ -20,6 +20,7 @@ COLUMNS = (
     "",
     "batch",
     "prompt",
+    "cache",
     "prefill\ntokens/s",
     "prefill\nMFU",
     "decode\ntokens/s",
@@ -46,7 +47,8 @@ class Timed(Protocol):
 class Row:
     """One measurement. bandwidth: bytes a second of weights, keys and values that its decode steps
     read. ratio: of mtk's decoding to that of transformers. same: share of tokens that both
-    generated. how: what transformers ran, in words."""
+    generated. cache: what kept the sequences (paged, dense; static of transformers). how: what
+    transformers ran, in words."""
 
     name: str
     batch: int
@@ -60,6 +62,7 @@ class Row:
     mfu: float | None
     ratio: float | None
     same: float | None
+    cache: str
     how: str
     runs: Sequence[Timed]
 
@@ -86,6 +89,8 @@ def row_of(
     prompt_tokens: int,
     runs: Sequence[Timed],
     how: str = "",
+    *,
+    cache: str,
     beside: Row | None = None,
 ) -> Row:
     """The medians of ``runs``. beside: what they are compared with."""
@@ -110,6 +115,7 @@ def row_of(
         flops / prefill / peak if peak else None,
         None if beside is None else batch / step / beside.decode_rate,
         None if beside is None else same_tokens(runs[-1], beside.runs[-1]),
+        cache,
         how,
         runs,
     )
@@ -172,6 +178,7 @@ def cells(report: Report, row: Row) -> list[str]:
         row.name,
         str(row.batch),
         str(row.prompt_tokens),
+        row.cache,
         f"{row.prefill_rate:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "-",
         f"{row.decode_rate:,.1f}",
