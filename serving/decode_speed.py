@@ -33,24 +33,29 @@ GREEDY = SamplingParams(temperature=0)
 
 @dataclass(frozen=True)
 class DecodeFigures:
-    """What was measured. prefill_seconds: until every sequence has its first token.
-    step_seconds: of each step of decoding, by the host's clock, in which every sequence gets a
-    token. weight_bytes: read by a step at least once (without embeddings that are only looked up,
-    and what only prompts go through). cache: what kept the sequences; blocks, graphs: of a paged
-    one how many, and captured sizes. cache_token_bytes: keys and values of a token; state_bytes:
-    of a sequence besides, however long. tokens: what was generated, row by row."""
+    """What was measured. prefill_seconds: until every sequence has its first token. step_seconds:
+    of each step of decoding, by the host's clock. timed_tokens: what these steps brought, a token
+    to every sequence, or more where guesses were right. weight_bytes: read by a step at least once
+    (without embeddings that are only looked up, and what only prompts go through). cache: what
+    kept the sequences; blocks, graphs: of a paged one how many, and captured sizes.
+    cache_token_bytes: keys and values of a token; state_bytes: of a sequence besides, however
+    long. drafted: guessed tokens that were computed, accepted: of these right. tokens: what was
+    generated, row by row."""
 
     batch: int
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     step_seconds: Sequence[float]
+    timed_tokens: int
     weight_bytes: int
     cache: CacheKind
     cache_token_bytes: int
     state_bytes: int
     graphs: int
     blocks: int
+    drafted: int
+    accepted: int
     tokens: Sequence[Sequence[int]]
 
     @property
@@ -60,7 +65,12 @@ class DecodeFigures:
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all sequences, over all timed steps."""
-        return self.batch * len(self.step_seconds) / self.seconds
+        return self.timed_tokens / self.seconds
+
+    @property
+    def step_tokens(self) -> float:
+        """New tokens of all sequences in one step."""
+        return self.timed_tokens / len(self.step_seconds)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -89,6 +99,7 @@ def measure_decode(
     options: CacheConfig | None = None,
     sampling: SamplingParams = GREEDY,
     seed: int = 0,
+    period: int | None = None,
     start: int | None = None,
 ) -> DecodeFigures:
     """Decode ``new_tokens`` for each of ``batch`` random prompts, on the cache that the model is
@@ -96,23 +107,23 @@ def measure_decode(
     through the encoder).
 
     The matrices of a model on blocks are joined in place, as when it is served. options: as of
-    ``mtk serve`` (default: its defaults, without the prefix cache). sampling: how tokens are
-    chosen. start: what a T5's decoder begins with (default: its own, else 0). Raises ConfigError
-    for options that the model cannot have and for too few tokens to time.
+    ``mtk serve`` (default: its defaults, without the prefix cache and guesses). sampling: how
+    tokens are chosen. period: prompts are so many random tokens again and again (default: random
+    to the end). start: what a T5's decoder begins with (default: its own, else 0). Raises
+    ConfigError for options that the model cannot have and for too few tokens to time.
     """
     if new_tokens <= WARM_UP + 1:
         raise ConfigError(f"{new_tokens} new tokens: give at least {WARM_UP + 2} to be timed")
-    options = options or CacheConfig(prefix_caching=False)
-    vocab = model.config.vocab_size or 0
-    tokenizer = NullTokenizer({"vocab_size": vocab, "eod": 0})
-    vocabulary = Vocabulary(tokenizer, vocab)
-    encoder = _encoder(model, start)
+    options = options or CacheConfig(prefix_caching=False, speculation="off")
     context = prompt_tokens + new_tokens
+    vocab = model.config.vocab_size or 0
+    vocabulary = Vocabulary(NullTokenizer({"vocab_size": vocab, "eod": 0}), vocab)
+    encoder = _encoder(model, start)
     running = _cached(model.eval(), options, vocabulary, encoder, batch, context)
-    sequences = [_sequence(i, prompt_tokens, new_tokens, vocabulary, sampling, seed)
-                 for i in range(batch)]  # fmt: skip
+    prompts = prompts_of(vocab, batch + 1, prompt_tokens, seed, period)
+    sequences = [_sequence(prompt, new_tokens, vocabulary, sampling) for prompt in prompts[:batch]]
     # Prompts are read once before, for what libraries do at first.
-    running.add(_sequence(batch, prompt_tokens, 1, vocabulary, sampling, seed))
+    running.add(_sequence(prompts[batch], 1, vocabulary, sampling))
     while running.count:
         running.step()
     _wait(model)
@@ -122,8 +133,9 @@ def measure_decode(
     while any(not sequence.tokens for sequence in sequences):
         running.step()
     prefill = time.perf_counter() - began
-    steps = _timed(running, sequences)
+    steps, timed_tokens = _timed(running, sequences)
     paged = running if isinstance(running, PagedBatch) else None
+    cache = running.cache_stats()
     graphs = None if paged is None else paged.runner.graphs
     return DecodeFigures(
         batch=batch,
@@ -131,12 +143,15 @@ def measure_decode(
         new_tokens=new_tokens,
         prefill_seconds=prefill,
         step_seconds=steps,
+        timed_tokens=timed_tokens,
         weight_bytes=read_weights(model),
         cache="dense" if paged is None else "paged",
         cache_token_bytes=cache_token_bytes(model),
         state_bytes=state_bytes(model),
         graphs=0 if graphs is None else graphs.count,
         blocks=0 if paged is None else paged.pool.capacity,
+        drafted=cache.drafted,
+        accepted=cache.accepted,
         tokens=[tuple(sequence.tokens) for sequence in sequences],
     )
 
@@ -169,14 +184,14 @@ def _cached(
     return PagedBatch(model, vocabulary, settings)
 
 
-def _timed(running: SequenceBatch, sequences: Sequence[RunningSequence]) -> list[float]:
-    """Seconds from one token of every sequence to the next. Tokens come to the host at its pace, so
-    that its clock is the right one."""
+def _timed(running: SequenceBatch, sequences: Sequence[RunningSequence]) -> tuple[list[float], int]:
+    """Seconds of each step while all sequences run, and the tokens of all these steps. Tokens come
+    to the host at its pace, so that its clock is the right one."""
     for _ in range(WARM_UP):
         running.step()
-    seconds, before = [], time.perf_counter()
+    seconds, tokens, before = list[float](), 0, time.perf_counter()
     while all(sequence.finish is None for sequence in sequences):
-        running.step()
+        tokens += sum(len(delta.tokens) for _, delta in running.step())
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
@@ -187,15 +202,25 @@ def _timed(running: SequenceBatch, sequences: Sequence[RunningSequence]) -> list
     errors = [sequence.error for sequence in sequences if sequence.error is not None]
     if errors:
         raise errors[0]
-    return seconds
+    return seconds, tokens
+
+
+def prompts_of(
+    vocab: int, batch: int, length: int, seed: int, period: int | None = None
+) -> list[list[int]]:
+    """Random token ids, those of row i with seed + i. period: see :func:`measure_decode`."""
+    found, size = [], min(length, period or length)
+    for row in range(batch):
+        chance = torch.Generator().manual_seed(seed + row)
+        ids = torch.randint(vocab, (size,), generator=chance).tolist()
+        found.append((ids * -(-length // size))[:length])
+    return found
 
 
 def _sequence(
-    index: int, prompt: int, new: int, vocabulary: Vocabulary, sampling: SamplingParams, seed: int
+    prompt: Sequence[int], new: int, vocabulary: Vocabulary, sampling: SamplingParams
 ) -> RunningSequence:
-    chance = torch.Generator().manual_seed(seed + index)
-    ids = torch.randint(vocabulary.size, (prompt,), generator=chance).tolist()
-    request = GenerationRequest(prompts=(tuple(ids),), max_tokens=new, sampling=sampling)
+    request = GenerationRequest(prompts=(tuple(prompt),), max_tokens=new, sampling=sampling)
     return RunningSequence(request, 0, vocabulary)
 
 

@@ -29,7 +29,8 @@ class CacheStats:
     """tokens: held for sequences that run. blocks_used: held by sequences, blocks_free: by none;
     both 0 for a cache without blocks. Since the start: prefix_asked: tokens of prompts whose
     beginning was looked up, prefix_found: of these found. preemptions: sequences that lost their
-    blocks to older ones and were read again."""
+    blocks to older ones and were read again. drafted: guessed tokens that were computed, accepted:
+    of these right."""
 
     tokens: int
     blocks_used: int = 0
@@ -37,6 +38,8 @@ class CacheStats:
     prefix_asked: int = 0
     prefix_found: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,10 @@ class RunningSequence:
         if request.stop.line:
             double = request.stop.line == "double_eol"
             self._line = LineStop(double=double, before=self._last_text)
+        # Whether each next token is simply the likeliest one, and nothing else is asked of it.
+        sampling = request.sampling
+        self.plain = sampling.greedy and sampling.logprobs is None and request.max_tokens > 0
+        self.plain = self.plain and not self.waits_for_last
         self.tokens: list[int] = []
         self._steps: list[str] = []
         self._logprobs: list[TokenLogprob] = []

@@ -48,6 +48,12 @@ class JsonGrammars:
             )
         except ValueError as error:
             raise _refused(str(error)) from None
+        return self.of_source(source)
+
+    def of_source(self, source: str) -> JsonGrammar:
+        """From what :attr:`JsonGrammar.source` was in another process; raises as above."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokens(), source, log_level=0)
         if matcher.is_error():
             raise _refused(matcher.get_error())

@@ -23,12 +23,13 @@ class Served:
 
 
 def open_served(path: str, *, dtype: torch.dtype, device: str) -> Served:
-    """A native checkpoint, Hugging Face directory or quantised directory.
+    """A native checkpoint, Hugging Face directory or quantised directory, whose weights stay in
+    the bits they have there.
 
     Raises ArtifactError if there is no model, or it has no tokenizer, ConfigError for one that
     writes no text.
     """
-    opened = open_model(path, dtype=dtype, device=device)
+    opened = open_model(path, dtype=dtype, device=device, packed=True)
     opened.require_generator("load", path)
     return Served(opened.model, opened.tokenizer, lineage_of(opened.artifact))
 

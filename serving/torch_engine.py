@@ -91,6 +91,8 @@ class TorchEngine:
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report = report
         self._observer: Observer | None = None
+        self._after_tick: Callable[[], None] = lambda: None
+        self._ticks = 0
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._probes: list[_Probe] = []
@@ -145,13 +147,28 @@ class TorchEngine:
         """Why the thread ended, unless it was stopped on request."""
         return self._death if self._crashed else None
 
+    @property
+    def ended(self) -> str | None:
+        """Why the thread ended, also on request."""
+        return self._death
+
     def observe(self, observer: Observer) -> None:
         self._observer = observer
+
+    def follow(self, after_tick: Callable[[], None]) -> None:
+        """Call ``after_tick`` in the engine's thread when a step of work is done, and when the
+        thread ends."""
+        self._after_tick = after_tick
+
+    def progress(self) -> tuple[int, bool]:
+        """How many steps of work have begun, and whether there is work."""
+        with self._wake:
+            return self._ticks, self._has_work()
 
     def submit(self, request: GenerationRequest) -> Ticket:
         vocab = self._vocabulary.size
         check_fits(request, context=self._context, vocab=vocab, encoder=self._encoder)
-        ticket = Ticket(request, self._notify)
+        ticket = Ticket(request, self.wake)
         with self._wake:
             self._refuse_if_stopped()
             waiting = self._waiting()
@@ -160,9 +177,19 @@ class TorchEngine:
                     f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
                     retry_after=round(self._seconds_per_request * (waiting + 1)),
                 )
-            self._jobs.append(_Job(ticket))
-            self._wake.notify_all()
+            self._take(ticket)
         return ticket
+
+    def take(self, ticket: Ticket) -> None:
+        """Queue a ticket whose request fits, however many wait. Raises ServingError (503) when the
+        engine is dead or stopping."""
+        with self._wake:
+            self._refuse_if_stopped()
+            self._take(ticket)
+
+    def _take(self, ticket: Ticket) -> None:
+        self._jobs.append(_Job(ticket))
+        self._wake.notify_all()
 
     def probe(self, timeout: float) -> Health:
         with self._wake:
@@ -188,7 +215,8 @@ class TorchEngine:
             self._wake.notify_all()
         self._thread.join(timeout)
 
-    def _notify(self) -> None:
+    def wake(self) -> None:
+        """Let the thread look at what has changed."""
         with self._wake:
             self._wake.notify_all()
 
@@ -212,21 +240,25 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
+                    self._ticks += 1
                     self._tick()
+                    self._after_tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
             self._crashed = True
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:
             self._die(reason)
+            self._after_tick()
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._stopping and not (
-                self._jobs or self._probes or self._owners or self._beam
-            ):
+            while not self._stopping and not self._has_work():
                 self._wake.wait()
             return not self._stopping
+
+    def _has_work(self) -> bool:
+        return bool(self._jobs or self._probes or self._owners or self._beam)
 
     def _tick(self) -> None:
         self._answer_probes()
@@ -282,16 +314,17 @@ class TorchEngine:
         self._owners[sequence] = (job, now)
         if self._observer is not None and delta.tokens:
             self._observer.token(now - since, first=len(sequence.tokens) == 1)
-        if sequence.error is not None:
+        # Several steps of one sequence may come together, and only the last of them ends it.
+        if sequence.error is not None and not delta.tokens:
             job.ticket.fail(sequence.error)
             del self._owners[sequence]
             self._finished("error")
             return
         job.ticket.push(delta)
-        if sequence.finish is not None:
+        if delta.finish is not None:
             job.ticket.complete(sequence.output())
             del self._owners[sequence]
-            self._finished(sequence.finish)
+            self._finished(delta.finish)
             if job.ticket.done:
                 self._learn_duration(job.ticket)
 

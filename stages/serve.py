@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,12 @@ from mtk.session import Session
 if TYPE_CHECKING:
     import torch
 
+    from mtk.launch.rank_server import RankServer
     from mtk.models.gpt import GPT
+    from mtk.tokenizers import Tokenizer
     from serving.chat_prompt import ChatPrompt
+    from serving.engine_process import EngineProcess
+    from serving.open_served import Served
     from serving.settings import ServerSettings
     from serving.tensorrt_llm_engine import TensorRTEngine
     from serving.torch_engine import TorchEngine
@@ -31,6 +36,16 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
     Returns normally after a drain. Raises ConfigError (port, keys, ready file),
     ArtifactError (model), WorkerError if the engine died meanwhile.
     """
+    with ExitStack() as cleanup:
+        ranks = _start_ranks(config)
+        if ranks is not None:
+            cleanup.callback(ranks.close, 0.0)
+        _serve(config, (session or Session()).reporter, ranks, cleanup)
+
+
+def _serve(
+    config: ServeConfig, reporter: Reporter, ranks: RankServer | None, cleanup: ExitStack
+) -> None:
     from serving.app import create_app
     from serving.server import (
         HttpServer,
@@ -42,34 +57,49 @@ def run(config: ServeConfig, session: Session | None = None) -> None:
         stopped_by_signals,
     )
 
-    reporter = (session or Session()).reporter
-    limits = config.limits
     keys = read_keys(config.listen.api_key_file)
     check_ready_file(config.listen.ready_file)
     # Bound before the model is read: a taken port is told at once.
     listener = bind(config.listen.host, config.listen.port)
-    try:
-        opened = open_engine(config, reporter)
-        engine, context = opened.engine, opened.engine.context
-        settings = server_settings(
-            config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
-        )
-        quiet_waitress()
-        server = HttpServer(
-            create_app(engine, settings), listener, drain_timeout=limits.drain_timeout
-        )
-    except BaseException:
-        listener.close()
-        raise
+    cleanup.callback(listener.close)
+    opened = open_engine(config, reporter, ranks)
+    engine = opened.engine
+    cleanup.callback(engine.close, 0.0)
+    settings = server_settings(
+        config, lineage=opened.lineage, keys=keys, chat=opened.chat, log=reporter.info
+    )
+    quiet_waitress()
+    server = HttpServer(
+        create_app(engine, settings), listener, drain_timeout=config.limits.drain_timeout
+    )
     warn_if_open(config, bool(keys), reporter)
     with stopped_by_signals(server.stop), ready_file(config.listen.ready_file, server.url):
-        reporter.info(f"{settings.model} is served at {server.url} (Ctrl-C drains and stops)")
-        reporter.event("serving", url=server.url, model=settings.model, context=context)
+        _say_ready(reporter, opened, settings.model, server.url)
         server.run()
     reporter.info("stopped")
     reporter.event("stopped", url=server.url)
     if engine.died:
         raise WorkerError(f"{engine.died}; the server answered 503 since. Its log has the cause.")
+
+
+def _start_ranks(config: ServeConfig) -> RankServer | None:
+    """What the engine's process is forked from, if it is to have one."""
+    if not config.engine_process or config.engine != "torch":
+        return None
+    from serving.engine_workers import start_server
+
+    return start_server("stages.serve_process")
+
+
+def _say_ready(reporter: Reporter, opened: OpenedEngine, model: str, url: str) -> None:
+    reporter.info(f"{model} is served at {url} (Ctrl-C drains and stops)")
+    reporter.event(
+        "serving",
+        url=url,
+        model=model,
+        context=opened.engine.context,
+        engine_processes=opened.processes,
+    )
 
 
 def server_settings(
@@ -98,17 +128,22 @@ def server_settings(
 @dataclass(frozen=True)
 class OpenedEngine:
     """lineage: the chain of digests as plain data; None if the model is no mtk artifact. chat:
-    how conversations become prompts, if they can."""
+    how conversations become prompts, if they can. processes: those that the engine runs in beside
+    this one."""
 
-    engine: TorchEngine | TensorRTEngine
+    engine: TorchEngine | EngineProcess | TensorRTEngine
     lineage: dict[str, Any] | None
     chat: ChatPrompt | None
+    processes: Sequence[int] = ()
 
 
-def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
-    """The model behind the engine that was asked for. Raises ConfigError and ArtifactError."""
+def open_engine(
+    config: ServeConfig, reporter: Reporter, ranks: RankServer | None = None
+) -> OpenedEngine:
+    """The model behind the engine that was asked for, in a process that ``ranks`` forks if given.
+    Raises ConfigError and ArtifactError."""
     from serving.chat_prompt import open_chat
-    from serving.open_served import lineage_of, open_served
+    from serving.open_served import lineage_of
 
     if config.engine == "tensorrt-llm":
         from serving.tensorrt_llm_open import open_tensorrt
@@ -116,29 +151,48 @@ def open_engine(config: ServeConfig, reporter: Reporter) -> OpenedEngine:
         found = open_tensorrt(config, reporter.warn)
         chat = open_chat(config.chat_template, found.engine.tokenizer, config.load)
         return OpenedEngine(found.engine, lineage_of(found.artifact), chat)
+    if ranks is not None:
+        from stages.serve_process import open_process
+
+        return open_process(config, ranks, reporter.warn)
+    served = served_model(config)
+    chat = open_chat(config.chat_template, served.tokenizer, config.load)
+    engine = torch_engine(config, served.model, served.tokenizer, reporter.warn)
+    return OpenedEngine(engine, served.lineage, chat)
+
+
+def served_model(config: ServeConfig) -> Served:
+    """The model on its device. Raises ConfigError and ArtifactError."""
+    from serving.open_served import open_served
+
+    dtype, device = _place(config)
+    return open_served(config.load, dtype=dtype, device=device)
+
+
+def torch_engine(
+    config: ServeConfig, model: GPT, tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> TorchEngine:
+    """An engine in this process. Raises ConfigError."""
     from serving.encoder_prompt import encoder_prompt
     from serving.torch_engine import TorchEngine
 
-    dtype, device = _place(config)
-    served = open_served(config.load, dtype=dtype, device=device)
-    context = context_length(config, served.model)
-    chat = open_chat(config.chat_template, served.tokenizer, config.load)
+    context = context_length(config, model)
     engine = TorchEngine(
-        served.model,
-        served.tokenizer,
+        model,
+        tokenizer,
         context=context,
         max_batch_size=config.limits.max_batch_size,
         max_queue=config.limits.max_queue,
-        encoder=encoder_prompt(served.model.config, served.tokenizer, config.limits.max_seq_length),
-        paged=paged_cache(config.cache, served.model),
-        report=reporter.warn,
+        encoder=encoder_prompt(model.config, tokenizer, config.limits.max_seq_length),
+        paged=paged_cache(config.cache, model),
+        report=warn,
     )
     if engine.context < context:
-        reporter.warn(
+        warn(
             f"the cache holds {engine.context} tokens: sequences may not be longer "
             f"(--kv-cache-gib, --kv-cache-tokens, --max-seq-length)"
         )
-    return OpenedEngine(engine, served.lineage, chat)
+    return engine
 
 
 def _place(config: ServeConfig) -> tuple[torch.dtype, str]:

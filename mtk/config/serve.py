@@ -23,6 +23,8 @@ AT_LEAST_ONE = (
     "max_beam_width",
 )
 
+TIMEOUTS = ("request_timeout", "read_timeout", "write_timeout", "probe_timeout", "step_timeout")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListenConfig:
@@ -94,6 +96,12 @@ class LimitsConfig:
     probe_timeout: float = option(
         2.5, help="Seconds for the token of a health check; then /readyz is red.", runtime=True
     )
+    step_timeout: float = option(
+        300.0,
+        help="Seconds that one step of the engine may take; then it counts as dead (of an engine "
+        "in its own process).",
+        runtime=True,
+    )
     drain_timeout: float = option(
         30.0, help="Seconds that running requests have to end after SIGTERM.", runtime=True
     )
@@ -111,7 +119,7 @@ class LimitsConfig:
             yield Problem("max_top_logprobs", self.max_top_logprobs, "must lie in 0..20", fix)
         if self.max_seq_length is not None and self.max_seq_length < 2:
             yield Problem("max_seq_length", self.max_seq_length, "must be at least 2")
-        for name in ("request_timeout", "read_timeout", "write_timeout", "probe_timeout"):
+        for name in TIMEOUTS:
             if not 0 < getattr(self, name) < float("inf"):
                 yield Problem(name, getattr(self, name), "must be greater than 0")
         if not 0 <= self.drain_timeout < float("inf"):
@@ -152,12 +160,42 @@ class CacheConfig:
     cuda_graphs: bool = option(
         True, help="Launch a step of decoding as one CUDA graph.", runtime=True
     )
+    speculation: Literal["off", "lookup"] = option(
+        "lookup",
+        help="lookup guesses tokens by what followed the last ones earlier in the text, and "
+        "computes them in one step with the next; only what single steps would choose is taken.",
+        runtime=True,
+    )
+    draft_tokens: int = option(
+        15, help="Tokens guessed for a sequence in one step, at most.", runtime=True
+    )
+    lookup_ngram: int = option(
+        5, help="Last tokens of a text that are looked for in it, at most.", runtime=True
+    )
+    lookup_min_ngram: int = option(
+        2, help="Of these so many must be found for a guess.", runtime=True
+    )
+    speculation_tokens: int = option(
+        32,
+        help="Tokens of a decode step with guesses, at most; batches of so many sequences have "
+        "none.",
+        runtime=True,
+    )
 
     def problems(self) -> Iterator[Problem]:
         for name in ("kv_cache_tokens", "max_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 16:
                 yield Problem(name, value, "must be at least 16, a block", "Nearest: 16.")
+        for name in ("draft_tokens", "lookup_min_ngram", "speculation_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                yield Problem(name, value, "must be at least 1", "Nearest: 1.")
+        if self.lookup_ngram < self.lookup_min_ngram:
+            rule = f"must not be below lookup_min_ngram = {self.lookup_min_ngram}"
+            yield Problem(
+                "lookup_ngram", self.lookup_ngram, rule, f"Nearest: {self.lookup_min_ngram}."
+            )
         gib = self.kv_cache_gib
         if gib is not None and not 0 < gib < float("inf"):
             yield Problem("kv_cache_gib", gib, "must be greater than 0")
@@ -178,6 +216,11 @@ class ServeConfig:
     load: str = option(help="Native checkpoint, Hugging Face directory or quantized directory.")
     engine: Literal["torch", "tensorrt-llm"] = option(
         "torch", help="What decodes; tensorrt-llm must be installed besides.", runtime=True
+    )
+    engine_process: bool = option(
+        True,
+        help="Run the engine in a process of its own, beside the one that answers HTTP (torch).",
+        runtime=True,
     )
     model_name: str | None = option(
         None, help="The model's name in the API (default: name of the --load folder).", runtime=True

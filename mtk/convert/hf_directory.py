@@ -233,7 +233,9 @@ def write_weights(folder: Path, tensors: Tensors, max_shard_size: int) -> str:
             flush()
         pending[name] = tensor
         total, parameters = total + size, parameters + tensor.numel()
-        if tensor.is_floating_point() and not name.endswith("_scale"):
+        # Weights in FP8 are quantised; the type is that of all else.
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if wide and not name.endswith("_scale"):
             key = str(tensor.dtype).removeprefix("torch.")
             dtypes[key] = dtypes.get(key, 0) + tensor.numel()
     flush()

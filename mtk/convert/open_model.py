@@ -21,6 +21,7 @@ from mtk.errors import ArtifactError, ConfigError, ConversionError, Problem
 from mtk.models.buffers import kept_tensors
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
+from mtk.quantization.loading import load_quantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
 
 # What libraries without ``tokenizer.json`` leave beside weights.
@@ -52,12 +53,7 @@ class OpenedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Loaded on first use. Raises ArtifactError if the model has none."""
-        if not self.has_tokenizer:
-            raise ArtifactError(
-                f"{self.folder} has no tokenizer: it was trained on ids alone, or its tokenizer "
-                f"files were left out. Text cannot be used with it."
-            )
-        return load_tokenizer(self.tokenizer_folder)
+        return _read_tokenizer(self.kind, self.folder)
 
     def require_generator(self, option: str, found: object) -> None:
         """Raises ConfigError, of ``option`` = ``found``, for a BERT: it writes no text."""
@@ -77,13 +73,15 @@ def open_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> OpenedModel:
     """A native checkpoint, a Hugging Face directory of a known family or a quantised one.
 
-    Quantised weights are expanded to ``dtype``. Raises ArtifactError, CheckpointError or
+    Quantised weights are expanded to ``dtype``, or with ``packed`` stay in their own bits
+    (:class:`mtk.quantization.linear.QuantizedLinear`). Raises ArtifactError, CheckpointError or
     ConversionError, saying what the directory holds instead.
     """
-    return open_source(find_source(path), dtype=dtype, device=device)
+    return open_source(find_source(path), dtype=dtype, device=device, packed=packed)
 
 
 def open_source(
@@ -91,8 +89,12 @@ def open_source(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> OpenedModel:
     """As :func:`open_model`, for a path already looked into."""
+    if packed and source.kind == "quantized":
+        model, config = load_quantized(source.folder, dtype=dtype, device=device)
+        return OpenedModel(model, config, source.kind, source.folder, source.artifact)
     config, tensors = read_native(source)
     model = assemble(config, tensors, source.folder, dtype=dtype, device=device)
     return OpenedModel(model, config, source.kind, source.folder, source.artifact)
@@ -130,6 +132,21 @@ def assemble(
     for name, parameter in parameters.items():
         copy_into(parameter, tensors[name], name, folder)
     return model.eval()
+
+
+def open_tokenizer(source: Source) -> Tokenizer:
+    """A model's tokenizer without the model. Raises ArtifactError if it has none."""
+    return _read_tokenizer(source.kind, source.folder)
+
+
+def _read_tokenizer(kind: SourceKind, folder: Path) -> Tokenizer:
+    found = tokenizer_folder(kind, folder)
+    if not has_tokenizer(found):
+        raise ArtifactError(
+            f"{folder} has no tokenizer: it was trained on ids alone, or its tokenizer "
+            f"files were left out. Text cannot be used with it."
+        )
+    return load_tokenizer(found)
 
 
 def tokenizer_folder(kind: SourceKind, folder: Path) -> Path:

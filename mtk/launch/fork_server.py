@@ -28,6 +28,7 @@ from mtk.launch.rank_process import run_rank
 EVENT = struct.Struct("<cii")
 FORKED, ENDED = b"F", b"E"
 PR_SET_PDEATHSIG = 1
+# What ranks that train need.
 PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo")
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -37,11 +38,11 @@ def serve(descriptor: int, launcher: int, preload: Sequence[str], folder: str) -
 
     A request is one byte with one or two file descriptors: a rank's connection and, for ranks
     that do not own the terminal, where their output goes. Answers are ``EVENT`` records.
-    folder: removed at the end.
+    preload: modules that are imported first. folder: removed at the end.
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    for name in (*PRELOAD, *preload):
+    for name in preload:
         try:
             importlib.import_module(name)
         except Exception:  # the rank meets it again, and can tell the launcher

@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mtk.errors import WorkerError
-from mtk.launch.fork_server import EVENT, FORKED
+from mtk.launch.fork_server import EVENT, FORKED, PRELOAD
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
@@ -79,13 +80,17 @@ class Child:
 class RankServer:
     """A running fork server.
 
-    preload: modules that the ranks will need; variables: added to its environment, which the
-    ranks inherit. folder: temporary, for the jobs; it goes with the server. events: readable
-    when :meth:`hear` has something to hear.
+    preload: modules that the ranks will need, beside those of ``base``; variables: added to its
+    environment, which the ranks inherit. folder: temporary, for the jobs; it goes with the server.
+    events: readable when :meth:`hear` has something to hear.
     """
 
     def __init__(
-        self, preload: Sequence[str] = (), variables: Mapping[str, str] | None = None
+        self,
+        preload: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        *,
+        base: Sequence[str] = PRELOAD,
     ) -> None:
         self.events, theirs = socket.socketpair()
         self._waiting: deque[Child] = deque()
@@ -93,7 +98,7 @@ class RankServer:
         self._bytes = b""
         self.folder = Path(tempfile.mkdtemp(prefix="mtk-job-"))
         arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
-        arguments += [json.dumps(list(preload)), str(self.folder)]
+        arguments += [json.dumps([*base, *preload]), str(self.folder)]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, *arguments],
@@ -149,11 +154,14 @@ class RankServer:
         """There is something to hear now."""
         return bool(wait([self.events], 0))
 
-    def close(self) -> None:
-        """End the server, and with it every rank."""
+    def close(self, grace: float = _END) -> None:
+        """End the server, and with it every rank; by force after ``grace`` seconds."""
+        # Not by closing alone: a thread that hears would keep the socket open.
+        with suppress(OSError):
+            self.events.shutdown(socket.SHUT_RDWR)
         self.events.close()
         try:
-            self._process.wait(_END)
+            self._process.wait(grace)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

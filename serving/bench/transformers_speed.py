@@ -32,15 +32,11 @@ class Speed:
     prefill_seconds: float
     step_seconds: Sequence[float]
     tokens: Sequence[Sequence[int]]
+    cache: str = CACHE
 
-
-def prompts_of(vocab: int, batch: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids, those of row i with seed + i: the prompts of ``measure_decode``."""
-    found = []
-    for row in range(batch):
-        chance = torch.Generator().manual_seed(seed + row)
-        found.append(torch.randint(vocab, (length,), generator=chance).tolist())
-    return found
+    @property
+    def step_tokens(self) -> float:
+        return len(self.tokens)
 
 
 def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[int]]) -> Speed:
@@ -80,10 +76,8 @@ class Generate:
         self.how = ""
 
     @torch.inference_mode()
-    def measure(
-        self, vocab: int, batch: int, prompt_tokens: int, new_tokens: int, seed: int
-    ) -> Speed:
-        prompts = torch.tensor(prompts_of(vocab, batch, prompt_tokens, seed), device=self._device)
+    def measure(self, prompts_: Sequence[Sequence[int]], new_tokens: int) -> Speed:
+        prompts = torch.tensor(prompts_, device=self._device)
         self._model.generation_config = self._greedy(new_tokens)
         clock = _Clock(self._device)
         clock.wait()
@@ -96,7 +90,7 @@ class Generate:
         ran = getattr(self._model, "_compiled_call", None) is not None
         self.how = f"{CACHE} cache, {'compiled' if ran else 'not compiled'}"
         # What a decoder behind an encoder writes begins with its start token.
-        begun = 1 if self._encoder else prompt_tokens
+        begun = 1 if self._encoder else prompts.shape[1]
         return speed_of(started, clock.ends, found[:, begun:].tolist())
 
     def _greedy(self, new_tokens: int) -> Any:

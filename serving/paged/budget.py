@@ -9,6 +9,8 @@ from mtk.errors import ConfigError, Problem
 from mtk.models.gpt import GPT
 from serving.paged.batch import PagedSettings
 from serving.paged.layers import cache_shape
+from serving.paged.lookup import DraftSettings
+from serving.paged.step_cost import step_cost
 from serving.paged.storage import CacheShape
 
 # Of a GPU's free memory; the rest is for activations, graphs and other libraries.
@@ -33,7 +35,21 @@ def paged_settings(
         tokens=options.max_batched_tokens,
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
+        drafts=draft_settings(options, shape.device),
         graphs=gpu and options.cuda_graphs,
+    )
+
+
+def draft_settings(options: CacheConfig, device: torch.device) -> DraftSettings | None:
+    """What is guessed, if anything."""
+    if options.speculation == "off":
+        return None
+    return DraftSettings(
+        most=options.draft_tokens,
+        longest=options.lookup_ngram,
+        shortest=options.lookup_min_ngram,
+        entries=options.speculation_tokens,
+        cost=step_cost(device),
     )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,9 @@ def test_client_tells_what_the_server_refused(
     assert "maximum context length is 2048" in capsys.readouterr().err
 
 
-def serve_until(checkpoint: Path, ready: Path, visit: Callable[[str], None], number: int) -> int:
+def serve_until(
+    checkpoint: Path, ready: Path, visit: Callable[[str], None], number: int, *options: str
+) -> int:
     """``mtk serve`` in this process; ``visit`` gets the URL, then the signal is sent."""
 
     def visitor() -> None:
@@ -206,7 +208,7 @@ def serve_until(checkpoint: Path, ready: Path, visit: Callable[[str], None], num
 
     thread = threading.Thread(target=visitor)
     thread.start()
-    code = run("serve", "--load", checkpoint, "--port", 0, "--ready-file", ready)
+    code = run("serve", "--load", checkpoint, "--port", 0, "--ready-file", ready, *options)
     thread.join()
     return code
 
@@ -222,7 +224,7 @@ def test_an_idle_server_ends_at_once(checkpoint: Path, tmp_path: Path) -> None:
     assert time.monotonic() - seen[0] < 3 and not (tmp_path / "ready").exists()
 
 
-def test_a_dead_engine_is_exit_6(
+def test_a_dead_engine_inside_is_exit_6(
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,6 +240,41 @@ def test_a_dead_engine_is_exit_6(
         statuses.append(call(url, "PUT", "/api", {"prompts": ["the"]})[0])
         statuses.append(call(url, "GET", "/readyz")[0])
 
-    assert serve_until(checkpoint, tmp_path / "ready", visit, signal.SIGTERM) == 6
+    inside = "--no-engine-process"
+    assert serve_until(checkpoint, tmp_path / "ready", visit, signal.SIGTERM, inside) == 6
     assert statuses == [503, 503]
     assert "seeded" in capsys.readouterr().err
+
+
+def gone(pids: Sequence[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_503_at_once_and_exit_6(own_server: Server) -> None:
+    stream = Stream(own_server.url, {"prompt": "the", "max_tokens": 1900, "stop": None})
+    chunks = iter(stream)
+    next(chunks)
+    (pid,) = own_server.event["engine_processes"]
+    started = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    *_, last = chunks
+    assert last["error"]["code"] == 503 and not stream.finished
+    assert call(own_server.url, "GET", "/readyz")[0] == 503
+    assert time.monotonic() - started < 5
+    assert call(own_server.url, "PUT", "/api", {"prompts": ["the"]})[0] == 503
+    assert call(own_server.url, "GET", "/livez")[0] == 200
+    code, _, err = own_server.end()
+    assert code == 6 and "SIGKILL" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_killed_server(own_server: Server) -> None:
+    pids = own_server.event["engine_processes"]
+    assert pids and not gone(pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)  # as whoever stops a whole group does
+        os.kill(pid, signal.SIGINT)
+    assert call(own_server.url, "GET", "/readyz")[0] == 200
+    own_server.process.kill()
+    assert eventually(lambda: gone(pids), 5)

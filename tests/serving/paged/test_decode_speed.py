@@ -10,9 +10,8 @@ import torch
 
 from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError
-from serving.bench.transformers_speed import prompts_of
 from serving.decode_bytes import cache_token_bytes, prompts_only, state_bytes
-from serving.decode_speed import WARM_UP, measure_decode
+from serving.decode_speed import WARM_UP, measure_decode, prompts_of
 from serving.generation import Decoder
 from serving.paged.batch import PagedBatch
 from serving.state_cache import StateStore
@@ -111,8 +110,12 @@ def test_what_cannot_be_measured(model: dict[str, Any], new: int, options: Any, 
         measure_decode(tiny_model(**model), 3, 10, new, options=options)
 
 
-def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("example", "words"), [(0, "MiB of weights"), (1, "tokens/s")])
+def test_the_examples_of_the_page_run(
+    example: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = Path(__file__).parents[3] / "docs" / "engine.md"
-    (code,) = [text for language, text in fenced(page) if language == "python"]
-    exec(code, {})
-    assert "tokens/s" in capsys.readouterr().out
+    codes = [text for language, text in fenced(page) if language == "python"]
+    assert len(codes) == 2
+    exec(codes[example], {})
+    assert words in capsys.readouterr().out
