@@ -116,8 +116,9 @@ class Runner:
         for row in rows:
             assert row.slot is not None
             blocks = row.table.blocks
-            entries += [(row.slot, i, blocks[i]) for i in range(row.placed, len(blocks))]
-            row.placed = len(blocks)
+            if row.placed < len(blocks):
+                entries += [(row.slot, i, blocks[i]) for i in range(row.placed, len(blocks))]
+                row.placed = len(blocks)
         if entries:
             self.storage.reserve(max(block for _, _, block in entries))
             slots, columns, blocks_ = send(torch.tensor(entries), self.device).unbind(1)

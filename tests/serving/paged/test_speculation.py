@@ -120,7 +120,7 @@ def repeating() -> GPT:
     return model
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_requests_in_any_schedule(seed: int) -> None:
     """All options of sampling and stopping, in random company: every delta is that of a run
     without guesses. In double, so that rounding of larger products changes no choice."""
@@ -204,7 +204,7 @@ def told(batch: PagedBatch, request: GenerationRequest) -> list[int]:
     return sequence.tokens
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_schedules(seed: int) -> None:
     """Requests come, are cancelled and end while guesses of theirs are on their way, in a cache
     that is too small for all."""
@@ -216,7 +216,7 @@ def test_random_schedules(seed: int) -> None:
     full = {t: greedy_without_cache(model, t, CONTEXT - len(t)) for t in texts}
     batch = make_batch(
         model, rows=4, blocks=chance.randrange(6, 14), tokens=chance.randrange(6, 40),
-        ahead=seed < 2, drafts=DRAFTS,
+        ahead=seed < 1, drafts=DRAFTS,
     )  # fmt: skip
     live, finished, asked = [], 0, 0
     with torch.inference_mode():
