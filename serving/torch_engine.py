@@ -12,8 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +24,7 @@ from serving import beam
 from serving.decoding import SequenceDecoder
 from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
+from serving.engine_jobs import BeamSearch, Job, Probe
 from serving.errors import NotReadyError, OverloadedError, describe
 from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary, decoder_for
 from serving.paged.batch import PagedBatch
@@ -35,31 +35,6 @@ from serving.requests import Delta, GenerationRequest, check_fits
 RECENT = 1.0
 
 
-@dataclass
-class _Job:
-    """A ticket and how many of its sequences have begun."""
-
-    ticket: Ticket
-    begun: int = 0
-
-    @property
-    def exhausted(self) -> bool:
-        beams = self.ticket.request.beam is not None
-        return self.begun >= (1 if beams else self.ticket.request.sequences)
-
-
-@dataclass
-class _Probe:
-    done: threading.Event = field(default_factory=threading.Event)
-    health: Health = Health(False, "the engine did not answer")
-
-
-@dataclass
-class _BeamSearch:
-    job: _Job
-    steps: Generator[None, None, list[beam.Hypothesis]]
-
-
 class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
@@ -67,7 +42,7 @@ class TorchEngine:
     context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
     prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
     is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
-    report: gets the traceback if the thread dies. Raises ConfigError for a cache that holds nothing.
+    report: gets the traceback if the thread dies. Raises ConfigError for a cache of nothing.
     """
 
     def __init__(
@@ -94,15 +69,15 @@ class TorchEngine:
         self._after_tick: Callable[[], None] = lambda: None
         self._ticks = 0
         self._wake = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._probes: list[_Probe] = []
+        self._jobs: deque[Job] = deque()
+        self._probes: list[Probe] = []
         self._stopping = False
         self._death: str | None = None
         self._crashed = False
         self._batch = self._make_batch(paged, ahead)
-        self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
-        self._beam: _BeamSearch | None = None
-        self._admitted: _Job | None = None  # begun, but not yet among the owners
+        self._owners: dict[RunningSequence, tuple[Job, float]] = {}
+        self._beam: BeamSearch | None = None
+        self._admitted: Job | None = None  # begun, but not yet among the owners
         self._last_decode = 0.0
         self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._main, name="mtk-engine", daemon=True)
@@ -188,7 +163,7 @@ class TorchEngine:
             self._take(ticket)
 
     def _take(self, ticket: Ticket) -> None:
-        self._jobs.append(_Job(ticket))
+        self._jobs.append(Job(ticket))
         self._wake.notify_all()
 
     def probe(self, timeout: float) -> Health:
@@ -197,7 +172,7 @@ class TorchEngine:
                 return Health(False, self._death)
             if time.monotonic() - self._last_decode < RECENT:
                 return Health(True)
-            probe = _Probe()
+            probe = Probe()
             self._probes.append(probe)
             self._wake.notify_all()
         probe.done.wait(timeout)
@@ -285,7 +260,7 @@ class TorchEngine:
         if request.beam is not None:
             self._count_prompt(len(request.prompts[0]))
             search = beam.search(self._decoder(), self._vocabulary, request)
-            self._beam = _BeamSearch(job, search)
+            self._beam = BeamSearch(job, search)
             return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
@@ -295,7 +270,7 @@ class TorchEngine:
             self._deliver(sequence, delta)
         return True
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         """The next job in turn that there is room for; one beam search runs at a time."""
         for _ in range(len(self._jobs)):
             job = self._jobs.popleft()

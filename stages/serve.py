@@ -215,8 +215,10 @@ def context_length(config: ServeConfig, model: GPT) -> int:
 
     Raises ConfigError if it asks for more.
     """
+    from serving.encoder_prompt import has_encoder
+
     asked, positions = config.limits.max_seq_length, model.config.positions
-    default = model.config.decoder_seq_length if model.config.family == "t5" else positions
+    default = model.config.decoder_seq_length if has_encoder(model.config) else positions
     if not model.config.positions_are_limited:
         return asked or default
     if asked is not None and asked > positions:

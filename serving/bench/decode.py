@@ -28,6 +28,8 @@ from serving.bench.decode_costs import copy_rate, weight_bytes
 from serving.bench.decode_rows import Report, Timed, content, row_of
 from serving.bench.transformers_speed import Generate, missing
 from serving.decode_speed import measure_decode, prompts_of
+from serving.encoder_prompt import decoder_start, has_encoder
+from serving.paged.layers import can_page
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # From a model's path to a folder that transformers reads, for as long as the block runs.
@@ -48,7 +50,7 @@ def bench_decode(
     device = _device(config)
     dtype = DTYPES[config.dtype]
     opened = open_model(config.load, dtype=dtype, device=device, packed=True)
-    opened.require_decoder("load", config.load)
+    opened.require_generator("load", config.load)
     if config.weights != "stored":
         quantize_in_place(opened.model, config.weights)
     _check_lengths(config, opened)
@@ -63,7 +65,13 @@ def bench_decode(
     try:
         with export(config.load) as folder:
             compiled = {"auto": None, "on": True, "off": False}[config.compile_transformers]
-            beside = Generate(folder, dtype=dtype, device=device.type, compiled=compiled)
+            beside = Generate(
+                folder,
+                dtype=dtype,
+                device=device.type,
+                compiled=compiled,
+                encoder=has_encoder(opened.config),
+            )
     except MtkError as error:
         report.skipped = str(error)
         reporter.info(f"transformers is not measured: {report.skipped}")
@@ -84,7 +92,10 @@ def _device(config: DecodeBenchConfig) -> torch.device:
 
 
 def _check_lengths(config: DecodeBenchConfig, opened: OpenedModel) -> None:
-    longest, model = max(config.prompt_tokens) + config.new_tokens, opened.config
+    model, prompt = opened.config, max(config.prompt_tokens)
+    # Behind an encoder each side has the positions to itself.
+    both = (prompt, config.new_tokens)
+    longest = max(both) if has_encoder(model) else sum(both)
     if model.positions_are_limited and longest > model.positions:
         rule = f"with --new-tokens {config.new_tokens} needs {longest} positions, of which the "
         rule += f"model has {model.positions}"
@@ -105,9 +116,12 @@ def _why_not(config: DecodeBenchConfig) -> str:
 
 def _sweep(report: Report, beside: Generate | None, reporter: Reporter) -> None:
     config, model = report.config, report.model.model
+    start = None
+    if has_encoder(model.config) and report.model.has_tokenizer:
+        start = decoder_start(model.config, report.model.tokenizer)
     for prompt_tokens in config.prompt_tokens:
         for batch in config.batch:
-            own, guessed, theirs = _take_turns(config, model, beside, batch, prompt_tokens)
+            own, guessed, theirs = _take_turns(config, model, beside, batch, prompt_tokens, start)
             found = []
             if beside is not None:
                 found = [row_of(report, "transformers", batch, prompt_tokens, theirs, beside.how)]
@@ -127,18 +141,24 @@ def _take_turns(
     beside: Generate | None,
     batch: int,
     prompt_tokens: int,
+    start: int | None,
 ) -> tuple[list[Timed], list[Timed], list[Timed]]:
     """Runs without guesses, with guesses, and of transformers."""
     shape, vocab = (batch, prompt_tokens, config.new_tokens), model.config.vocab_size or 0
     prompts = prompts_of(vocab, batch, prompt_tokens, config.seed, config.prompt_period)
     settings = [CacheConfig(prefix_caching=False, speculation="off")]
-    if config.speculation != "off":
+    if config.speculation != "off" and can_page(model):
         settings.append(replace(settings[0], speculation=config.speculation))
     own, theirs = [list[Timed](), list[Timed]()], list[Timed]()
     for turn in range(config.repeats + 1):  # the first is for caches, compilers and clocks
         for runs, options in zip(own, settings, strict=False):
             run = measure_decode(
-                model, *shape, options=options, seed=config.seed, period=config.prompt_period
+                model,
+                *shape,
+                options=options,
+                seed=config.seed,
+                period=config.prompt_period,
+                start=start,
             )
             runs += [run] if turn else []
         if beside is not None:

@@ -20,6 +20,7 @@ COLUMNS = (
     "",
     "batch",
     "prompt",
+    "cache",
     "prefill\ntokens/s",
     "prefill\nMFU",
     "decode\ntokens/s",
@@ -42,6 +43,8 @@ class Timed(Protocol):
     @property
     def step_tokens(self) -> float: ...
     @property
+    def cache(self) -> str: ...
+    @property
     def tokens(self) -> Sequence[Sequence[int]]: ...
 
 
@@ -49,8 +52,9 @@ class Timed(Protocol):
 class Row:
     """One measurement. bandwidth: bytes a second of weights, keys and values that its decode steps
     read. ratio: of its decoding to what it is measured beside: of mtk to transformers, with guesses
-    to mtk without. same: share of tokens that both generated. step_tokens: of one sequence. how:
-    what transformers ran, in words."""
+    to mtk without. same: share of tokens that both generated. step_tokens: of one sequence.
+    cache: what kept the sequences (paged, dense; static of transformers). how: what transformers
+    ran, in words."""
 
     name: str
     batch: int
@@ -65,6 +69,7 @@ class Row:
     mfu: float | None
     ratio: float | None
     same: float | None
+    cache: str
     how: str
     runs: Sequence[Timed]
 
@@ -117,6 +122,7 @@ def row_of(
         flops / prefill / peak if peak else None,
         None if beside is None else tokens / step / beside.decode_rate,
         None if beside is None else same_tokens(runs[-1], beside.runs[-1]),
+        runs[-1].cache,
         how,
         runs,
     )
@@ -179,6 +185,7 @@ def cells(report: Report, row: Row) -> list[str]:
         row.name,
         str(row.batch),
         str(row.prompt_tokens),
+        row.cache,
         f"{row.prefill_rate:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "-",
         f"{row.decode_rate:,.1f}",

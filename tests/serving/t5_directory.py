@@ -10,25 +10,8 @@ from typing import Any
 import torch
 
 PAD, EOS, UNKNOWN = 0, 1, 2
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "translate",
-    "English",
-    "to",
-    "German",
-    "A",
-    "B",
-    "C",
-    "yes",
-    "no",
-]
+TEXT = "the quick brown fox jumps over lazy dog translate English to German A B C yes no"
+WORDS = TEXT.split()
 V10: dict[str, Any] = {"feed_forward_proj": "relu"}
 V11: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
@@ -81,5 +64,7 @@ def t5_directory(folder: Path, changes: dict[str, Any], seed: int = 3) -> Path:
                 parameter.add_(0.5 * torch.randn_like(parameter))
             elif "lm_head" in name or "shared" in name:
                 parameter.mul_(0.5)
+            elif name.endswith((".o.weight", ".wo.weight")):
+                parameter.mul_(4.0)  # else the last token decides the next
     model.eval().save_pretrained(folder)
     return folder

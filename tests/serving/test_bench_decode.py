@@ -21,7 +21,9 @@ from serving.bench.decode_rows import cells, same_tokens
 from serving.bench.transformers_speed import Speed, speed_of
 from serving.decode_speed import measure_decode, prompts_of
 from tests.convert.models import llama, save_native
-from tests.serving.models import LLAMA_LIKE, greedy_without_cache, tiny_model
+from tests.models.sizes import small_config
+from tests.serving.models import LLAMA_LIKE, MAMBA, greedy_without_cache, tiny_model
+from tests.serving.t5_directory import V11, t5_directory
 
 
 def test_it_decodes_what_the_model_says() -> None:
@@ -160,6 +162,34 @@ def test_beside_transformers(
         assert mine["bandwidth"] * mine["step_seconds"] == pytest.approx(
             theirs["bandwidth"] * theirs["step_seconds"]
         )
+
+
+@pytest.mark.slow
+def test_a_t5_beside_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = t5_directory(tmp_path / "t5", V11)
+
+    @contextmanager
+    def itself(load: str) -> Iterator[Path]:
+        yield Path(load)
+
+    report = bench_decode(config(folder), Reporter(quiet=True), itself)
+    assert report.skipped == "" and report.rows[0].same == 1.0
+    assert [(row.name, row.cache) for row in report.rows] == [
+        ("mtk", "dense"),
+        ("transformers", "static"),
+    ]
+    # Without the encoder, and what makes keys and values of its states.
+    assert report.weight_bytes < 0.6 * sum(p.nbytes for p in report.model.model.parameters())
+
+
+def test_mamba_is_measured(tmp_path: Path) -> None:
+    folder = save_native(tmp_path / "mamba", small_config(**{**MAMBA, "vocab_size": 300}))
+    report = bench_decode(config(folder, transformers=False), Reporter(quiet=True), refused)
+    [row] = report.rows
+    assert row.cache == "dense" and row.decode_rate > 0
+    # Two layers of 8 heads: states of 8 x 12 and three inputs of 64 + 2 x 24 channels, fp32.
+    assert cache_bytes(report.model.model, 3, 10) == 3 * 2 * (8 * 8 * 12 + 3 * (64 + 48)) * 4
 
 
 def test_cells_fit_the_columns(checkpoint: Path) -> None:

@@ -72,7 +72,7 @@ def test_greedy_tokens_alone_and_in_company(folder: Path, theirs: Any) -> None:
     for rows in (1, 7):
         outputs = generate(served.model, served.tokenizer, request, max_rows=rows)
         assert [list(output.tokens) for output in outputs] == expected
-    assert len({tuple(tokens) for tokens in expected}) > 10
+    assert len({tuple(tokens) for tokens in expected}) > 10, expected
     assert len({len(tokens) for tokens in expected}) > 1
 
 
