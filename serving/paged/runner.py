@@ -224,7 +224,7 @@ class Runner:
         window = self._form.window
         if self._kernels is not None:
             logits_BV = self._kernels.logits(tokens, window, guessed=guessed)
-            # Which of a row's guesses are right, and so which token is its last, the host finds out.
+            # Which of a row's guesses are right, and so what its last token is, the host finds out.
             keep = None if guessed else (slots_B, self.tokens_T)
             found_2B = self._kernels.look(logits_BV, self._drawable, keep)
             return Launched(logits_BV, found_2B, kept=not guessed)
