@@ -206,7 +206,7 @@ class HostAttention:
         rotate_heads(heads_BND, queries, self._groups, own, self._rotary)
         store_RNCD = self._rows.stores[layer]
         # Rows that only fill the step up have no place.
-        kv_ND = heads_BND[: len(self._step.places), queries:].reshape(-1, own.head_size)
+        kv_ND = heads_BND[: sum(self._step.widths), queries:].reshape(-1, own.head_size)
         store_RNCD.view(-1, own.head_size).index_copy_(0, self._at, kv_ND)
         # Queries that share keys side by side, as if they were tokens.
         q_BGJD = heads_BND[:, :queries].view(len(qkv), self._groups, -1, own.head_size)
