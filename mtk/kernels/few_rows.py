@@ -95,11 +95,9 @@ def _dot_rest(
     for start in tl.range(begin, end, STEP, num_stages=STAGES):
         at = start + tl.arange(0, STEP)
         part = _inputs(x, m, at, rows, E)
-        w = _weights(weight, f, at, E).to(x.dtype.element_ty)
-        y = tl.dot(w, part, y, input_precision="ieee")
+        y = tl.dot(_weights(weight, f, at, E), part, y, input_precision="ieee")
         if GATED:
-            w = _weights(weight, f + F, at, E).to(x.dtype.element_ty)
-            up = tl.dot(w, part, up, input_precision="ieee")
+            up = tl.dot(_weights(weight, f + F, at, E), part, up, input_precision="ieee")
     return y, up
 
 
@@ -130,19 +128,14 @@ def _sum_parts(
 
 @triton.jit
 def _finish(
-    y, up, f, m, rows, scales, bias, squares, eps, residual, out, next_norm, next_out,
-    next_squares, tile,
+    y, up, f, m, rows, bias, squares, eps, residual, out, next_norm, next_out, next_squares, tile,
     E: tl.constexpr, F: tl.constexpr, M_TILE: tl.constexpr, SQUARES: tl.constexpr,
-    SCALED: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    ADDED: tl.constexpr, NEXT: tl.constexpr,
+    NORMED: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     inside = f < F
     both = inside[:, None] & (m < rows)[None, :]
     at = m[None, :].to(tl.int64) * F + f[:, None]
-    if SCALED:
-        y *= tl.load(scales + f, mask=inside, other=0.0)[:, None]
-        if GATED:
-            up *= tl.load(scales + F + f, mask=inside, other=0.0)[:, None]
     if NORMED:
         tiles: tl.constexpr = triton.next_power_of_2(SQUARES)
         t = tl.arange(0, tiles)
@@ -171,13 +164,12 @@ def _finish(
 
 @triton.jit
 def _product(
-    x, weight, scales, bias, squares, residual, out, next_norm, next_out, next_squares, parts,
-    arrived, eps, rows,
+    x, weight, bias, squares, residual, out, next_norm, next_out, next_squares, parts, arrived,
+    eps, rows,
     E: tl.constexpr, F: tl.constexpr, M_TILE: tl.constexpr, F_TILE: tl.constexpr,
     FIRST: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
-    STAGES: tl.constexpr, SQUARES: tl.constexpr, SCALED: tl.constexpr, NORMED: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, NEXT: tl.constexpr,
-    EARLY: tl.constexpr,
+    STAGES: tl.constexpr, SQUARES: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr,
+    GATED: tl.constexpr, ADDED: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     lanes = tile * F_TILE + tl.arange(0, F_TILE)
@@ -196,10 +188,10 @@ def _product(
     if EARLY:
         gdc_wait()
     part = _inputs(x, m, at, rows, E)
-    y = tl.dot(w.to(x.dtype.element_ty), part, input_precision="ieee")
+    y = tl.dot(w, part, input_precision="ieee")
     up = y
     if GATED:
-        up = tl.dot(w_up.to(x.dtype.element_ty), part, input_precision="ieee")
+        up = tl.dot(w_up, part, input_precision="ieee")
     if SHARE > FIRST:
         end = tl.minimum(begin + SHARE, E)
         y, up = _dot_rest(
@@ -213,8 +205,8 @@ def _product(
         )
     if last:
         _finish(
-            y, up, lanes, m, rows, scales, bias, squares, eps, residual, out, next_norm, next_out,
-            next_squares, tile, E, F, M_TILE, SQUARES, SCALED, NORMED, BIASED, GATED, ADDED, NEXT,
+            y, up, lanes, m, rows, bias, squares, eps, residual, out, next_norm, next_out,
+            next_squares, tile, E, F, M_TILE, SQUARES, NORMED, BIASED, GATED, ADDED, NEXT,
         )  # fmt: skip
 
 
@@ -248,7 +240,6 @@ def product(
     weight_FE: Tensor,
     workspace: Workspace,
     *,
-    scale_F: Tensor | None = None,
     bias_F: Tensor | None = None,
     residual_MF: Tensor | None = None,
     gated: bool = False,
@@ -257,10 +248,9 @@ def product(
     """x W^T [M, F], summed in fp32, for at most 64 rows; all tensors contiguous.
 
     gated: the first half of the matrix's rows are a gate, and the result is silu(gate) x the other
-    half, [M, F / 2]. scale: fp32, of each row of a matrix in INT8 or FP8. residual: added at the
-    end.
+    half, [M, F / 2]. residual: added at the end.
     """
-    return _launch(x, weight_FE, workspace, scale_F, bias_F, residual_MF, gated, None, shape)[0]
+    return _launch(x, weight_FE, workspace, bias_F, residual_MF, gated, None, shape)[0]
 
 
 def product_before_norm(
@@ -269,16 +259,13 @@ def product_before_norm(
     workspace: Workspace,
     norm: tuple[Tensor, float],
     *,
-    scale_F: Tensor | None = None,
     bias_F: Tensor | None = None,
     residual_MF: Tensor | None = None,
     shape: Shape | None = None,
 ) -> tuple[Tensor, Normed]:
     """As :func:`product`, and the result as the next product needs it, of which ``norm``, weights
     [F] and epsilon, comes first."""
-    out_MF, following = _launch(
-        x, weight_FE, workspace, scale_F, bias_F, residual_MF, False, norm, shape
-    )
+    out_MF, following = _launch(x, weight_FE, workspace, bias_F, residual_MF, False, norm, shape)
     assert following is not None
     return out_MF, following
 
@@ -287,7 +274,6 @@ def _launch(
     x: Tensor | Normed,
     weight_FE: Tensor,
     workspace: Workspace,
-    scale_F: Tensor | None,
     bias_F: Tensor | None,
     residual_MF: Tensor | None,
     gated: bool,
@@ -310,7 +296,7 @@ def _launch(
         size = tiles * splits * cut.outputs * m_tile * (2 if gated else 1)
         parts = out.new_empty(size, dtype=torch.float32)
     _product[(tiles * splits,)](
-        x_ME, weight_FE, x_ME if scale_F is None else scale_F, x_ME if bias_F is None else bias_F,
+        x_ME, weight_FE, x_ME if bias_F is None else bias_F,
         x.squares_TM if isinstance(x, Normed) else x_ME,
         x_ME if residual_MF is None else residual_MF, out, x_ME if norm is None else norm[0],
         out if after is None else after.weighted_ME,
@@ -319,8 +305,8 @@ def _launch(
         E=inputs, F=outputs, M_TILE=m_tile, F_TILE=cut.outputs, FIRST=cut.first, STEP=cut.step,
         SPLITS=splits, SHARE=share, STAGES=cut.stages,
         SQUARES=x.squares_TM.shape[0] if isinstance(x, Normed) else 1,
-        SCALED=scale_F is not None, NORMED=isinstance(x, Normed), BIASED=bias_F is not None,
-        GATED=gated, ADDED=residual_MF is not None, NEXT=norm is not None, num_warps=cut.warps,
+        NORMED=isinstance(x, Normed), BIASED=bias_F is not None, GATED=gated,
+        ADDED=residual_MF is not None, NEXT=norm is not None, num_warps=cut.warps,
         **launch_options(x_ME.device),
     )  # fmt: skip
     return out, after

@@ -2,8 +2,8 @@
 Triton.
 
 A step of one row runs on :mod:`mtk.kernels.gemv`, one of a few on :mod:`mtk.kernels.few_rows`, as
-far as layers are of the kind that these know: RMSNorm, plain or quantised matrices (INT4 for one
-row only), a gated SiLU. All others run as they are, in between.
+far as layers are of the kind that these know: RMSNorm, plain (one row: also quantised) matrices, a
+gated SiLU. All others run as they are, in between.
 
 Shape suffixes: B rows, E hidden size, V vocabulary.
 """
@@ -26,8 +26,6 @@ from mtk.kernels.few_rows import (
 )
 from mtk.kernels.gemv import gemv
 from mtk.models.mlp import ACTIVATIONS
-from mtk.quantization.linear import QuantizedLinear
-from mtk.quantization.packing import typed
 from serving.paged.attention import Attend
 from serving.paged.layers import GatedMLP, PagedBlock, PagedModel, Stacked, Tokens
 from serving.paged.quantized import QuantizedStack
@@ -38,26 +36,24 @@ Norm = tuple[Tensor, float]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer's product. one: of one row. weight: of a few, None if kernels do not know that way;
-    scale: of its rows, if it is quantised."""
+    """A layer's product. one: of one row. weight: of a few, None where those are left to the layer
+    itself; and bias."""
 
     one: RowProduct
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class Half:
-    """What lies around attention or activation: norm, the product before, the product behind.
-    some: whether kernels know it for a few rows."""
+    """What lies around attention or activation: norm, the product before, the product behind."""
 
     norm: Norm
     inner: Matrix
     outer: Matrix
 
     @property
-    def some(self) -> bool:
+    def plain(self) -> bool:
         return self.inner.weight is not None and self.outer.weight is not None
 
 
@@ -113,13 +109,13 @@ class Steps:
         space, normed = self._workspace, None
         for i, block in enumerate(self._paged.blocks):
             half, mlp = self._attention[i], self._mlp[i]
-            if half is None or not half.some:
+            if half is None or not half.plain:
                 x_BE, normed = self._paged.layer(block, x_BE, tokens, attend), None
                 continue
             before = before_norm(x_BE, half.norm) if normed is None else normed
             qkv = _product(before, half.inner, space)
             attended = self._between(block, qkv, tokens, attend)
-            if mlp is None or not mlp.some:
+            if mlp is None or not mlp.plain:
                 x_BE, normed = _product(attended, half.outer, space, residual_MF=x_BE), None
                 x_BE = block.feed(x_BE)
                 continue
@@ -142,7 +138,7 @@ class Steps:
         if i + 1 == len(self._attention):
             return self._final
         half = self._attention[i + 1]
-        return half.norm if half is not None and half.some else None
+        return half.norm if half is not None and half.plain else None
 
 
 def _product(
@@ -155,13 +151,7 @@ def _product(
 ) -> Tensor:
     assert matrix.weight is not None
     return product(
-        x,
-        matrix.weight,
-        space,
-        scale_F=matrix.scale,
-        bias_F=matrix.bias,
-        residual_MF=residual_MF,
-        gated=gated,
+        x, matrix.weight, space, bias_F=matrix.bias, residual_MF=residual_MF, gated=gated
     )
 
 
@@ -173,13 +163,7 @@ def _through(
         return _product(x, matrix, space, residual_MF=residual_MF), None
     assert matrix.weight is not None
     return product_before_norm(
-        x,
-        matrix.weight,
-        space,
-        norm,
-        scale_F=matrix.scale,
-        bias_F=matrix.bias,
-        residual_MF=residual_MF,
+        x, matrix.weight, space, norm, bias_F=matrix.bias, residual_MF=residual_MF
     )
 
 
@@ -189,11 +173,7 @@ def _matrix(layer: nn.Module | Stacked | QuantizedStack) -> Matrix | None:
         return None
     if isinstance(layer, Stacked) or type(layer) is nn.Linear:
         return Matrix(one, layer.weight, layer.bias)
-    held = layer.linear if isinstance(layer, QuantizedStack) else layer
-    if isinstance(held, QuantizedLinear) and held.kind != "int4" and held.groups == 1:
-        weight = typed(held.kind, held.packed)
-        return Matrix(one, weight, held.bias, held.scale.flatten())
-    return Matrix(one)
+    return Matrix(one, None, None)
 
 
 def _half(

@@ -69,13 +69,6 @@ def test_few_rows(
     decode_cases.check_few_rows(replace(case, dtype=dtype), rows, cut, CUDA)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("rows", [2, 33])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_few_rows_of_bytes(kind: str, rows: int, gated: bool) -> None:
-    decode_cases.check_few_rows_of_bytes(kind, rows, gated, CUDA)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_gate(dtype: torch.dtype) -> None:
     decode_cases.check_gate(CUDA, dtype)

@@ -261,24 +261,6 @@ def parts_of(
     return x, weight, bias, norm, residual, exact
 
 
-def check_few_rows_of_bytes(kind: str, rows: int, gated: bool, device: torch.device) -> None:
-    """A matrix in INT8 or FP8 is multiplied as if it had been written out."""
-    case = Product(700, 96, normed=True, gated=gated, dtype=torch.float32)
-    x, weight, _, norm, _, _ = parts_of(case, rows, device)
-    scale = weight.abs().amax(1) / (127 if kind == "int8" else 448)
-    values = weight / scale[:, None]
-    held = values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)
-    space, entered = Workspace(device), before_norm(x, (norm, 1e-3))
-    found = product(entered, held, space, scale_F=scale, gated=gated)
-    expected = product(entered, held.float() * scale[:, None], space, gated=gated)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    after = (torch.randn(len(weight), device=device), 1e-3)
-    if not gated:
-        same, normed = product_before_norm(entered, held, space, after, scale_F=scale)
-        assert torch.equal(same, found)
-        torch.testing.assert_close(normed.weighted_ME, found * after[0], rtol=1e-4, atol=1e-4)
-
-
 # How a product of a few rows is cut; None: as the kernel does by itself.
 CUTS = [None, (32, 1, 64, 64), (64, 3, 128, 64), (16, 4, 512, 64)]
 

@@ -68,12 +68,6 @@ def test_few_rows(case: Product, rows: int, cut: tuple[int, ...] | None) -> None
     decode_cases.check_few_rows(replace(case, dtype=dtype), rows, cut, CPU)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_few_rows_of_bytes(kind: str, gated: bool) -> None:
-    decode_cases.check_few_rows_of_bytes(kind, 3, gated, CPU)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate(dtype: torch.dtype) -> None:
     decode_cases.check_gate(CPU, dtype)
