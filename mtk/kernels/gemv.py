@@ -18,8 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mtk.kernels.dependent import launch_options
 
-# Outputs of a program and inputs it reads at a time; the fastest of 16 settings on an H200.
-OUTPUTS = 4
+# Outputs of a program, of gate and input matrix together and of others, and inputs it reads at a
+# time; the fastest of 16 settings on an H200.
+GATED_OUTPUTS, OUTPUTS = 4, 2
 INPUTS = 2048
 WARPS = 4
 
@@ -127,10 +128,11 @@ def gemv(
     outputs, inputs = weight_FE.shape
     outputs //= 2 if gated else 1
     out_1F = torch.empty((1, outputs), dtype=x_1E.dtype, device=x_1E.device)
-    _gemv[(triton.cdiv(outputs, OUTPUTS),)](
+    each = GATED_OUTPUTS if gated else OUTPUTS
+    _gemv[(triton.cdiv(outputs, each),)](
         x_1E, weight_FE, x_1E if norm is None else norm[0], x_1E if bias_F is None else bias_F,
         x_1E if residual_1F is None else residual_1F, out_1F, 0.0 if norm is None else norm[1],
-        E=inputs, F=outputs, OUTPUTS=OUTPUTS, INPUTS=min(INPUTS, triton.next_power_of_2(inputs)),
+        E=inputs, F=outputs, OUTPUTS=each, INPUTS=min(INPUTS, triton.next_power_of_2(inputs)),
         NORMED=norm is not None, BIASED=bias_F is not None, GATED=gated,
         ADDED=residual_1F is not None, num_warps=WARPS, **launch_options(x_1E.device),
     )  # fmt: skip

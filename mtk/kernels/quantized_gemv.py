@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mtk.kernels.dependent import launch_options
 
 # Outputs of a program, and elements (bytes; words of eight inputs) of a row it reads at a time.
-OUTPUTS, BYTES = 4, 4096
+OUTPUTS, BYTES = 2, 4096
 WORD_OUTPUTS, WORDS = 8, 512
 WARPS = 4
 # Bytes that a thread reads at once. The inputs that belong to 8 bytes are one load of a thread, in
