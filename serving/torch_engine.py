@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -27,36 +27,23 @@ from serving.errors import NotReadyError, OverloadedError, describe
 from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
+from serving.paged.runner import Runner
 from serving.requests import Delta, GenerationRequest, check_fits
+from serving.torch_jobs import Asked, BeamSearch, Job
 
 # A decode step this recent (seconds) proves health without a probe of its own.
 RECENT = 1.0
 
 
-@dataclass
-class _Job:
-    """A ticket and how many of its sequences have begun."""
+@dataclass(frozen=True)
+class Parts:
+    """What computes: makes decoders with caches of their own, and the runner of a paged cache."""
 
-    ticket: Ticket
-    begun: int = 0
-
-    @property
-    def exhausted(self) -> bool:
-        beams = self.ticket.request.beam is not None
-        return self.begun >= (1 if beams else self.ticket.request.sequences)
+    decoder: Callable[[GPT], Decoder] = Decoder
+    runner: Callable[..., Runner] = Runner
 
 
-@dataclass
-class _Probe:
-    done: threading.Event = field(default_factory=threading.Event)
-    health: Health = Health(False, "the engine did not answer")
-
-
-@dataclass
-class _BeamSearch:
-    job: _Job
-    decoder: Decoder
-    steps: Generator[None, None, list[beam.Hypothesis]]
+ALONE = Parts()
 
 
 class TorchEngine:
@@ -64,8 +51,9 @@ class TorchEngine:
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
     context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
-    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). report: gets the traceback
-    if the thread dies. Raises ConfigError for a cache that holds nothing.
+    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). parts: what computes, for a
+    model of which other ranks have parts. report: gets the traceback if the thread dies. Raises
+    ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -78,26 +66,27 @@ class TorchEngine:
         max_queue: int = 64,
         paged: CacheConfig | None = None,
         ahead: bool | None = None,
+        parts: Parts = ALONE,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
         self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._report = report
+        self._report, self._parts = report, parts
         self._observer: Observer | None = None
         self._after_tick: Callable[[], None] = lambda: None
         self._ticks = 0
         self._wake = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._probes: list[_Probe] = []
+        self._jobs: deque[Job] = deque()
+        self._probes: list[Asked] = []
         self._stopping = False
         self._death: str | None = None
         self._crashed = False
         self._batch = self._make_batch(paged, ahead)
-        self._owners: dict[RunningSequence, tuple[_Job, float]] = {}
-        self._beam: _BeamSearch | None = None
-        self._admitted: _Job | None = None  # begun, but not yet among the owners
+        self._owners: dict[RunningSequence, tuple[Job, float]] = {}
+        self._beam: BeamSearch | None = None
+        self._admitted: Job | None = None  # begun, but not yet among the owners
         self._last_decode = 0.0
         self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._main, name="mtk-engine", daemon=True)
@@ -106,12 +95,12 @@ class TorchEngine:
     @torch.inference_mode()
     def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
         if paged is None:
-            return Batch(Decoder(self._model))
+            return Batch(self._parts.decoder(self._model))
         settings = paged_settings(
             self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
-        return PagedBatch(self._model, self._vocabulary, settings, self._report)
+        return PagedBatch(self._model, self._vocabulary, settings, self._report, self._parts.runner)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -174,7 +163,7 @@ class TorchEngine:
             self._take(ticket)
 
     def _take(self, ticket: Ticket) -> None:
-        self._jobs.append(_Job(ticket))
+        self._jobs.append(Job(ticket))
         self._wake.notify_all()
 
     def probe(self, timeout: float) -> Health:
@@ -183,7 +172,7 @@ class TorchEngine:
                 return Health(False, self._death)
             if time.monotonic() - self._last_decode < RECENT:
                 return Health(True)
-            probe = _Probe()
+            probe = Asked()
             self._probes.append(probe)
             self._wake.notify_all()
         probe.done.wait(timeout)
@@ -270,9 +259,9 @@ class TorchEngine:
         request = job.ticket.request
         if request.beam is not None:
             self._count_prompt(len(request.prompts[0]))
-            decoder = Decoder(self._model)
+            decoder = self._parts.decoder(self._model)
             search = beam.search(decoder, self._vocabulary, request)
-            self._beam = _BeamSearch(job, decoder, search)
+            self._beam = BeamSearch(job, decoder, search)
             return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
@@ -282,7 +271,7 @@ class TorchEngine:
             self._deliver(sequence, delta)
         return True
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         """The next job in turn that there is room for; one beam search runs at a time."""
         for _ in range(len(self._jobs)):
             job = self._jobs.popleft()
@@ -353,12 +342,11 @@ class TorchEngine:
         if probes:
             health = self._decode_once()
             for probe in probes:
-                probe.health = health
-                probe.done.set()
+                probe.answer(health)
 
     def _decode_once(self) -> Health:
         """A prompt of one token and one decode step, in a cache of their own."""
-        decoder = Decoder(self._model)
+        decoder = self._parts.decoder(self._model)
         decoder.cache.add_row()
         decoder.prefill(0, [self._vocabulary.tokenizer.eod])
         if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():
@@ -395,5 +383,4 @@ class TorchEngine:
         for ticket in tickets:
             ticket.fail(NotReadyError(reason))
         for probe in probes:
-            probe.health = Health(False, reason)
-            probe.done.set()
+            probe.answer(Health(False, reason))

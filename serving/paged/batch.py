@@ -47,13 +47,14 @@ class PagedBatch:
         vocabulary: Vocabulary,
         settings: PagedSettings,
         report: Callable[[str], None] = print,
+        runner: Callable[..., Runner] = Runner,
     ) -> None:
         shape = cache_shape(model)
         self.pool = BlockPool(settings.blocks, shape.block, remember=settings.remember)
         self.scheduler = Scheduler(
             self.pool, rows=settings.rows, tokens=max(settings.tokens, settings.rows + 1)
         )
-        self.runner = Runner(
+        self.runner = runner(
             model,
             Storage(shape, settings.blocks),
             slots=settings.rows,

@@ -18,7 +18,7 @@ from mtk.kernels.gated import silu_product
 from mtk.kernels.gemv import gemv
 from mtk.kernels.paged_attention import Rows, attend_rows, rotate_and_store
 from mtk.models.attention import Attention
-from mtk.models.gpt import GPT
+from mtk.models.gpt import GPT, OutputHead
 from mtk.models.mlp import ACTIVATIONS
 from serving.paged.layers import GatedMLP, Leave, PagedBlock, PagedModel, Part, Tokens
 from serving.paged.storage import Storage
@@ -82,7 +82,8 @@ def fuse(paged: PagedModel) -> int:
             block.leave = partial(_leave, parts, block.leave)
             fused += 1
     norm = None if paged.model.final_norm is None else _rms_norm(paged.model.final_norm)
-    if norm is not None and paged.model.head.product is F.linear:
+    head = paged.model.head
+    if norm is not None and type(head) is OutputHead and head.product is F.linear:
         paged.logits = partial(_logits, paged.logits, paged.model, norm)
     return fused
 

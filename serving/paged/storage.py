@@ -44,7 +44,7 @@ class Storage:
     """
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
-        self.shape, self._most = shape, capacity + 1
+        self.shape, self.capacity, self._most = shape, capacity, capacity + 1
         fixed = shape.device.type == "cuda"
         self.blocks = self._most if fixed else min(FIRST_BLOCKS, self._most)
         self.keys_KGPD = [self._empty(self.blocks) for _ in range(shape.layers)]
