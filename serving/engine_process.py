@@ -41,6 +41,8 @@ from serving.requests import GenerationRequest, check_fits
 PING_EVERY = 1.0
 # Seconds without any answer from the process, whose step may last longer, until it counts as dead.
 SILENCE = 10.0
+# How long (seconds) processes of an engine that died may take to end by themselves.
+LAST_WORDS = 15.0
 NO_STATS = EngineStats(0, 0, CacheStats(0))
 
 
@@ -216,11 +218,20 @@ class EngineProcess:
                 for message in self._line.receive():
                     self._handle(message)
             self._line.close()  # which ends its process
+            if self._crashed:
+                self._bury()
         except (EOFError, OSError):
             known = self._death is not None or self._stopping
             self._die("the engine died: its process ended", crashed=not self._stopping)
             if not known:
                 self._report(f"{self._death}\n{self.workers.why()}")
+
+    def _bury(self) -> None:
+        """Hear what else is known of the death, if another process had a part in it."""
+        if not self.workers.ended.wait(LAST_WORDS):
+            self.workers.kill()
+        elif self.workers.error is not None:
+            self._report(str(self.workers.error))
 
     def _handle(self, message: Any) -> None:
         self._alive_at = time.monotonic()

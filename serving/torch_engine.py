@@ -52,8 +52,8 @@ class TorchEngine:
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
     context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
     in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). parts: what computes, for a
-    model of which other ranks have parts. report: gets the traceback if the thread dies. Raises
-    ConfigError for a cache that holds nothing.
+    model of which other ranks have parts. report: gets the traceback if the thread dies, of
+    ``error``. Raises ConfigError for a cache that holds nothing.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TorchEngine:
         self._probes: list[Asked] = []
         self._stopping = False
         self._death: str | None = None
-        self._crashed = False
+        self.error: BaseException | None = None
         self._batch = self._make_batch(paged, ahead)
         self._owners: dict[RunningSequence, tuple[Job, float]] = {}
         self._beam: BeamSearch | None = None
@@ -121,7 +121,7 @@ class TorchEngine:
     @property
     def died(self) -> str | None:
         """Why the thread ended, unless it was stopped on request."""
-        return self._death if self._crashed else None
+        return None if self.error is None else self._death
 
     @property
     def ended(self) -> str | None:
@@ -219,7 +219,7 @@ class TorchEngine:
                     self._tick()
                     self._after_tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
-            self._crashed = True
+            self.error = error
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:

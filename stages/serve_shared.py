@@ -11,6 +11,7 @@ from mtk.config.serve import ServeConfig
 from mtk.convert.open_model import OpenedModel, read_native
 from mtk.convert.open_shared import open_shared
 from mtk.convert.source import find_source
+from mtk.launch.failures import lost_peer
 from mtk.launch.process import Place, join, require_gpus
 from mtk.parallel.dims import Dims
 from mtk.parallel.groups import Trace
@@ -48,6 +49,9 @@ def run_rank(place: Place, folder: Path, config: ServeConfig) -> None:
         engine = torch_engine(config, opened.model, opened.tokenizer, warn, parts)
         Relay(line, engine).serve()
         lead.close()
+        if engine.error is not None and lost_peer(engine.error):
+            # The launcher finds out which rank went, and tells the server.
+            raise engine.error
     line.close()
 
 
