@@ -144,11 +144,14 @@ def test_figures_arrive(start: Start) -> None:
 
 def test_cancelling_frees_the_row(start: Start) -> None:
     engine = start(SLOW, max_batch_size=1)
+    metrics = Metrics(engine)
     first, second = engine.submit(request(max_tokens=80)), engine.submit(request(max_tokens=3))
     assert eventually(lambda: engine.stats().running == 1 and engine.stats().waiting == 1)
     first.cancel()
     assert len(finished(second).outputs()[0].tokens) == 3
     assert eventually(lambda: engine.stats().cached_tokens == 0)
+    aborted = 'mtk_sequences_finished_total{reason="abort"} 1.0'
+    assert eventually(lambda: aborted in metrics.exposition().decode())
 
 
 def test_a_full_queue_refuses_at_once(start: Start) -> None:

@@ -33,12 +33,13 @@ from tests.serving.test_engine_process import alive
 from tests.serving.wire import eventually
 
 LONG = {"seq_length": 96, "max_position_embeddings": 96}
+ODD = {"vocab_size": 301, "make_vocab_size_divisible_by": 1}
 EXPERTS = {"num_experts": 4, "ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 16}
 # Kind -> its sizes and how many ranks share it. 301 ids do not divide, nor do two groups over four.
 KINDS: dict[str, tuple[Callable[[], ModelConfig], int]] = {
     "llama": (lambda: llama(untie_embeddings_and_output_weights=True, **LONG), 2),
-    "llama on 4": (lambda: llama(qk_layernorm=True, make_vocab_size_divisible_by=1, **LONG), 4),
-    "gpt2": (lambda: gpt2_config(make_vocab_size_divisible_by=1, **LONG), 2),
+    "llama on 4": (lambda: llama(qk_layernorm=True, **ODD, **LONG), 4),
+    "gpt2": (lambda: gpt2_config(**ODD, **LONG), 2),
     "neox on 4": (lambda: neox(**LONG), 4),
     "gemma, window": (lambda: gemma(window_size=7, **LONG), 2),
     "experts": (lambda: llama(**EXPERTS, **LONG), 2),
