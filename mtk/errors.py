@@ -113,15 +113,24 @@ class WorkerError(MtkError):
 class ServingError(MtkError):
     """A request or a server setting that cannot be honoured.
 
-    ``status`` is the HTTP status a server answers with.
+    ``status`` is the HTTP status a server answers with, ``param`` the field to blame, ``code``
+    a word for programs where the status does not tell enough.
     """
 
     kind = "serving"
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
 
 
 class Interrupted(MtkError):  # noqa: N818 - a stop on request is not an error of anybody

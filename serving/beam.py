@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.generation import Decoder, Vocabulary, not_finite
+from serving.decoding import SequenceDecoder
+from serving.generation import Vocabulary, not_finite
 from serving.requests import FinishReason, GenerationRequest, SequenceOutput
 from serving.text import TextStream
 
@@ -51,7 +52,7 @@ class _Finished:
 
 
 def search(
-    decoder: Decoder, vocabulary: Vocabulary, request: GenerationRequest
+    decoder: SequenceDecoder, vocabulary: Vocabulary, request: GenerationRequest
 ) -> Generator[None, None, list[Hypothesis]]:
     """Best first; yields after every forward pass so that other work can go between.
 
@@ -68,7 +69,7 @@ def search(
     logits_WV = logits_V[None]
     beams: list[list[int]] = [[]]
     totals: list[float] = [0.0]
-    last_char = vocabulary.tokenizer.decode(prompt[-4:])[-1:]
+    last_char = vocabulary.tokenizer.decode(vocabulary.before(prompt)[-4:])[-1:]
     for length in range(1, request.max_tokens + 1):
         yield
         if not torch.isfinite(logits_WV).all():
@@ -128,7 +129,7 @@ def outputs(
     """The hypotheses as finished sequences, best first."""
     made = []
     for index, hypothesis in enumerate(found):
-        stream = TextStream(vocabulary.tokenizer, request.prompts[0])
+        stream = TextStream(vocabulary.tokenizer, vocabulary.before(request.prompts[0]))
         steps = [stream.push(token) for token in hypothesis.tokens]
         if steps:
             steps[-1] += stream.flush()

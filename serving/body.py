@@ -123,11 +123,12 @@ def checked_text(name: str, value: object) -> str:
     return value
 
 
-def encode(text: str, tokenizer: Tokenizer, param: str) -> list[int]:
-    """Raises ServingError (400) for text that the tokenizer cannot take."""
+def encode(text: str, tokenizer: Tokenizer, param: str, *, framed: bool = False) -> list[int]:
+    """framed: with what the tokenizer puts around a text for an encoder. Raises ServingError
+    (400) for text that the tokenizer cannot take."""
     text = checked_text(param, text)
     try:
-        return tokenizer.encode(text)
+        return tokenizer.encode_framed(text) if framed else tokenizer.encode(text)
     except MtkError as error:
         raise ServingError(str(error), param=param) from None
 

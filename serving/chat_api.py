@@ -72,9 +72,10 @@ def parse(data: dict[str, Any], service: Service) -> Chat:
     prompt = _template(settings).ids(parse_messages(fields.raw("messages")))
     check_prompt_tokens([prompt], settings, "messages")
     stream = fields.flag("stream")
+    room = engine.context - (len(prompt) if engine.encoder is None else 0)
     generation = GenerationRequest(
         prompts=(prompt,),
-        max_tokens=_max_tokens(fields, settings, engine.context - len(prompt)),
+        max_tokens=_max_tokens(fields, settings, room),
         sampling=sampling(fields, _logprobs(fields, settings)),
         stop=_template(settings).stop,
         samples=samples(fields, 1, settings),

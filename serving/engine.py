@@ -16,6 +16,7 @@ from typing import Protocol
 
 from mtk.errors import ServingError
 from mtk.tokenizers import Tokenizer
+from serving.encoder_prompt import EncoderPrompt
 from serving.errors import OverloadedError
 from serving.requests import Delta, GenerationRequest, SequenceOutput
 
@@ -28,7 +29,8 @@ class CacheStats:
     """tokens: held for sequences that run. blocks_used: held by sequences, blocks_free: by none;
     both 0 for a cache without blocks. Since the start: prefix_asked: tokens of prompts whose
     beginning was looked up, prefix_found: of these found. preemptions: sequences that lost their
-    blocks to older ones and were read again."""
+    blocks to older ones and were read again. drafted: guessed tokens that were computed, accepted:
+    of these right."""
 
     tokens: int
     blocks_used: int = 0
@@ -36,6 +38,8 @@ class CacheStats:
     prefix_asked: int = 0
     prefix_found: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,11 @@ class Engine(Protocol):
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and continuation together."""
+        """Most tokens of prompt and continuation together; with an encoder of the latter."""
+
+    @property
+    def encoder(self) -> EncoderPrompt | None:
+        """How prompts are read by an encoder; None for a model that continues its prompts."""
 
     @property
     def vocab_size(self) -> int:

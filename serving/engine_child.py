@@ -56,7 +56,8 @@ class Relay:
         """Until the other end closes, or asks for the engine's end."""
         self._engine.observe(self)
         self._engine.follow(self.flush)
-        self._line.send(Ready(self._engine.context, self._engine.vocab_size))
+        engine = self._engine
+        self._line.send(Ready(engine.context, engine.vocab_size, engine.encoder))
         while True:
             try:
                 messages = self._line.receive()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mtk.errors import ServingError
+from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health
 from serving.grammar import JsonGrammars
 from serving.guides import Matcher
@@ -62,10 +63,12 @@ class Close:
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine takes requests of at most ``context`` tokens below ``vocab_size``."""
+    """The engine takes requests of at most ``context`` tokens below ``vocab_size``. encoder: see
+    :class:`serving.engine.Engine`."""
 
     context: int
     vocab_size: int
+    encoder: EncoderPrompt | None = None
 
 
 @dataclass(frozen=True)

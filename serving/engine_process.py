@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtk.tokenizers import Tokenizer
+from serving.encoder_prompt import EncoderPrompt
 from serving.engine import CacheStats, EngineStats, Health, Observer, Ticket
 from serving.engine_messages import (
     Cancel,
@@ -129,6 +130,10 @@ class EngineProcess:
         return self._ready.vocab_size
 
     @property
+    def encoder(self) -> EncoderPrompt | None:
+        return self._ready.encoder
+
+    @property
     def died(self) -> str | None:
         """Why the engine ended, unless it was stopped on request."""
         return self._death if self._crashed else None
@@ -137,7 +142,8 @@ class EngineProcess:
         self._observer = observer
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        check_fits(request, context=self.context, vocab=self.vocab_size)
+        vocab = self.vocab_size
+        check_fits(request, context=self.context, vocab=vocab, encoder=self.encoder)
         sendable = without_grammar(request)
         with self._lock:
             self._refuse_if_stopped()

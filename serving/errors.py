@@ -63,7 +63,7 @@ def error_body(error: ServingError) -> dict[str, Any]:
         "message": str(error),
         "type": error_type(error.status),
         "param": error.param,
-        "code": error.status,
+        "code": error.status if error.code is None else error.code,
     }
     return {"error": fields}
 

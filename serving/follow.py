@@ -28,6 +28,9 @@ from serving.paged.storage import Storage
 # Of the socket, in the folder of the job.
 STEPS = "steps"
 
+# Of a row to decode: slot, tokens cached, its last token if only the host has it, guesses.
+ToldRow = tuple[int, int, int | None, tuple[int, ...]]
+
 
 class SharedRunner(Runner):
     """Begins each step of decoding with the tokens that the first rank of ``group`` chose."""
@@ -36,7 +39,7 @@ class SharedRunner(Runner):
 
     def decode(self, rows: Sequence[Row]) -> Launched:
         self.group.trace.enter("tp.tokens", self.group.name)
-        dist.broadcast(self.tokens_R, src=self.group.ranks[0], group=self.group.handle)
+        dist.broadcast(self.tokens_T, src=self.group.ranks[0], group=self.group.handle)
         self.group.trace.leave()
         return super().decode(rows)
 
@@ -54,17 +57,24 @@ class _Sequence:
     tokens: tuple[int, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
-    """Stands in for :class:`serving.paged.schedule.Row`."""
+    """Stands in for :class:`serving.paged.schedule.Row`, for as long as that has its slot."""
 
-    slot: int
+    slot: int | None
     table: _Blocks = field(default_factory=_Blocks)
     sequence: _Sequence = field(default_factory=_Sequence)
     ids: list[int] = field(default_factory=list)
     cached: int = 0
     placed: int = 0
+    begun: int = 1
+    told: bool = True
+    draft: tuple[int, ...] = ()
     scored: list[Any] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        return 1 + len(self.draft)
 
 
 @dataclass
@@ -121,10 +131,22 @@ class Follower:
             rows.append(row)
         self.runner.place(rows)  # type: ignore[arg-type]
 
-    def _decode(self, told: Sequence[tuple[int, int]]) -> None:
-        rows = [self._rows[slot] for slot, _ in told]
-        for row, (_, cached) in zip(rows, told, strict=True):
-            row.cached = cached
+    def _free(self, slots: Sequence[int]) -> None:
+        """Rows have lost their slots."""
+        for slot in slots:
+            self._rows.pop(slot).slot = None
+        # Where rows lie is this rank's own matter; the order of a step is the first rank's.
+        self.runner.ordered([])
+
+    def _decode(self, told: Sequence[ToldRow]) -> None:
+        rows = []
+        for slot, cached, last, draft in told:
+            row = self._rows[slot]
+            row.cached, row.draft = cached, draft
+            row.told = last is None
+            if last is not None:
+                row.ids = [last]
+            rows.append(row)
         self.runner.decode(rows)  # type: ignore[arg-type]
 
     def _read(self, told: Sequence[tuple[Any, ...]]) -> None:

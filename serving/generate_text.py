@@ -12,8 +12,10 @@ import torch
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.errors import ServingError
 from mtk.evaluation.text_ids import TextIds
+from mtk.tokenizers import Tokenizer
 from serving.beam import outputs, search
-from serving.generation import Decoder, Vocabulary, generate
+from serving.encoder_prompt import EncoderPrompt, refuse_for_encoder, unlimited_prompt
+from serving.generation import Vocabulary, decoder_for, generate
 from serving.requests import BeamParams, GenerationRequest, StopRules, check_fits
 from serving.sampling import SamplingParams
 
@@ -34,7 +36,8 @@ def generate_text(
     add_BOS: bool = False,
     seed: int | None = None,
 ) -> list[str]:
-    """The texts that follow ``prompts``, in their order; of a beam search the best one.
+    """The texts that follow ``prompts``, in their order; of a beam search the best one. A T5 reads
+    them with its encoder, as its tokenizer frames them (EOS behind them), and writes the texts.
 
     model: a checkpoint, a Hugging Face directory or a model already opened. ``temperature=0``
     or ``top_k=1`` is greedy; ``top_p`` is multiplied by ``top_p_decay`` after each token and
@@ -42,7 +45,7 @@ def generate_text(
     log-probability / length^``length_penalty``. Prompts begin with BOS where transformers puts it
     with this tokenizer, or with ``add_BOS`` with the end-of-document token, as in Megatron-LM.
     Raises ServingError for values out of range or without effect and prompts that do not fit,
-    ConfigError for a model that does not predict the next token, ArtifactError for one without
+    ConfigError for a model that writes no text, ArtifactError for one without
     a tokenizer.
     """
     sampling = SamplingParams(
@@ -55,10 +58,10 @@ def generate_text(
     )
     _check(prompts, max_new_tokens, sampling, num_beams, length_penalty)
     opened = model if isinstance(model, OpenedModel) else open_model(model)
-    opened.require_decoder("model", str(opened.folder))
+    opened.require_generator("model", str(opened.folder))
     tokenizer, config = opened.tokenizer, opened.config
-    text = TextIds(tokenizer)
-    ids = [(tokenizer.eod, *text.alone(p)) if add_BOS else (*text.whole(p),) for p in prompts]
+    encoder = unlimited_prompt(config, tokenizer)
+    ids = _ids(prompts, tokenizer, encoder, add_BOS)
     ends = frozenset(token for token in (tokenizer.eod, tokenizer.eos) if token is not None)
     request = GenerationRequest(
         prompts=tuple(ids),
@@ -67,11 +70,26 @@ def generate_text(
         stop=StopRules(token_ids=ends),
     )
     context = config.positions if config.positions_are_limited else sys.maxsize
-    check_fits(request, context=context, vocab=config.vocab_size or tokenizer.vocab_size)
+    vocab = config.vocab_size or tokenizer.vocab_size
+    check_fits(request, context=context, vocab=vocab, encoder=encoder)
     if num_beams == 1:
         return [output.text for output in generate(opened.model, tokenizer, request)]
-    beam = BeamParams(width=num_beams, length_penalty=length_penalty, stop_token=tokenizer.eod)
+    stop = tokenizer.eod if encoder is None or tokenizer.eos is None else tokenizer.eos
+    beam = BeamParams(width=num_beams, length_penalty=length_penalty, stop_token=stop)
     return [_best(opened, request, prompt, beam) for prompt in request.prompts]
+
+
+def _ids(
+    prompts: Sequence[str], tokenizer: Tokenizer, encoder: EncoderPrompt | None, add_bos: bool
+) -> list[tuple[int, ...]]:
+    if encoder is not None:
+        if add_bos:
+            refuse_for_encoder(encoder, "add_BOS", "a token in front of its continuation")
+        return [tuple(tokenizer.encode_framed(prompt)) for prompt in prompts]
+    text = TextIds(tokenizer)
+    if add_bos:
+        return [(tokenizer.eod, *text.alone(prompt)) for prompt in prompts]
+    return [tuple(text.whole(prompt)) for prompt in prompts]
 
 
 def _check(
@@ -101,10 +119,10 @@ def _best(
     opened: OpenedModel, request: GenerationRequest, prompt: tuple[int, ...], beam: BeamParams
 ) -> str:
     one = GenerationRequest(prompts=(prompt,), max_tokens=request.max_tokens, beam=beam)
-    vocabulary = Vocabulary(
-        opened.tokenizer, opened.config.vocab_size or opened.tokenizer.vocab_size
-    )
-    steps = search(Decoder(opened.model), vocabulary, one)
+    encoder = unlimited_prompt(opened.config, opened.tokenizer)
+    size = opened.config.vocab_size or opened.tokenizer.vocab_size
+    vocabulary = Vocabulary(opened.tokenizer, size, continues=encoder is None)
+    steps = search(decoder_for(opened.model, encoder), vocabulary, one)
     while True:
         try:
             next(steps)

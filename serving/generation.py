@@ -19,7 +19,11 @@ from torch import Tensor
 
 from mtk.errors import ServingError
 from mtk.models.gpt import GPT
+from mtk.models.t5 import T5
 from mtk.tokenizers import Tokenizer
+from serving.decoding import SequenceDecoder
+from serving.encoder_decoder import EncoderDecoder
+from serving.encoder_prompt import EncoderPrompt, unlimited_prompt
 from serving.engine import CacheStats
 from serving.kv_cache import KVCache
 from serving.requests import (
@@ -37,10 +41,7 @@ SCORED_AT_ONCE = 256
 
 
 class Decoder:
-    """A model with the caches of the sequences that run on it.
-
-    Row i of every call is row i of ``cache``.
-    """
+    """Implements :class:`serving.decoding.SequenceDecoder` for models that continue prompts."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -83,6 +84,14 @@ class Decoder:
         return logits_BSV[:, 0]  # type: ignore[no-any-return]
 
 
+def decoder_for(model: GPT, encoder: EncoderPrompt | None) -> SequenceDecoder:
+    """The one place that chooses by kind of model. encoder: None for one without."""
+    if encoder is None:
+        return Decoder(model)
+    assert isinstance(model, T5)
+    return EncoderDecoder(model, encoder.start)
+
+
 def logprobs_of(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Log-softmax of raw logits at ``tokens``, each with its ``top`` likeliest alternatives."""
     values_SV = logits_SV.float().log_softmax(dim=-1)
@@ -100,12 +109,18 @@ def not_finite() -> ServingError:
 
 
 class Vocabulary:
-    """What generation needs to know about tokens' texts. size: ids that may be drawn."""
+    """What generation needs to know about tokens' texts. size: ids that may be drawn. continues:
+    whether new text goes on with the prompt's (not where an encoder reads it)."""
 
-    def __init__(self, tokenizer: Tokenizer, model_vocab: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, model_vocab: int, *, continues: bool = True) -> None:
         self.tokenizer = tokenizer
+        self._continues = continues
         self.size = min(tokenizer.vocab_size, model_vocab)
         self._newlines: Tensor | None = None
+
+    def before(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """Ids whose text stands before the first new token's."""
+        return prompt if self._continues else ()
 
     def newlines(self, device: torch.device) -> Tensor:
         """Ids of all tokens whose text begins with a newline; found at first use."""
@@ -127,15 +142,20 @@ class RunningSequence:
         self._vocabulary = vocabulary
         self._sampler = Sampler(request.sampling, index % request.samples)
         self._guide = request.guide.begin() if request.guide is not None else None
-        self._text = TextStream(vocabulary.tokenizer, self.prompt)
+        before = vocabulary.before(self.prompt)
+        self._text = TextStream(vocabulary.tokenizer, before)
         self._stops = StopStrings(request.stop.strings)
         self._line: LineStop | None = None
         self._last_text = ""
         if request.stop.line or not request.newline_after_colon:
-            self._last_text = vocabulary.tokenizer.decode(self.prompt[-4:])
+            self._last_text = vocabulary.tokenizer.decode(before[-4:])
         if request.stop.line:
             double = request.stop.line == "double_eol"
             self._line = LineStop(double=double, before=self._last_text)
+        # Whether each next token is simply the likeliest one, and nothing else is asked of it.
+        sampling = request.sampling
+        self.plain = sampling.greedy and sampling.logprobs is None and request.max_tokens > 0
+        self.plain = self.plain and not self.waits_for_last
         self.tokens: list[int] = []
         self._steps: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -143,7 +163,7 @@ class RunningSequence:
 
     @property
     def score_top(self) -> int | None:
-        """What :meth:`Decoder.prefill` is to score of the prompt."""
+        """What a decoder's ``prefill`` is to score of the prompt."""
         return (self.request.sampling.logprobs or 0) if self.request.prompt_logprobs else None
 
     def begin(self, logits_V: Tensor, scored: list[TokenLogprob]) -> Delta:
@@ -292,7 +312,7 @@ class Batch:
     # Each prompt is read alone, and whole.
     steady = False
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: SequenceDecoder) -> None:
         self.decoder = decoder
         self.running: list[RunningSequence] = []
 
@@ -347,9 +367,11 @@ def generate(
 
     Raises ServingError if the model computes NaN.
     """
-    vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
+    encoder = unlimited_prompt(model.config, tokenizer)
+    size = model.config.vocab_size or tokenizer.vocab_size
+    vocabulary = Vocabulary(tokenizer, size, continues=encoder is None)
     sequences = [RunningSequence(request, i, vocabulary) for i in range(request.sequences)]
-    batch, waiting = Batch(Decoder(model)), list(reversed(sequences))
+    batch, waiting = Batch(decoder_for(model, encoder)), list(reversed(sequences))
     while waiting or batch.running:
         while waiting and len(batch.running) < max_rows:
             batch.add(waiting.pop())

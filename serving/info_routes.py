@@ -57,8 +57,10 @@ def blueprint(service: Service) -> Blueprint:
         fields = _fields(service, "prompt")
         if fields.text("prompt") is None:
             raise ServingError("prompt is required: a text", param="prompt")
-        ids = encode(fields.raw("prompt"), service.engine.tokenizer, "prompt")
-        return jsonify({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
+        encoder, tokenizer = service.engine.encoder, service.engine.tokenizer
+        ids = encode(fields.raw("prompt"), tokenizer, "prompt", framed=encoder is not None)
+        longest = service.engine.context if encoder is None else encoder.context
+        return jsonify({"tokens": ids, "count": len(ids), "max_model_len": longest})
 
     @routes.post("/detokenize")
     def detokenize() -> Response:
@@ -95,12 +97,14 @@ def _decode(service: Service, tokens: object) -> str:
 
 
 def _model(service: Service, started: int) -> dict[str, Any]:
+    encoder = service.engine.encoder
     return {
         "id": service.settings.model,
         "object": "model",
         "created": started,
         "owned_by": "mtk",
         "max_model_len": service.engine.context,
+        "max_encoder_len": None if encoder is None else encoder.context,
         "chat": service.settings.chat is not None,
     }
 

@@ -19,7 +19,7 @@ from serving.state_cache import StateStore, StateView
 LENGTH_STEP = 64
 
 
-class _LayerStore:
+class LayerStore:
     """Storage of one layer, made at first use in the dtype and place of the keys."""
 
     def __init__(self) -> None:
@@ -40,6 +40,21 @@ class _LayerStore:
             index = torch.tensor(rows, device=self.keys_RGTD.device)
             self.keys_RGTD = self.keys_RGTD.index_select(0, index)
             self.values_RGTD = self.values_RGTD.index_select(0, index)
+
+    def write_row(self, row: int, k_BGSD: Tensor, v_BGSD: Tensor, *, rows: int) -> None:
+        """The whole of ``row``, in storage of at least ``rows`` rows; B is 1."""
+        length = k_BGSD.shape[2]
+        keys, values = self.reserve(k_BGSD, rows, _stepped(length))
+        for store_RGTD, new_BGSD in ((keys, k_BGSD), (values, v_BGSD)):
+            store_RGTD[row, :, :length] = new_BGSD[0]
+            _clear_from(store_RGTD, row, length)
+
+    def exchange_rows(self, one: int, other: int) -> None:
+        if self.keys_RGTD is not None and self.values_RGTD is not None:
+            for store_RGTD in (self.keys_RGTD, self.values_RGTD):
+                kept = store_RGTD[one].clone()
+                store_RGTD[one] = store_RGTD[other]
+                store_RGTD[other] = kept
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         if self.keys_RGTD is not None and self.values_RGTD is not None:
@@ -66,12 +81,12 @@ def _clear_from(store_RGTD: Tensor, row: int, length: int) -> None:
 class _PrefillView:
     """Appends S tokens to one row."""
 
-    def __init__(self, store: _LayerStore, row: int, start: int) -> None:
+    def __init__(self, store: LayerStore, row: int, start: int) -> None:
         self._store, self._row, self._start = store, row, start
 
     def update(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         end = self._start + k_BGSD.shape[2]
-        keys, values = self._store.reserve(k_BGSD, _doubled(self._row + 1), _stepped(end))
+        keys, values = self._store.reserve(k_BGSD, doubled(self._row + 1), _stepped(end))
         keys[self._row, :, self._start : end] = k_BGSD[0]
         values[self._row, :, self._start : end] = v_BGSD[0]
         _clear_from(keys, self._row, end)
@@ -83,7 +98,7 @@ class _PrefillView:
 class _DecodeView:
     """Appends one token to each of the first n rows, at each row's own position."""
 
-    def __init__(self, store: _LayerStore, positions_R: Tensor, longest: int) -> None:
+    def __init__(self, store: LayerStore, positions_R: Tensor, longest: int) -> None:
         self._store, self._positions_R, self._longest = store, positions_R, longest
 
     def update(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +114,7 @@ def _stepped(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def _doubled(rows: int) -> int:
+def doubled(rows: int) -> int:
     """The next power of two, so that a growing batch is copied rarely."""
     return 1 << (rows - 1).bit_length()
 
@@ -111,8 +126,8 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, stateful: Collection[int] = ()) -> None:
-        self._layers: list[_LayerStore | StateStore] = [
-            StateStore() if layer in stateful else _LayerStore() for layer in range(num_layers)
+        self._layers: list[LayerStore | StateStore] = [
+            StateStore() if layer in stateful else LayerStore() for layer in range(num_layers)
         ]
         self.lengths: list[int] = []
 
@@ -142,7 +157,7 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
     def prefill_views(self, row: int) -> list[_PrefillView | StateView]:
-        start, reserve = self.lengths[row], _doubled(row + 1)
+        start, reserve = self.lengths[row], doubled(row + 1)
         return [
             StateView(layer, row, row + 1, fresh=start == 0, reserve=reserve)
             if isinstance(layer, StateStore)

@@ -24,13 +24,13 @@ from torch import Tensor
 from mtk.models.gpt import GPT
 from mtk.parallel.groups import Group
 from serving.engine_messages import listen
-from serving.follow import STEPS, SharedRunner
+from serving.engine_parts import Parts
+from serving.follow import STEPS, SharedRunner, ToldRow
 from serving.generation import Decoder
 from serving.kv_cache import KVCache
 from serving.paged.runner import Launched
 from serving.paged.schedule import Chunk, Row
 from serving.requests import TokenLogprob
-from serving.torch_engine import Parts
 
 
 class Lead:
@@ -81,7 +81,13 @@ class LeadingRunner(SharedRunner):
 
     lead: Lead
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        # Rows by the slots that followers know them by, and how often they had begun then.
+        self._placed: dict[int, tuple[Row, int]] = {}
+
     def place(self, rows: Sequence[Row]) -> None:
+        self._free_ended()
         told = [
             (row.slot, row.placed, row.table.blocks[row.placed :])
             for row in rows
@@ -89,10 +95,22 @@ class LeadingRunner(SharedRunner):
         ]
         if told:
             self.lead.tell("place", told)
+        self._placed |= {row.slot: (row, row.begun) for row in rows if row.slot is not None}
         super().place(rows)
 
+    def _free_ended(self) -> None:
+        ended = [
+            slot
+            for slot, (row, begun) in self._placed.items()
+            if row.slot != slot or row.begun != begun
+        ]
+        if ended:
+            self.lead.tell("free", ended)
+        for slot in ended:
+            del self._placed[slot]
+
     def decode(self, rows: Sequence[Row]) -> Launched:
-        self.lead.tell("decode", [(row.slot, row.cached) for row in rows])
+        self.lead.tell("decode", [_told(row) for row in rows])
         return super().decode(rows)
 
     def read(self, chunks: Sequence[Chunk]) -> Launched | None:
@@ -102,6 +120,11 @@ class LeadingRunner(SharedRunner):
     def capture(self) -> None:
         self.lead.tell("capture")
         super().capture()
+
+
+def _told(row: Row) -> ToldRow:
+    assert row.slot is not None
+    return row.slot, row.cached, None if row.told else row.ids[-1], row.draft
 
 
 def _plain(chunk: Chunk) -> tuple[Any, ...]:
@@ -162,4 +185,4 @@ def leading_parts(lead: Lead, group: Group) -> Parts:
         made.group, made.lead = group, lead
         return made
 
-    return Parts(lambda model: LeadingDecoder(model, lead), runner)
+    return Parts(lambda model, encoder: LeadingDecoder(model, lead), runner)

@@ -14,6 +14,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from mtk.errors import ServingError
 from serving.body import Fields, checked_text, encode, read_json, wrong_type
+from serving.encoder_prompt import end_tokens, refuse_for_encoder
 from serving.engine import Engine
 from serving.openai_fields import check_prompt_tokens
 from serving.requests import (
@@ -79,6 +80,9 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
         "tokens_to_generate", 64, low=0, high=settings.most_new_tokens, limit="max_new_tokens"
     )
     logprobs = fields.flag("logprobs")
+    if new_tokens == 0:
+        what = "0, scores of the prompts alone"
+        refuse_for_encoder(engine.encoder, "tokens_to_generate", what)
     if new_tokens == 0 and not logprobs:
         raise ServingError(
             "tokens_to_generate = 0 only scores the prompts and needs logprobs = true",
@@ -86,7 +90,9 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
         )
     sampling = _sampling(fields, logprobs)
     add_bos = fields.flag("add_BOS")
-    if not add_bos and "" in prompts:
+    if add_bos:
+        refuse_for_encoder(engine.encoder, "add_BOS", "a token in front of its continuation")
+    if not add_bos and "" in prompts and engine.encoder is None:
         raise ServingError("an empty prompt needs add_BOS = true", param="add_BOS")
     line = _line_stop(fields)
     keep_newline = not fields.flag("prevent_newline_after_colon")
@@ -94,23 +100,23 @@ def parse(data: dict[str, Any], engine: Engine, settings: ServerSettings) -> Gen
     fields.flag("no_log")
     beam = _beam(fields, engine, settings, len(prompts), new_tokens)
     fields.refuse_unknown(FIELDS)
-    eod = engine.tokenizer.eod
-    start = (eod,) if add_bos else ()
+    start = (engine.tokenizer.eod,) if add_bos else ()
     ids = tuple(_ids(engine, text, start, number) for number, text in enumerate(prompts))
     check_prompt_tokens(ids, settings, "prompts")
     # As in Megatron, the rules about lines replace the end of document.
-    stop = StopRules(line=line) if line else StopRules(token_ids=frozenset({eod}))
+    ends = end_tokens(engine.tokenizer, engine.encoder)
+    stop = StopRules(line=line) if line else StopRules(token_ids=ends)
     asked = GenerationRequest(
         prompts=ids,
         max_tokens=new_tokens,
         sampling=_seeded(sampling, seed),
         stop=stop,
-        prompt_logprobs=logprobs,
+        prompt_logprobs=logprobs and engine.encoder is None,
         newline_after_colon=keep_newline,
         beam=beam,
     )
     limits = {"context": engine.context, "vocab": engine.vocab_size}
-    check_fits(asked, **limits, length_param="tokens_to_generate")
+    check_fits(asked, **limits, length_param="tokens_to_generate", encoder=engine.encoder)
     return asked
 
 
@@ -177,7 +183,7 @@ def _beam(
     )
     if width is not None and prompts > 1:
         raise ServingError("beam search takes one prompt", param="beam_width")
-    stop = fields.integer("stop_token", engine.tokenizer.eod, low=0, high=engine.vocab_size - 1)
+    stop = fields.integer("stop_token", _end(engine), low=0, high=engine.vocab_size - 1)
     penalty = fields.number("length_penalty", 1.0, low=-MAX_PENALTY, high=MAX_PENALTY)
     if width is None:
         return None
@@ -186,8 +192,15 @@ def _beam(
     return BeamParams(width=width, length_penalty=penalty, stop_token=stop)
 
 
+def _end(engine: Engine) -> int:
+    """What ends a beam; decoders behind an encoder are taught to end with EOS."""
+    tokenizer = engine.tokenizer
+    return tokenizer.eod if engine.encoder is None or tokenizer.eos is None else tokenizer.eos
+
+
 def _ids(engine: Engine, text: str, start: tuple[int, ...], number: int) -> tuple[int, ...]:
-    ids = (*start, *encode(text, engine.tokenizer, "prompts"))
+    framed = engine.encoder is not None
+    ids = (*start, *encode(text, engine.tokenizer, "prompts", framed=framed))
     if not ids:
         raise ServingError(f"prompt {number} has no tokens", param="prompts")
     return ids
@@ -196,18 +209,24 @@ def _ids(engine: Engine, text: str, start: tuple[int, ...], number: int) -> tupl
 def answer(
     asked: GenerationRequest, outputs: list[SequenceOutput], engine: Engine
 ) -> dict[str, Any]:
-    """Megatron's reply: whole texts, their pieces, and log-probabilities or beam scores."""
-    segments = [pieces(engine.tokenizer, (*output.prompt, *output.tokens)) for output in outputs]
+    """Megatron's reply: whole texts, their pieces, and log-probabilities or beam scores. Of a
+    model with an encoder what the decoder wrote, which does not go on with the prompt."""
+    whole = [
+        output.tokens if engine.encoder is not None else (*output.prompt, *output.tokens)
+        for output in outputs
+    ]
+    segments = [pieces(engine.tokenizer, tokens) for tokens in whole]
     reply: dict[str, Any] = {
         "text": ["".join(p) for p in segments],
         "segments": segments,
         # Megatron's newer servers add the ids.
-        "tokens": [[*output.prompt, *output.tokens] for output in outputs],
+        "tokens": [list(tokens) for tokens in whole],
     }
     if asked.beam is not None:
         reply["scores"] = [output.score for output in outputs]
     else:
-        reply["logprobs"] = [_values(o) for o in outputs] if asked.prompt_logprobs else None
+        wanted = asked.sampling.logprobs is not None
+        reply["logprobs"] = [_values(o) for o in outputs] if wanted else None
     return reply
 
 

@@ -14,7 +14,7 @@ from serving.engine import Engine
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class _CacheCounters(Collector):
+class _EngineCounters(Collector):
     """What the engine counts itself."""
 
     def __init__(self, engine: Engine) -> None:
@@ -23,12 +23,17 @@ class _CacheCounters(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         cache = self._engine.stats().cache
         for name, text, value in (
-            ("asked_tokens", "Prompt tokens looked up in known beginnings.", cache.prefix_asked),
-            ("found_tokens", "Prompt tokens not computed again.", cache.prefix_found),
+            (
+                "prefix_asked_tokens",
+                "Prompt tokens looked up in known beginnings.",
+                cache.prefix_asked,
+            ),
+            ("prefix_found_tokens", "Prompt tokens not computed again.", cache.prefix_found),
+            ("preemptions", "Sequences that lost their blocks to older ones.", cache.preemptions),
+            ("draft_tokens", "Guessed tokens computed beside the next ones.", cache.drafted),
+            ("draft_accepted", "Guessed tokens that were right.", cache.accepted),
         ):
-            yield CounterMetricFamily(f"mtk_prefix_{name}", text, value)
-        text = "Sequences that lost their blocks to older ones."
-        yield CounterMetricFamily("mtk_preemptions", text, cache.preemptions)
+            yield CounterMetricFamily(f"mtk_{name}", text, value)
 
 
 class Metrics:
@@ -75,7 +80,7 @@ class Metrics:
             "Blocks of the KV cache that no sequence holds.",
             lambda: engine.stats().cache.blocks_free,
         )
-        self.registry.register(_CacheCounters(engine))
+        self.registry.register(_EngineCounters(engine))
         engine.observe(self)
 
     def queued(self, seconds: float) -> None:

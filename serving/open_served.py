@@ -23,13 +23,14 @@ class Served:
 
 
 def open_served(path: str, *, dtype: torch.dtype, device: str) -> Served:
-    """A native checkpoint, Hugging Face directory or quantised directory.
+    """A native checkpoint, Hugging Face directory or quantised directory, whose weights stay in
+    the bits they have there.
 
     Raises ArtifactError if there is no model, or it has no tokenizer, ConfigError for one that
-    does not predict the next token.
+    writes no text.
     """
-    opened = open_model(path, dtype=dtype, device=device)
-    opened.require_decoder("load", path)
+    opened = open_model(path, dtype=dtype, device=device, packed=True)
+    opened.require_generator("load", path)
     return Served(opened.model, opened.tokenizer, lineage_of(opened.artifact))
 
 

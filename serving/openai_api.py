@@ -8,6 +8,7 @@ from flask import Blueprint, Response, request
 
 from mtk.errors import ServingError
 from serving.body import Fields, encode, read_json, wrong_type
+from serving.encoder_prompt import refuse_for_encoder
 from serving.engine import Engine
 from serving.openai_fields import (
     SHARED,
@@ -52,12 +53,16 @@ def parse(data: dict[str, Any], service: Service) -> Completion:
     refuse_unsupported(fields, NEUTRAL)
     check_model(fields, settings)
     echo, stream = fields.flag("echo"), fields.flag("stream")
+    if echo:
+        refuse_for_encoder(engine.encoder, "echo", "the prompt in front of the answer")
     logprobs = fields.optional_integer(
         "logprobs", low=0, high=settings.max_top_logprobs, limit="max_top_logprobs"
     )
     max_tokens = fields.integer(
         "max_tokens", 16, low=0, high=settings.most_new_tokens, limit="max_new_tokens"
     )
+    if max_tokens == 0:
+        refuse_for_encoder(engine.encoder, "max_tokens", "0, scores of the prompt alone")
     if max_tokens == 0 and not echo:
         raise ServingError("max_tokens = 0 needs echo = true", param="max_tokens")
     prompts = _prompts(fields, engine, settings)
@@ -106,7 +111,9 @@ def _ids(item: object, engine: Engine) -> tuple[int, ...]:
     if isinstance(item, list) and item and all(_is_id(token) for token in item):
         return tuple(item)
     if isinstance(item, str):
-        return tuple(encode(item, engine.tokenizer, "prompt")) or (engine.tokenizer.eod,)
+        framed = engine.encoder is not None
+        ids = tuple(encode(item, engine.tokenizer, "prompt", framed=framed))
+        return ids or (engine.tokenizer.eod,)
     if isinstance(item, list):
         raise ServingError("prompt holds a list that is not of token ids", param="prompt")
     raise wrong_type("prompt", item, "text, token ids, or a list of these")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtk.errors import ServingError
 from serving.body import Fields, checked_text, wrong_type
+from serving.encoder_prompt import end_tokens
 from serving.engine import Engine
 from serving.grammar import ANY_OBJECT, JsonGrammars
 from serving.guides import MAX_BIAS, MAX_REPEAT_PENALTY, Guide
@@ -95,8 +96,8 @@ def stop_strings(fields: Fields, settings: ServerSettings) -> tuple[str, ...]:
 
 
 def stop_rules(fields: Fields, engine: Engine, settings: ServerSettings) -> StopRules:
-    end = frozenset({engine.tokenizer.eod})
-    return StopRules(token_ids=end, strings=stop_strings(fields, settings))
+    ends = end_tokens(engine.tokenizer, engine.encoder)
+    return StopRules(token_ids=ends, strings=stop_strings(fields, settings))
 
 
 def samples(fields: Fields, prompts: int, settings: ServerSettings) -> int:

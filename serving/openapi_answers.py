@@ -20,7 +20,12 @@ def or_null(schema: Schema) -> Schema:
 ERROR = full(
     {
         "error": full(
-            {"message": TEXT, "type": TEXT, "param": or_null(TEXT), "code": {"type": "integer"}}
+            {
+                "message": TEXT,
+                "type": TEXT,
+                "param": or_null(TEXT),
+                "code": {"type": ["integer", "string"]},
+            }
         )
     }
 )
@@ -125,6 +130,7 @@ MODEL = full(
         "created": COUNT,
         "owned_by": TEXT,
         "max_model_len": COUNT,
+        "max_encoder_len": or_null(COUNT),
         "chat": FLAG,
     }
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mtk.errors import ServingError
+from serving.encoder_prompt import EncoderPrompt, refuse_for_encoder
 from serving.guides import Guide
 from serving.sampling import SamplingParams
 
@@ -118,12 +119,20 @@ class SequenceOutput:
 
 
 def check_fits(
-    request: GenerationRequest, *, context: int, vocab: int, length_param: str = "max_tokens"
+    request: GenerationRequest,
+    *,
+    context: int,
+    vocab: int,
+    length_param: str = "max_tokens",
+    encoder: EncoderPrompt | None = None,
 ) -> None:
-    """Ids inside the vocabulary and prompt + new tokens inside the context.
+    """Ids inside the vocabulary and prompt + new tokens inside the context; with an encoder the
+    prompt inside the encoder's and new tokens inside ``context``.
 
     Raises ServingError (400) with the numbers; a length is blamed on ``length_param``.
     """
+    if request.prompt_logprobs:
+        refuse_for_encoder(encoder, "prompt_logprobs", "log-probabilities of the prompt")
     for number, prompt in enumerate(request.prompts):
         if not prompt:
             raise ServingError(f"prompt {number} has no tokens", param="prompt")
@@ -132,7 +141,7 @@ def check_fits(
             raise ServingError(
                 f"prompt {number} holds token id {bad}; ids lie in 0..{vocab - 1}", param="prompt"
             )
-        check_length(len(prompt), request.max_tokens, context, length_param)
+        check_length(len(prompt), request.max_tokens, context, length_param, encoder)
     beam = request.beam
     if beam is not None and not 0 <= beam.stop_token < vocab:
         raise ServingError(
@@ -140,13 +149,34 @@ def check_fits(
         )
 
 
-def check_length(prompt: int, new: int, context: int, param: str) -> None:
-    """Raises ServingError (400) if ``prompt + new`` tokens exceed the context."""
+def check_length(
+    prompt: int, new: int, context: int, param: str, encoder: EncoderPrompt | None = None
+) -> None:
+    """Raises ServingError (400) if ``prompt + new`` tokens exceed the context, or with an encoder
+    one of them its own limit."""
+    if encoder is not None:
+        _check_sides(prompt, new, context, param, encoder)
+        return
     if prompt + new > context:
         room = max(0, context - prompt)
         raise ServingError(
             f"This model's maximum context length is {context} tokens, but {prompt + new} were "
             f"requested ({prompt} in the prompt, {new} to generate). Shorten the prompt or ask "
             f"for at most {room} tokens.",
+            param=param,
+        )
+
+
+def _check_sides(prompt: int, new: int, context: int, param: str, encoder: EncoderPrompt) -> None:
+    if prompt > encoder.context:
+        raise ServingError(
+            f"This model's encoder reads at most {encoder.context} tokens, but the prompt has "
+            f"{prompt}. Shorten the prompt.",
+            param="prompt",
+        )
+    if new > context:
+        raise ServingError(
+            f"This model's decoder writes at most {context} tokens, but {new} were requested. Ask "
+            f"for at most {context}.",
             param=param,
         )

@@ -92,6 +92,10 @@ class TensorRTEngine:
         return self._context
 
     @property
+    def encoder(self) -> None:
+        """Only models that continue their prompts are run."""
+
+    @property
     def vocab_size(self) -> int:
         return self._vocabulary.size
 

@@ -87,6 +87,10 @@ def check_source(source: Source) -> None:
         )
     if not has_tokenizer(source.folder):
         raise ArtifactError(f"{source.folder} has no tokenizer.json; text cannot be used with it.")
+    if read_hf_config(source.folder).get("is_encoder_decoder"):
+        raise ArtifactError(
+            f"{source.folder} has an encoder, and this engine continues prompts: --engine torch."
+        )
     if source.kind == "quantized" and not (source.folder / "hf_quant_config.json").is_file():
         inline = read_hf_config(source.folder).get("quantization_config") or {}
         method, kind = inline.get("quant_method"), inline.get("format")

@@ -20,20 +20,24 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._decoder = StreamingDecoder(tokenizer)
+        self._decoder = self._fresh()
         for token in context[-CONTEXT:]:
             self.push(token)
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; "" while a character is unfinished."""
-        if self._tokenizer.token_bytes(token) != b"":
+        whole = not self._tokenizer.exact_bytes
+        if whole or self._tokenizer.token_bytes(token) != b"":
             return self._decoder.feed(token)
         return self.flush() + self._tokenizer.decode([token])
 
     def flush(self) -> str:
         """Whatever is still held back, when nothing follows it."""
-        held, self._decoder = self._decoder.finish(), StreamingDecoder(self._tokenizer)
+        held, self._decoder = self._decoder.finish(), self._fresh()
         return held
+
+    def _fresh(self) -> StreamingDecoder:
+        return StreamingDecoder(self._tokenizer, specials=not self._tokenizer.exact_bytes)
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

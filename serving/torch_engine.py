@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -22,38 +21,30 @@ from mtk.errors import ServingError
 from mtk.models.gpt import GPT
 from mtk.tokenizers import Tokenizer
 from serving import beam
+from serving.decoding import SequenceDecoder
+from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
+from serving.engine_jobs import BeamSearch, Job, Probe
+from serving.engine_parts import ALONE, Parts
 from serving.errors import NotReadyError, OverloadedError, describe
-from serving.generation import Batch, Decoder, RunningSequence, SequenceBatch, Vocabulary
+from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
-from serving.paged.runner import Runner
 from serving.requests import Delta, GenerationRequest, check_fits
-from serving.torch_jobs import Asked, BeamSearch, Job
 
 # A decode step this recent (seconds) proves health without a probe of its own.
 RECENT = 1.0
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What computes: makes decoders with caches of their own, and the runner of a paged cache."""
-
-    decoder: Callable[[GPT], Decoder] = Decoder
-    runner: Callable[..., Runner] = Runner
-
-
-ALONE = Parts()
 
 
 class TorchEngine:
     """Implements :class:`serving.engine.Engine`.
 
     max_batch_size: sequences decoded together. max_queue: requests that may wait.
-    context: most tokens of a sequence. paged: of the paged cache; None is dense caches. ahead: as
-    in :class:`serving.paged.batch.PagedSettings` (default: on a GPU). parts: what computes, for a
-    model of which other ranks have parts. report: gets the traceback if the thread dies, of
-    ``error``. Raises ConfigError for a cache that holds nothing.
+    context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
+    prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
+    is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
+    parts: what computes, for a model of which other ranks have parts. report: gets the traceback
+    if the thread dies, of ``error``. Raises ConfigError for a cache of nothing.
     """
 
     def __init__(
@@ -64,13 +55,16 @@ class TorchEngine:
         context: int,
         max_batch_size: int = 8,
         max_queue: int = 64,
+        encoder: EncoderPrompt | None = None,
         paged: CacheConfig | None = None,
         ahead: bool | None = None,
         parts: Parts = ALONE,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
-        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size or tokenizer.vocab_size)
+        size = model.config.vocab_size or tokenizer.vocab_size
+        self._vocabulary = Vocabulary(tokenizer, size, continues=encoder is None)
+        self._encoder = encoder
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._report, self._parts = report, parts
@@ -79,7 +73,7 @@ class TorchEngine:
         self._ticks = 0
         self._wake = threading.Condition()
         self._jobs: deque[Job] = deque()
-        self._probes: list[Asked] = []
+        self._probes: list[Probe] = []
         self._stopping = False
         self._death: str | None = None
         self.error: BaseException | None = None
@@ -95,12 +89,20 @@ class TorchEngine:
     @torch.inference_mode()
     def _make_batch(self, paged: CacheConfig | None, ahead: bool | None) -> SequenceBatch:
         if paged is None:
-            return Batch(self._parts.decoder(self._model))
+            return Batch(self._decoder())
         settings = paged_settings(
             self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
         return PagedBatch(self._model, self._vocabulary, settings, self._report, self._parts.runner)
+
+    def _decoder(self) -> SequenceDecoder:
+        """With caches of its own."""
+        return self._parts.decoder(self._model, self._encoder)
+
+    @property
+    def encoder(self) -> EncoderPrompt | None:
+        return self._encoder
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,7 +144,8 @@ class TorchEngine:
             return self._ticks, self._has_work()
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        check_fits(request, context=self._context, vocab=self._vocabulary.size)
+        vocab = self._vocabulary.size
+        check_fits(request, context=self._context, vocab=vocab, encoder=self._encoder)
         ticket = Ticket(request, self.wake)
         with self._wake:
             self._refuse_if_stopped()
@@ -172,7 +175,7 @@ class TorchEngine:
                 return Health(False, self._death)
             if time.monotonic() - self._last_decode < RECENT:
                 return Health(True)
-            probe = Asked()
+            probe = Probe()
             self._probes.append(probe)
             self._wake.notify_all()
         probe.done.wait(timeout)
@@ -259,9 +262,8 @@ class TorchEngine:
         request = job.ticket.request
         if request.beam is not None:
             self._count_prompt(len(request.prompts[0]))
-            decoder = self._parts.decoder(self._model)
-            search = beam.search(decoder, self._vocabulary, request)
-            self._beam = BeamSearch(job, decoder, search)
+            search = beam.search(self._decoder(), self._vocabulary, request)
+            self._beam = BeamSearch(job, search)
             return True
         sequence = RunningSequence(request, index, self._vocabulary)
         self._count_prompt(len(sequence.prompt))
@@ -290,16 +292,17 @@ class TorchEngine:
         self._owners[sequence] = (job, now)
         if self._observer is not None and delta.tokens:
             self._observer.token(now - since, first=len(sequence.tokens) == 1)
-        if sequence.error is not None:
+        # Several steps of one sequence may come together, and only the last of them ends it.
+        if sequence.error is not None and not delta.tokens:
             job.ticket.fail(sequence.error)
             del self._owners[sequence]
             self._finished("error")
             return
         job.ticket.push(delta)
-        if sequence.finish is not None:
+        if delta.finish is not None:
             job.ticket.complete(sequence.output())
             del self._owners[sequence]
-            self._finished(sequence.finish)
+            self._finished(delta.finish)
             if job.ticket.done:
                 self._learn_duration(job.ticket)
 
@@ -346,7 +349,7 @@ class TorchEngine:
 
     def _decode_once(self) -> Health:
         """A prompt of one token and one decode step, in a cache of their own."""
-        decoder = self._parts.decoder(self._model)
+        decoder = self._decoder()
         decoder.cache.add_row()
         decoder.prefill(0, [self._vocabulary.tokenizer.eod])
         if not torch.isfinite(decoder.decode([self._vocabulary.tokenizer.eod])).all():

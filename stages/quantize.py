@@ -45,7 +45,8 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
     from mtk.convert.open_model import open_model
     from mtk.convert.source import find_source
     from mtk.quantization import gate
-    from mtk.quantization.dialects import DIALECTS
+    from mtk.quantization.dialects import NAMES, dialect_of
+    from mtk.quantization.formats import KINDS, format_of
     from mtk.quantization.quantize_model import (
         certify,
         check_rounding,
@@ -63,15 +64,17 @@ def _quantize(config: QuantizeConfig, staging: Path, session: Session) -> dict[s
     with session.reporter.progress("perplexity before", total, "tokens") as bar:
         loss_before, tokens = gate.measure(before.model, sequences, bar.advance)
     del before
-    names = tuple(DIALECTS) if config.dialect == "both" else (config.dialect,)
-    metrics: dict[str, Any] = {}
+    names = NAMES if config.dialect == "both" else (config.dialect,)
+    kind, metrics = KINDS[config.format], dict[str, Any]()
+    rounding = format_of(kind, config.group_size)
     for name in names:
         folder = staging / name if len(names) > 1 else staging
         session.reporter.info(f"writing {config.format} for {name} ...")
-        write_quantized(original, folder, DIALECTS[name], config.max_shard_size)
-        weight_error = check_rounding(original, folder)
+        dialect = dialect_of(name, kind, config.group_size)
+        write_quantized(original, folder, dialect, rounding, config.max_shard_size)
+        weight_error = check_rounding(original, folder, rounding)
         opened = open_written(folder)
-        parity = certify(opened)
+        parity = certify(opened, rounding)
         with session.reporter.progress("perplexity after", total, "tokens") as bar:
             loss_after, _ = gate.measure(opened.model, sequences, bar.advance)
         verdict = gate.judge(name, loss_before, loss_after, tokens, config.max_perplexity_increase)

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from mtk.models.gpt import GPT
     from mtk.tokenizers import Tokenizer
     from serving.chat_prompt import ChatPrompt
+    from serving.engine_parts import Parts
     from serving.engine_process import EngineProcess
     from serving.open_served import Served
     from serving.settings import ServerSettings
     from serving.tensorrt_llm_engine import TensorRTEngine
-    from serving.torch_engine import Parts, TorchEngine
+    from serving.torch_engine import TorchEngine
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -178,7 +179,9 @@ def torch_engine(
     parts: Parts | None = None,
 ) -> TorchEngine:
     """An engine in this process; parts: as there. Raises ConfigError."""
-    from serving.torch_engine import ALONE, TorchEngine
+    from serving.encoder_prompt import encoder_prompt
+    from serving.engine_parts import ALONE
+    from serving.torch_engine import TorchEngine
 
     context = context_length(config, model)
     engine = TorchEngine(
@@ -187,6 +190,7 @@ def torch_engine(
         context=context,
         max_batch_size=config.limits.max_batch_size,
         max_queue=config.limits.max_queue,
+        encoder=encoder_prompt(model.config, tokenizer, config.limits.max_seq_length),
         paged=paged_cache(config.cache, model),
         parts=parts or ALONE,
         report=warn,
@@ -215,18 +219,22 @@ def place_of(config: ServeConfig) -> tuple[torch.dtype, str]:
 
 
 def context_length(config: ServeConfig, model: GPT) -> int:
-    """Tokens of a sequence: --max-seq-length within what the model has positions for.
+    """Tokens of a sequence (with an encoder: of what the decoder writes): --max-seq-length within
+    what the model has positions for.
 
     Raises ConfigError if it asks for more.
     """
+    from serving.encoder_prompt import has_encoder
+
     asked, positions = config.limits.max_seq_length, model.config.positions
+    default = model.config.decoder_seq_length if has_encoder(model.config) else positions
     if not model.config.positions_are_limited:
-        return asked or positions
+        return asked or default
     if asked is not None and asked > positions:
         rule = f"the model has {positions} positions"
         fix = f"Nearest: {positions}."
         raise ConfigError([Problem("limits.max_seq_length", asked, rule, fix)])
-    return asked or positions
+    return asked or default
 
 
 def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
@@ -236,8 +244,13 @@ def paged_cache(config: CacheConfig, model: GPT) -> CacheConfig | None:
 
     able = can_page(model)
     if config.kv_cache == "paged" and not able:
-        rule = "the model keeps states or adds biases to scores, which blocks do not hold"
+        rule = "the model has states, an encoder or biases on scores, which blocks do not hold"
         raise ConfigError([Problem("cache.kv_cache", "paged", rule, "Give --kv-cache dense.")])
+    if config.deterministic_mode and not able:
+        rule = "needs the paged cache, which does not hold this model's states or biases on scores"
+        raise ConfigError(
+            [Problem("cache.deterministic_mode", True, rule, "Leave --deterministic-mode out.")]
+        )
     return config if able and config.kv_cache != "dense" else None
 
 

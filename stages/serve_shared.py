@@ -11,6 +11,7 @@ from mtk.config.serve import ServeConfig
 from mtk.convert.open_model import OpenedModel, read_native
 from mtk.convert.open_shared import open_shared
 from mtk.convert.source import find_source
+from mtk.errors import ConfigError, Problem
 from mtk.launch.failures import lost_peer
 from mtk.launch.process import Place, join, require_gpus
 from mtk.parallel.dims import Dims
@@ -68,6 +69,9 @@ def _open(
         state_groups=model.state_groups,
         trace=trace,
     )
+    if model.family == "t5":
+        rule = f"is for models that continue a text; {source.folder} is a T5"
+        raise ConfigError([Problem(OPTION, place.world, rule, "Nearest: 1.")])
     opened = open_shared(source, ranks, dtype=dtype, option=OPTION)
     opened.require_decoder("load", config.load)
     return opened, ranks

@@ -42,6 +42,11 @@ class EncoderOptions:
         None, help="BERT: labels that the head of the task tells apart.", hidden=True
     )
     decoder_seq_length: int = option(128, help="T5: tokens of the decoder per training sample.")
+    decoder_start_token_id: int | None = option(
+        None,
+        help="T5: id that the decoder begins with (default: BOS of the tokenizer, else PAD).",
+        hidden=True,
+    )
     softmax_scale: float | None = option(
         None, help="T5: factor on attention scores (default: 1 / sqrt(head); published T5: 1)."
     )
@@ -59,7 +64,7 @@ OPTIONS = {
         "task_head",
         "num_classes",
     ),
-    "t5": ("decoder_seq_length", "softmax_scale", "scale_tied_output"),
+    "t5": ("decoder_seq_length", "decoder_start_token_id", "softmax_scale", "scale_tied_output"),
 }
 
 
@@ -86,6 +91,10 @@ def _t5(model: ModelConfig) -> Iterator[Problem]:
     if kind not in ("learned", "relative", "none"):
         rule = "is not what family t5 has"
         yield Problem("position_embedding_type", kind, rule, "Nearest: relative.")
+    start, vocab = model.decoder_start_token_id, model.vocab_size
+    if start is not None and not 0 <= start < (start + 1 if vocab is None else vocab):
+        rule = f"ids lie in 0..{vocab - 1}" if vocab else "must not be negative"
+        yield Problem("decoder_start_token_id", start, rule, "Published T5: 0.")
     scale = model.softmax_scale
     if scale is not None and not 0 < scale < math.inf:
         rule = "must be greater than 0 and finite"

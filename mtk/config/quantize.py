@@ -9,6 +9,8 @@ from typing import Literal
 from mtk.config.schema import option
 from mtk.errors import Problem
 
+GROUPS = (32, 64, 128)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
@@ -18,9 +20,12 @@ class QuantizeConfig:
         help="Hugging Face directory, or checkpoint, of a Llama-like model.", runtime=True
     )
     save: str = option(help="Folder to write.", runtime=True)
-    format: Literal["int8_wo"] = option(
-        "int8_wo", help="int8_wo: INT8 weights with a scale for each output, activations as before."
+    format: Literal["int8_wo", "fp8", "int4_wo"] = option(
+        "int8_wo",
+        help="Of weights; activations stay. int8_wo: INT8 with a scale for each output; fp8: e4m3, "
+        "scaled alike; int4_wo: INT4 with a scale for each group of inputs of an output.",
     )
+    group_size: int = option(128, help="Inputs that share a scale, with int4_wo.")
     dialect: Literal["modelopt", "compressed-tensors", "both"] = option(
         "modelopt",
         help="modelopt: for TensorRT-LLM; compressed-tensors: for vLLM and transformers; both: "
@@ -49,6 +54,10 @@ class QuantizeConfig:
         if not 0 <= self.max_perplexity_increase < float("inf"):
             found, rule = self.max_perplexity_increase, "must be at least 0 and finite"
             yield Problem("max_perplexity_increase", found, rule, "Nearest: 0.")
+        if self.group_size not in GROUPS:
+            nearest = min(GROUPS, key=lambda size: abs(size - self.group_size))
+            rule = f"must be one of {', '.join(map(str, GROUPS))}, which kernels know"
+            yield Problem("group_size", self.group_size, rule, f"Nearest: {nearest}.")
         if self.gate_tokens < 2:
             yield Problem("gate_tokens", self.gate_tokens, "must be at least 2", "Nearest: 2.")
         if self.max_shard_size < 1:

@@ -57,7 +57,8 @@ class LimitsConfig:
     max_batch_size: int = option(8, help="Sequences decoded together.", runtime=True)
     max_seq_length: int | None = option(
         None,
-        help="Most tokens of prompt and continuation together (default: the model's positions).",
+        help="Most tokens of prompt and continuation together (default: the model's positions); "
+        "of a T5 each of the two (default: positions and --decoder-seq-length of its training).",
         runtime=True,
     )
     max_queue: int = option(
@@ -135,7 +136,7 @@ class CacheConfig:
     kv_cache: Literal["auto", "paged", "dense"] = option(
         "auto",
         help="paged keeps them in blocks that sequences share, dense a row for each sequence; auto "
-        "is paged where the model can (no Mamba layers, no biases on scores).",
+        "is paged where the model can (no Mamba layers, no biases on scores, no encoder).",
         runtime=True,
     )
     kv_cache_tokens: int | None = option(
@@ -159,12 +160,52 @@ class CacheConfig:
     cuda_graphs: bool = option(
         True, help="Launch a step of decoding as one CUDA graph.", runtime=True
     )
+    speculation: Literal["off", "lookup"] = option(
+        "lookup",
+        help="lookup guesses tokens by what followed the last ones earlier in the text, and "
+        "computes them in one step with the next; only what single steps would choose is taken.",
+        runtime=True,
+    )
+    draft_tokens: int = option(
+        15, help="Tokens guessed for a sequence in one step, at most.", runtime=True
+    )
+    lookup_ngram: int = option(
+        5, help="Last tokens of a text that are looked for in it, at most.", runtime=True
+    )
+    lookup_min_ngram: int = option(
+        2, help="Of these so many must be found for a guess.", runtime=True
+    )
+    speculation_tokens: int = option(
+        32,
+        help="Tokens of a decode step with guesses, at most; batches of so many sequences have "
+        "none.",
+        runtime=True,
+    )
+
+    deterministic_mode: bool = option(
+        False,
+        help="Compute in steps of fixed shapes, so that an answer is the same to the last bit of "
+        "its log-probabilities whatever else is served. Each step then costs that of a full batch.",
+        runtime=True,
+    )
 
     def problems(self) -> Iterator[Problem]:
+        if self.deterministic_mode and self.kv_cache == "dense":
+            rule = "needs the paged cache"
+            yield Problem("deterministic_mode", True, rule, "Leave --kv-cache dense out.")
         for name in ("kv_cache_tokens", "max_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 16:
                 yield Problem(name, value, "must be at least 16, a block", "Nearest: 16.")
+        for name in ("draft_tokens", "lookup_min_ngram", "speculation_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                yield Problem(name, value, "must be at least 1", "Nearest: 1.")
+        if self.lookup_ngram < self.lookup_min_ngram:
+            rule = f"must not be below lookup_min_ngram = {self.lookup_min_ngram}"
+            yield Problem(
+                "lookup_ngram", self.lookup_ngram, rule, f"Nearest: {self.lookup_min_ngram}."
+            )
         gib = self.kv_cache_gib
         if gib is not None and not 0 < gib < float("inf"):
             yield Problem("kv_cache_gib", gib, "must be greater than 0")

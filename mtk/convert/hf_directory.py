@@ -22,6 +22,7 @@ from mtk.errors import ConversionError
 from mtk.models.build import build_on_meta
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+START = "decoder_start_token_id"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -184,16 +185,28 @@ def write_hf_directory(
 ) -> None:
     """Write configuration and weights; at most one shard is in memory.
 
-    config: the model's part of ``config.json``. tokens: ``bos_token_id`` etc.
+    config: the model's part of ``config.json``. tokens: ``bos_token_id`` etc., also
+    ``decoder_start_token_id`` for models whose ``config`` has that key without a value.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config, tokens = _with_start(config, tokens)
     dtype = write_weights(folder, tensors, max_shard_size)
     known = {key: value for key, value in tokens.items() if value is not None}
     special = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     write_json(folder / CONFIG, {**config, **special, "dtype": dtype})
-    if "decoder_start_token_id" in config:
-        known["decoder_start_token_id"] = config["decoder_start_token_id"]
     write_json(folder / "generation_config.json", known)
+
+
+def _with_start(
+    config: Mapping[str, Any], tokens: Mapping[str, int | None]
+) -> tuple[Mapping[str, Any], dict[str, int | None]]:
+    """Both with what a decoder begins with, if the model has such a thing: its own, else the
+    tokenizer's, else 0 as in the published ones."""
+    others = {key: value for key, value in tokens.items() if key != START}
+    if START not in config:
+        return config, others
+    stated = [start for start in (config[START], tokens.get(START), 0) if start is not None]
+    return {**config, START: stated[0]}, {**others, START: stated[0]}
 
 
 def write_weights(folder: Path, tensors: Tensors, max_shard_size: int) -> str:
@@ -220,7 +233,9 @@ def write_weights(folder: Path, tensors: Tensors, max_shard_size: int) -> str:
             flush()
         pending[name] = tensor
         total, parameters = total + size, parameters + tensor.numel()
-        if tensor.is_floating_point() and not name.endswith("_scale"):
+        # Weights in FP8 are quantised; the type is that of all else.
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if wide and not name.endswith("_scale"):
             key = str(tensor.dtype).removeprefix("torch.")
             dtypes[key] = dtypes.get(key, 0) + tensor.numel()
     flush()

@@ -21,6 +21,7 @@ from mtk.errors import ArtifactError, ConfigError, ConversionError, Problem
 from mtk.models.buffers import kept_tensors
 from mtk.models.gpt import GPT
 from mtk.quantization.directory import dequantized
+from mtk.quantization.loading import load_quantized
 from mtk.tokenizers import Tokenizer, load_tokenizer
 
 # What libraries without ``tokenizer.json`` leave beside weights.
@@ -54,6 +55,11 @@ class OpenedModel:
         """Loaded on first use. Raises ArtifactError if the model has none."""
         return _read_tokenizer(self.kind, self.folder)
 
+    def require_generator(self, option: str, found: object) -> None:
+        """Raises ConfigError, of ``option`` = ``found``, for a BERT: it writes no text."""
+        if self.config.family == "bert":
+            self.require_decoder(option, found)
+
     def require_decoder(self, option: str, found: object) -> None:
         """Raises ConfigError, of ``option`` = ``found``, for a BERT or a T5."""
         if self.config.family != "gpt":
@@ -67,13 +73,15 @@ def open_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> OpenedModel:
     """A native checkpoint, a Hugging Face directory of a known family or a quantised one.
 
-    Quantised weights are expanded to ``dtype``. Raises ArtifactError, CheckpointError or
+    Quantised weights are expanded to ``dtype``, or with ``packed`` stay in their own bits
+    (:class:`mtk.quantization.linear.QuantizedLinear`). Raises ArtifactError, CheckpointError or
     ConversionError, saying what the directory holds instead.
     """
-    return open_source(find_source(path), dtype=dtype, device=device)
+    return open_source(find_source(path), dtype=dtype, device=device, packed=packed)
 
 
 def open_source(
@@ -81,8 +89,12 @@ def open_source(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> OpenedModel:
     """As :func:`open_model`, for a path already looked into."""
+    if packed and source.kind == "quantized":
+        model, config = load_quantized(source.folder, dtype=dtype, device=device)
+        return OpenedModel(model, config, source.kind, source.folder, source.artifact)
     config, tensors = read_native(source)
     model = assemble(config, tensors, source.folder, dtype=dtype, device=device)
     return OpenedModel(model, config, source.kind, source.folder, source.artifact)

@@ -16,6 +16,7 @@ from mtk.convert.adapters import apart, has_adapters
 from mtk.convert.families import family_for
 from mtk.convert.family import Family
 from mtk.convert.hf_directory import (
+    START,
     read_hf_model,
     read_weights,
     write_hf_directory,
@@ -70,7 +71,7 @@ def write_hf(source: Source, folder: Path, demands: Demands) -> Parity:
         folder,
         family.to_config(config),
         foreign,
-        tokens=token_ids(tokenizer),
+        tokens={**token_ids(tokenizer), START: tokenizer.decoder_start if tokenizer else None},
         max_shard_size=demands.max_shard_size,
     )
     if tokenizer is not None:

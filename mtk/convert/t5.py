@@ -54,6 +54,7 @@ def reasons(config: ModelConfig) -> list[str]:
             "softmax_scale": ((1.0,), "does not scale scores (1.0)"),
             "scale_tied_output": ((True, False), ""),
             "decoder_seq_length": ((config.decoder_seq_length,), ""),
+            "decoder_start_token_id": ((config.decoder_start_token_id,), ""),
         },
     )
     if config.add_bias_linear:
@@ -84,7 +85,8 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         "feed_forward_proj": MLPS[config.activation],
         "is_encoder_decoder": True,
         "use_cache": True,
-        "decoder_start_token_id": 0,
+        # None: that of the tokenizer, which whoever writes the directory knows.
+        "decoder_start_token_id": config.decoder_start_token_id,
         "tie_word_embeddings": tied,
         "scale_decoder_outputs": config.scale_tied_output,
         "n_positions": config.positions,
@@ -130,6 +132,7 @@ def from_config(found: ForeignConfig) -> ModelConfig:
         seq_length=found.training_length(positions),
         max_position_embeddings=positions,
         decoder_seq_length=stated.get("decoder_seq_length", 128),
+        decoder_start_token_id=found.get("decoder_start_token_id", int, 0),
         position_embedding_type="relative",
         relative_attention_num_buckets=found.get("relative_attention_num_buckets", int, 32),
         relative_attention_max_distance=found.get("relative_attention_max_distance", int, 128),

@@ -53,7 +53,7 @@ def word_vocabulary(tokenizer: Tokenizer) -> WordVocabulary:
         cls=tokenizer.cls,
         sep=tokenizer.sep,
         mask=tokenizer.mask,
-        bos=tokenizer.pad if tokenizer.bos is None else tokenizer.bos,
+        bos=tokenizer.decoder_start,
         eos=tokenizer.eos,
         sentinels=tokenizer.extra_ids,
     )

@@ -22,7 +22,8 @@ def launches_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """Arguments of a launch of a kernel with the parameter EARLY."""
-    early = launches_early(device)
+def launch_options(device: torch.device, *, early: bool = True) -> dict[str, Any]:
+    """Arguments of a launch of a kernel with the parameter EARLY. early: False for one that must
+    not start before the others have ended."""
+    early = early and launches_early(device)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

@@ -63,6 +63,13 @@ class LayerCache(Protocol):
     def update(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class Look(Protocol):
+    """Attention to keys and values that are kept elsewhere: queries [B, H, S, D], scaled as the
+    kernels take them -> what they found, of the same shape."""
+
+    def __call__(self, q_BHSD: Tensor, /) -> Tensor: ...
+
+
 def sdpa_kernel(
     q_BHSD: Tensor,
     k_BGTD: Tensor,
@@ -200,11 +207,8 @@ class Attention(nn.Module):
         """mask, documents, bias: as for :class:`AttentionKernel`. memory: [B, T, E] that keys
         and values come from instead of ``x_BSE``."""
         source = x_BSE if memory is None else memory
-        q_BHSD, k_BGSD, v_BGSD = map(self._heads, self.project(x_BSE, source))
-        if self.query_scale is not None:
-            q_BHSD = q_BHSD * self.query_scale
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BHSD, k_BGSD = self.query_norm(q_BHSD), self.key_norm(k_BGSD)
+        query, key, value = self.project(x_BSE, source)
+        q_BHSD, k_BGSD, v_BGSD = self._queries(query), self._keys(key), self._heads(value)
         if rotary is not None:
             q_BHSD = rotate(q_BHSD, *rotary, interleaved=self.interleaved)
             k_BGSD = rotate(k_BGSD, *rotary, interleaved=self.interleaved)
@@ -222,9 +226,29 @@ class Attention(nn.Module):
         )
         return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def keys_values(self, source_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, G, T, D] each, for whoever keeps them and gives them to :meth:`look`."""
+        return self._keys(self.key(source_BTE)), self._heads(self.value(source_BTE))
+
+    def look(self, x_BSE: Tensor, kept: Look) -> Tensor:
+        """Attention to keys and values that somebody keeps, without positions."""
+        out_BHSD = kept(self._queries(self.query(x_BSE)))
+        return self.output(out_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
     def project(self, x_BSE: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x_BSE``, keys and values of ``source``, all heads side by side."""
         return self.query(x_BSE), self.key(source), self.value(source)
+
+    def _queries(self, query: Tensor) -> Tensor:
+        """Heads, scaled and normed as the model is."""
+        q_BHSD = self._heads(query)
+        if self.query_scale is not None:
+            q_BHSD = q_BHSD * self.query_scale
+        return q_BHSD if self.query_norm is None else self.query_norm(q_BHSD)
+
+    def _keys(self, key: Tensor) -> Tensor:
+        k_BGSD = self._heads(key)
+        return k_BGSD if self.key_norm is None else self.key_norm(k_BGSD)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)

@@ -12,7 +12,8 @@ Shape suffixes: B batch, S encoder tokens, T decoder tokens, E hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ from mtk.models.score_bias import distances, with_masks
 States = tuple[Tensor, Tensor]
 
 
+class DecoderCache(LayerCache, Protocol):
+    """What a layer of the decoder keeps: its own keys and values, and those of the encoder's
+    states. look: see :class:`mtk.models.attention.Look`."""
+
+    def look(self, q_BHSD: Tensor, /) -> Tensor: ...
+
+
 class DecoderBlock(Block):
     """A block with attention to the encoder's states between its own attention and the MLP."""
 
@@ -44,24 +52,27 @@ class DecoderBlock(Block):
         self.cross_norm = make_norm(config)
         self.cross_attention = Attention(config, kernel, EVERYWHERE)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x_BSE: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: DecoderCache | None = None,
         documents: Tensor | None = None,
         bias: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """memory: the encoder's states and where to look in them."""
-        assert memory is not None
+        """memory: the encoder's states and where to look in them; None: the cache has what is
+        needed of them."""
         attended = self.attention(self.attention_norm(x_BSE), rotary, mask, cache, None, bias)
         x_BSE = x_BSE + self.dropout(attended)
-        states_BSE, seen = memory
-        looked = self.cross_attention(
-            self.cross_norm(x_BSE), None, seen, None, None, None, states_BSE
-        )
+        normed = self.cross_norm(x_BSE)
+        if memory is None:
+            assert cache is not None
+            looked = self.cross_attention.look(normed, cache.look)
+        else:
+            states_BSE, seen = memory
+            looked = self.cross_attention(normed, None, seen, None, None, None, states_BSE)
         x_BSE = x_BSE + self.dropout(looked)
         return x_BSE + self.dropout(self.mlp(self.mlp_norm(x_BSE)))  # type: ignore[no-any-return]
 
@@ -126,6 +137,38 @@ class T5(GPT):
         assert self.final_norm is not None
         return self.logits(self.final_norm(x_BTE))
 
+    def encoded(self, tokens_BS: Tensor) -> Tensor:
+        """The encoder's states [B, S, E] of whole texts, without padding; all layers are here."""
+        return self.encode(self.embed(tokens_BS), tokens_BS.shape[1], None)
+
+    def kept_of(self, memory_BSE: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, G, S, D] of the encoder's states, for each layer of the decoder."""
+        return [block.cross_attention.keys_values(memory_BSE) for block in self._decoder]  # type: ignore[operator, union-attr]
+
+    def continued(
+        self,
+        tokens_BT: Tensor,
+        positions: Tensor,
+        *,
+        mask: Tensor,
+        caches: Sequence[DecoderCache],
+    ) -> Tensor:
+        """Logits [B, T, V] of the token after each new token of the decoder.
+
+        positions: int64 [T] or [B, T]. mask: bool, broadcastable to [B, heads, T, all tokens],
+        True where a new token may look at those of the decoder. caches: one a decoder's layer.
+        """
+        assert self.embedding is not None and self.final_norm is not None
+        x_BTE = self.embedding(tokens_BT, positions)
+        places = torch.arange(mask.shape[-1], device=mask.device)
+        limits: tuple[Tensor | None, Tensor | None] = mask, None
+        if self.decoder_bias is not None:
+            bias = self.decoder_bias(distances(positions, places))
+            # The mask is in the bias.
+            limits = None, with_masks(bias, mask, None, CAUSAL).to(x_BTE.dtype)
+        x_BTE = self.run_layers(self._decoder, x_BTE, None, limits[0], caches, None, limits[1])
+        return self.logits(self.final_norm(x_BTE))
+
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """What either stack starts from."""
         assert self.embedding is not None
@@ -145,8 +188,7 @@ class T5(GPT):
         self, x_BTE: Tensor, length: int, memory_BSE: Tensor, documents: Tensor | None
     ) -> Tensor:
         """States after the decoder's layers that are here."""
-        count = self.config.num_layers
-        blocks = self._layers(range(count, 2 * count))
+        blocks = self._decoder
         if not blocks:
             return x_BTE
         bias = self._bias(self.decoder_bias, length, None, CAUSAL, x_BTE)
@@ -159,6 +201,11 @@ class T5(GPT):
         scaled = x_BSE if self.output_scale is None else x_BSE * self.output_scale
         logits = super().logits(scaled)
         return logits if self.output_bias is None else logits + self.output_bias[: logits.shape[-1]]
+
+    @property
+    def _decoder(self) -> list[nn.Module]:
+        count = self.config.num_layers
+        return self._layers(range(count, 2 * count))
 
     def _layers(self, numbers: range) -> list[nn.Module]:
         return [block for index, block in self.layers.items() if int(index) in numbers]

@@ -1,11 +1,12 @@
-"""Quantised Hugging Face directories: which dialect one is, its weights in full precision,
-and writing one.
+"""Quantised Hugging Face directories: which dialect one is, its weights as they are stored or in
+full precision, and writing one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from mtk.convert.hf_directory import read_hf_config, read_weights, write_json
 from mtk.convert.lazy import LazyTensors, Tensors
 from mtk.errors import ConversionError
-from mtk.quantization.dialects import DIALECTS, Dialect
-from mtk.quantization.int8 import QuantizedTensor, quantize
+from mtk.quantization import dialects
+from mtk.quantization.dialect import Dialect
+from mtk.quantization.formats import Format
+from mtk.quantization.tensor import QuantizedTensor
 
 QUANT_FILE = "hf_quant_config.json"
 
@@ -27,14 +30,14 @@ def find_dialect(folder: Path) -> Dialect:
     TensorRT-LLM.
     """
     found = _quantization(folder)
-    dialect = DIALECTS.get(str(found.get("quant_method")))
-    complaint = "not one of " + ", ".join(DIALECTS) if dialect is None else dialect.mismatch(found)
-    if dialect is None or complaint is not None:
+    try:
+        return dialects.recognise(found)
+    except ConversionError as error:
         raise ConversionError(
-            f"{folder} is quantised as {found.get('quant_method')!r}: {complaint}. This mtk reads "
-            f"INT8 weight-only, one scale a channel, of modelopt and compressed-tensors."
-        )
-    return dialect
+            f"{folder} is quantised as {found.get('quant_method')!r}: {error}. This mtk reads "
+            f"weights in INT8 and FP8 with one scale a channel, and in INT4 with one a group, of "
+            f"modelopt and compressed-tensors."
+        ) from error
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:
@@ -53,10 +56,35 @@ def _quantization(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def dequantized(folder: Path) -> Tensors:
-    """All weights under their ordinary names; quantised ones as fp32. Raises ConversionError."""
-    dialect = find_dialect(folder)
-    stored = read_weights(folder)
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a quantised directory holds. layers: names of quantised modules, with the dot behind
+    them; others: all other weights by name."""
+
+    folder: Path
+    dialect: Dialect
+    layers: frozenset[str]
+    others: Tensors
+    stored: Tensors
+
+    def quantized(self, layer: str) -> QuantizedTensor:
+        """The weight of one of ``layers``. Raises ConversionError if its parts do not fit."""
+        suffixes = (*self.dialect.suffixes, *self.dialect.optional)
+        names = {suffix: f"{layer}{suffix}" for suffix in suffixes}
+        parts = {suffix: self.stored[name] for suffix, name in names.items() if name in self.stored}
+        try:
+            return self.dialect.decode(parts)
+        except ConversionError as error:
+            raise ConversionError(f"{self.folder}: {layer}weight: {error}") from error
+
+    def names(self) -> list[str]:
+        """Of all weights, as an ordinary directory has them."""
+        return [*self.others, *(f"{layer}weight" for layer in sorted(self.layers))]
+
+
+def open_stored(folder: Path) -> StoredWeights:
+    """Raises ConversionError for a directory mtk does not read, or that lacks tensors."""
+    dialect, stored = find_dialect(folder), read_weights(folder)
     marker = dialect.suffixes[-1]
     layers = {name.removesuffix(marker) for name in stored if name.endswith(f".{marker}")}
     if not layers:
@@ -65,24 +93,40 @@ def dequantized(folder: Path) -> Tensors:
     missing = sorted(parts - set(stored))[:5]
     if missing:
         raise ConversionError(f"{folder} lacks {', '.join(missing)} (first five).")
+    parts |= {f"{layer}{suffix}" for layer in layers for suffix in dialect.optional}
     names = [name for name in stored if name not in parts]
-    names += [f"{layer}weight" for layer in sorted(layers)]
+
+    def read(name: str) -> Tensor:
+        tensor = stored[name]
+        narrow = not tensor.is_floating_point() or tensor.element_size() == 1
+        if name.endswith(".weight") and narrow:
+            raise ConversionError(
+                f"{folder}: {name} is {tensor.dtype}, but there is no "
+                f"{name.removesuffix('weight')}{marker}."
+            )
+        return tensor
+
+    others = LazyTensors(names, read)
+    return StoredWeights(folder, dialect, frozenset(layers), others, stored)
+
+
+def dequantized(folder: Path) -> Tensors:
+    """All weights under their ordinary names; quantised ones as fp32. Raises ConversionError."""
+    found = open_stored(folder)
 
     def read(name: str) -> Tensor:
         layer = name.removesuffix("weight")
-        if layer not in layers or not name.endswith("weight"):
-            return stored[name]
-        found = {suffix: stored[f"{layer}{suffix}"] for suffix in dialect.suffixes}
-        try:
-            return dialect.decode(found).dequantize()
-        except ConversionError as error:
-            raise ConversionError(f"{folder}: {name}: {error}") from error
+        if layer in found.layers and name.endswith("weight"):
+            return found.quantized(layer).dequantize()
+        return found.others[name]
 
-    return LazyTensors(names, read)
+    return LazyTensors(found.names(), read)
 
 
-def quantized(tensors: Tensors, linears: tuple[str, ...], dialect: Dialect) -> Tensors:
-    """A view of ``tensors`` in which the weights of ``linears`` are INT8 in a dialect.
+def quantized(
+    tensors: Tensors, linears: tuple[str, ...], dialect: Dialect, format_: Format
+) -> Tensors:
+    """A view of ``tensors`` in which the weights of ``linears`` are rounded and in a dialect.
 
     linears: endings of module names, e.g. ``self_attn.q_proj``.
     """
@@ -99,13 +143,13 @@ def quantized(tensors: Tensors, linears: tuple[str, ...], dialect: Dialect) -> T
         weight, suffix = origin[name]
         if suffix is None:
             return tensors[weight]
-        return dialect.encode(int8_of(tensors, weight))[suffix]
+        return dialect.encode(rounded(tensors, weight, format_))[suffix]
 
     return LazyTensors(origin, read)
 
 
-def int8_of(tensors: Tensors, name: str) -> QuantizedTensor:
-    return quantize(tensors[name], name)
+def rounded(tensors: Tensors, name: str, format_: Format) -> QuantizedTensor:
+    return format_.quantize(tensors[name], name)
 
 
 def write_quant_file(folder: Path, dialect: Dialect, ignore: tuple[str, ...]) -> None:

@@ -29,9 +29,9 @@ from mtk.convert.publish_model import source_tokenizer, token_ids
 from mtk.convert.reference_models import NativeModel, PlainModel
 from mtk.convert.source import Source
 from mtk.errors import ConversionError, GateError
-from mtk.quantization import int8
-from mtk.quantization.dialects import Dialect
+from mtk.quantization.dialect import Dialect
 from mtk.quantization.directory import dequantized, quantized, write_quant_file
+from mtk.quantization.formats import Format
 
 # What travels with a Hugging Face directory besides weights and config.json.
 COMPANIONS = (
@@ -96,11 +96,11 @@ def read_original(source: Source, dtype: torch.dtype | None) -> Original:
 
 
 def write_quantized(
-    original: Original, folder: Path, dialect: Dialect, max_shard_size: int
+    original: Original, folder: Path, dialect: Dialect, format_: Format, max_shard_size: int
 ) -> None:
     """Weights, both configurations and the tokenizer of one dialect."""
     folder.mkdir(parents=True, exist_ok=True)
-    view = quantized(original.tensors, original.family.linears, dialect)
+    view = quantized(original.tensors, original.family.linears, dialect, format_)
     dtype = write_weights(folder, view, max_shard_size)
     ignore = ("lm_head", "model.embed_tokens")
     kept = {k: v for k, v in original.foreign_config.items() if k not in ("torch_dtype", "dtype")}
@@ -129,8 +129,8 @@ def open_written(folder: Path) -> OpenedModel:
     return open_source(Source("quantized", folder, None))
 
 
-def check_rounding(original: Original, folder: Path) -> float:
-    """Every written weight is its original, rounded by at most half a level of its row.
+def check_rounding(original: Original, folder: Path, format_: Format) -> float:
+    """Every written weight is its original, rounded by at most half a level.
 
     What is not quantised must be unchanged. A perplexity cannot tell a wrong scale on a
     model that is bad already; this can. Returns the largest relative Frobenius error.
@@ -143,22 +143,27 @@ def check_rounding(original: Original, folder: Path) -> float:
         error = (after - before).abs()
         allowed = torch.zeros(())
         if name.removesuffix(".weight").endswith(original.family.linears) and before.ndim == 2:
-            allowed = before.abs().amax(dim=1, keepdim=True) * (0.5001 / int8.LARGEST) + 1e-30
+            allowed = format_.bound(before)
             worst = max(worst, (error.norm() / before.norm().clamp(min=1e-30)).item())
         if not bool((error <= allowed).all()):
             raise GateError(
-                f"{name} in the written files is not its original rounded to INT8: off by "
+                f"{name} in the written files is not its original rounded to "
+                f"{format_.kind.upper()}: off by "
                 f"{error.max():.3g}. Nothing was published."
             )
     return worst
 
 
-def certify(opened: OpenedModel) -> Parity:
+def certify(opened: OpenedModel, format_: Format) -> Parity:
     """The opened model equals a plain forward over the written files. Raises GateError."""
     reference = PlainModel(read_hf_config(opened.folder), dequantized(opened.folder))
     prompts = fixed_prompts(opened.config.vocab_size or 1, opened.config.positions)
     parity = compare(
-        NativeModel(opened.model), reference, prompts, tolerance=TOLERANCE, stored_dtype="int8"
+        NativeModel(opened.model),
+        reference,
+        prompts,
+        tolerance=TOLERANCE,
+        stored_dtype=format_.kind,
     )
     require_parity(parity)
     return parity

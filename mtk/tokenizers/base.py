@@ -74,6 +74,17 @@ class Tokenizer(ABC):
         """Ids of ``text`` and nothing else, whatever an option puts around it."""
         return self.encode(text)
 
+    def encode_framed(self, text: str) -> list[int]:
+        """Ids of ``text`` with what the tokenizer's template puts around it, as transformers
+        gives it to an encoder (T5: EOS behind it); as :meth:`encode` without a template."""
+        return self.encode(text)
+
+    @property
+    def decoder_start(self) -> int | None:
+        """What the decoder of a T5 begins with: BOS, without one the padding id (Raffel et al.
+        2020); None without either."""
+        return self.pad if self.bos is None else self.bos
+
     @property
     def bos_first(self) -> bool:
         """Whether texts begin with BOS, by an option here or in transformers, which applies

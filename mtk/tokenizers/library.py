@@ -49,6 +49,9 @@ class LibraryTokenizer(Tokenizer):
     def encode_alone(self, text: str) -> list[int]:
         return self._encoded([text], False)[0]
 
+    def encode_framed(self, text: str) -> list[int]:
+        return self._encoded([text], True)[0]
+
     @property
     def bos_first(self) -> bool:
         around = self._encoded([""], True)[0]

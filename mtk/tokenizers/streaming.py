@@ -17,13 +17,15 @@ class StreamingDecoder:
     With a tokenizer whose tokens are exact bytes, an incremental UTF-8 decoder holds back
     unfinished characters (invalid bytes become U+FFFD, as in decoding at once). For other
     tokenizers the growing end is decoded again and only what no longer changes is emitted.
-    Special tokens are left out.
+    Special tokens are left out; with ``specials`` (only where tokens are no exact bytes) they
+    show as their names, with the space around them that the tokenizer puts there.
 
     The pieces plus :meth:`finish` add up to the decoding of all other ids at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, specials: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._specials = specials
         self._exact = tokenizer.exact_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []
@@ -35,7 +37,7 @@ class StreamingDecoder:
         data = self._tokenizer.token_bytes(token_id)
         if self._exact:
             return self._utf8.decode(data or b"")
-        if data == b"":
+        if data == b"" and not self._specials:
             return ""
         self._ids.append(token_id)
         return self._emit(final=False)

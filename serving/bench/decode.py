@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch
 
 from mtk.benchmarks.record import write_json
 from mtk.config.bench_decode import DecodeBenchConfig
+from mtk.config.serve import CacheConfig
 from mtk.convert.open_model import OpenedModel, open_model
 from mtk.convert.source import find_source
 from mtk.errors import ConfigError, MtkError, Problem
 from mtk.log import Reporter
 from mtk.models.gpt import GPT
+from mtk.quantization.linear import quantize_in_place
 from serving.bench.decode_costs import copy_rate, weight_bytes
 from serving.bench.decode_rows import Report, Timed, content, row_of
 from serving.bench.transformers_speed import Generate, missing
-from serving.decode_speed import measure_decode
+from serving.decode_speed import measure_decode, prompts_of
+from serving.encoder_prompt import decoder_start, has_encoder
+from serving.paged.layers import can_page
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # From a model's path to a folder that transformers reads, for as long as the block runs.
@@ -44,8 +49,10 @@ def bench_decode(
     """
     device = _device(config)
     dtype = DTYPES[config.dtype]
-    opened = open_model(config.load, dtype=dtype, device=device)
-    opened.require_decoder("load", config.load)
+    opened = open_model(config.load, dtype=dtype, device=device, packed=True)
+    opened.require_generator("load", config.load)
+    if config.weights != "stored":
+        quantize_in_place(opened.model, config.weights)
     _check_lengths(config, opened)
     report = Report(
         config, opened, hardware, device, copy_rate(device), weight_bytes(opened.model, 1), "", []
@@ -58,7 +65,13 @@ def bench_decode(
     try:
         with export(config.load) as folder:
             compiled = {"auto": None, "on": True, "off": False}[config.compile_transformers]
-            beside = Generate(folder, dtype=dtype, device=device.type, compiled=compiled)
+            beside = Generate(
+                folder,
+                dtype=dtype,
+                device=device.type,
+                compiled=compiled,
+                encoder=has_encoder(opened.config),
+            )
     except MtkError as error:
         report.skipped = str(error)
         reporter.info(f"transformers is not measured: {report.skipped}")
@@ -79,7 +92,10 @@ def _device(config: DecodeBenchConfig) -> torch.device:
 
 
 def _check_lengths(config: DecodeBenchConfig, opened: OpenedModel) -> None:
-    longest, model = max(config.prompt_tokens) + config.new_tokens, opened.config
+    model, prompt = opened.config, max(config.prompt_tokens)
+    # Behind an encoder each side has the positions to itself.
+    both = (prompt, config.new_tokens)
+    longest = max(both) if has_encoder(model) else sum(both)
     if model.positions_are_limited and longest > model.positions:
         rule = f"with --new-tokens {config.new_tokens} needs {longest} positions, of which the "
         rule += f"model has {model.positions}"
@@ -91,6 +107,8 @@ def _why_not(config: DecodeBenchConfig) -> str:
     """Why transformers cannot be measured; "" if it can."""
     if not config.transformers:
         return "--no-transformers"
+    if config.weights != "stored":
+        return "its weights would not be those of --weights"
     if find_source(config.load).kind == "quantized":
         return "its dialects of quantized weights are others"
     return missing()
@@ -98,13 +116,19 @@ def _why_not(config: DecodeBenchConfig) -> str:
 
 def _sweep(report: Report, beside: Generate | None, reporter: Reporter) -> None:
     config, model = report.config, report.model.model
+    start = None
+    if has_encoder(model.config) and report.model.has_tokenizer:
+        start = decoder_start(model.config, report.model.tokenizer)
     for prompt_tokens in config.prompt_tokens:
         for batch in config.batch:
-            own, theirs = _take_turns(config, model, beside, batch, prompt_tokens)
+            own, guessed, theirs = _take_turns(config, model, beside, batch, prompt_tokens, start)
             found = []
             if beside is not None:
                 found = [row_of(report, "transformers", batch, prompt_tokens, theirs, beside.how)]
             mine = row_of(report, "mtk", batch, prompt_tokens, own, beside=next(iter(found), None))
+            if guessed:
+                row = row_of(report, "mtk, lookup", batch, prompt_tokens, guessed, beside=mine)
+                found.insert(0, row)
             for row in (mine, *found):
                 report.rows.append(row)
                 reporter.info(f"{row.name}, {batch} x {prompt_tokens}: {row.decode_rate:,.1f}/s")
@@ -117,13 +141,27 @@ def _take_turns(
     beside: Generate | None,
     batch: int,
     prompt_tokens: int,
-) -> tuple[list[Timed], list[Timed]]:
+    start: int | None,
+) -> tuple[list[Timed], list[Timed], list[Timed]]:
+    """Runs without guesses, with guesses, and of transformers."""
     shape, vocab = (batch, prompt_tokens, config.new_tokens), model.config.vocab_size or 0
-    own, theirs = list[Timed](), list[Timed]()
+    prompts = prompts_of(vocab, batch, prompt_tokens, config.seed, config.prompt_period)
+    settings = [CacheConfig(prefix_caching=False, speculation="off")]
+    if config.speculation != "off" and can_page(model):
+        settings.append(replace(settings[0], speculation=config.speculation))
+    own, theirs = [list[Timed](), list[Timed]()], list[Timed]()
     for turn in range(config.repeats + 1):  # the first is for caches, compilers and clocks
-        mine = measure_decode(model, *shape, seed=config.seed)
-        other = [] if beside is None else [beside.measure(vocab, *shape, config.seed)]
-        if turn:
-            own.append(mine)
-            theirs += other
-    return own, theirs
+        for runs, options in zip(own, settings, strict=False):
+            run = measure_decode(
+                model,
+                *shape,
+                options=options,
+                seed=config.seed,
+                period=config.prompt_period,
+                start=start,
+            )
+            runs += [run] if turn else []
+        if beside is not None:
+            other = beside.measure(prompts, config.new_tokens)
+            theirs += [other] if turn else []
+    return own[0], own[1], theirs

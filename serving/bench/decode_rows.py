@@ -20,10 +20,12 @@ COLUMNS = (
     "",
     "batch",
     "prompt",
+    "cache",
     "prefill\ntokens/s",
     "prefill\nMFU",
     "decode\ntokens/s",
     "ms a step",
+    "tokens\na step",
     "bandwidth",
     "ratio",
     "same tokens",
@@ -32,12 +34,16 @@ COLUMNS = (
 
 class Timed(Protocol):
     """One run. prefill_seconds: until all rows have a token; step_seconds: of each step after
-    that; tokens: what came out, row by row."""
+    that, which brought ``step_tokens`` in all rows; tokens: what came out, row by row."""
 
     @property
     def prefill_seconds(self) -> float: ...
     @property
     def step_seconds(self) -> Sequence[float]: ...
+    @property
+    def step_tokens(self) -> float: ...
+    @property
+    def cache(self) -> str: ...
     @property
     def tokens(self) -> Sequence[Sequence[int]]: ...
 
@@ -45,14 +51,17 @@ class Timed(Protocol):
 @dataclass(frozen=True)
 class Row:
     """One measurement. bandwidth: bytes a second of weights, keys and values that its decode steps
-    read. ratio: of mtk's decoding to that of transformers. same: share of tokens that both
-    generated. how: what transformers ran, in words."""
+    read. ratio: of its decoding to what it is measured beside: of mtk to transformers, with guesses
+    to mtk without. same: share of tokens that both generated. step_tokens: of one sequence.
+    cache: what kept the sequences (paged, dense; static of transformers). how: what transformers
+    ran, in words."""
 
     name: str
     batch: int
     prompt_tokens: int
     prefill_seconds: float
     step_seconds: float
+    step_tokens: float
     prefill_rate: float
     decode_rate: float
     prefill_flops: float
@@ -60,6 +69,7 @@ class Row:
     mfu: float | None
     ratio: float | None
     same: float | None
+    cache: str
     how: str
     runs: Sequence[Timed]
 
@@ -92,6 +102,7 @@ def row_of(
     config, model = report.config, report.model.model
     prefill = statistics.median(run.prefill_seconds for run in runs)
     step = statistics.median(statistics.fmean(run.step_seconds) for run in runs)
+    tokens = statistics.median(run.step_tokens for run in runs)
     flops = prefill_flops(report.model.config, batch, prompt_tokens)
     seen = prompt_tokens + config.new_tokens / 2
     moved = weight_bytes(model, batch) + cache_bytes(model, batch, seen)
@@ -103,13 +114,15 @@ def row_of(
         prompt_tokens,
         prefill,
         step,
+        tokens / batch,
         batch * prompt_tokens / prefill,
-        batch / step,
+        tokens / step,
         flops,
         moved / step,
         flops / prefill / peak if peak else None,
-        None if beside is None else batch / step / beside.decode_rate,
+        None if beside is None else tokens / step / beside.decode_rate,
         None if beside is None else same_tokens(runs[-1], beside.runs[-1]),
+        runs[-1].cache,
         how,
         runs,
     )
@@ -172,10 +185,12 @@ def cells(report: Report, row: Row) -> list[str]:
         row.name,
         str(row.batch),
         str(row.prompt_tokens),
+        row.cache,
         f"{row.prefill_rate:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "-",
         f"{row.decode_rate:,.1f}",
         f"{1e3 * row.step_seconds:.2f}",
+        f"{row.step_tokens:.2f}",
         f"{row.bandwidth / report.copy_rate:.1%}",
         f"{row.ratio:.2f}" if row.ratio else "-",
         f"{row.same:.1%}" if row.same is not None else "-",

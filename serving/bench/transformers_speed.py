@@ -32,15 +32,11 @@ class Speed:
     prefill_seconds: float
     step_seconds: Sequence[float]
     tokens: Sequence[Sequence[int]]
+    cache: str = CACHE
 
-
-def prompts_of(vocab: int, batch: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids, those of row i with seed + i: the prompts of ``measure_decode``."""
-    found = []
-    for row in range(batch):
-        chance = torch.Generator().manual_seed(seed + row)
-        found.append(torch.randint(vocab, (length,), generator=chance).tolist())
-    return found
+    @property
+    def step_tokens(self) -> float:
+        return len(self.tokens)
 
 
 def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[int]]) -> Speed:
@@ -50,31 +46,38 @@ def speed_of(started: float, ends: Sequence[float], tokens: Sequence[Sequence[in
 
 
 class Generate:
-    """A model of transformers. compiled: None decides by device (CUDA only).
+    """A model of transformers. compiled: None decides by device (CUDA only). encoder: prompts go
+    through one, as in T5.
 
     how: what the last measurement ran, in words.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype, device: str, compiled: bool | None
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        compiled: bool | None,
+        encoder: bool = False,
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            kind = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
+            model = kind.from_pretrained(folder, dtype=dtype)
         self._model: Any = model.eval().to(device)
+        self._encoder = encoder
         self._device = torch.device(device)
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         self.how = ""
 
     @torch.inference_mode()
-    def measure(
-        self, vocab: int, batch: int, prompt_tokens: int, new_tokens: int, seed: int
-    ) -> Speed:
-        prompts = torch.tensor(prompts_of(vocab, batch, prompt_tokens, seed), device=self._device)
+    def measure(self, prompts_: Sequence[Sequence[int]], new_tokens: int) -> Speed:
+        prompts = torch.tensor(prompts_, device=self._device)
         self._model.generation_config = self._greedy(new_tokens)
         clock = _Clock(self._device)
         clock.wait()
@@ -86,13 +89,17 @@ class Generate:
             )
         ran = getattr(self._model, "_compiled_call", None) is not None
         self.how = f"{CACHE} cache, {'compiled' if ran else 'not compiled'}"
-        return speed_of(started, clock.ends, found[:, prompt_tokens:].tolist())
+        # What a decoder behind an encoder writes begins with its start token.
+        begun = 1 if self._encoder else prompts.shape[1]
+        return speed_of(started, clock.ends, found[:, begun:].tolist())
 
     def _greedy(self, new_tokens: int) -> Any:
         """No end but the length, and nothing that changes logits."""
         from transformers import CompileConfig, GenerationConfig
 
         given: dict[str, Any] = {"disable_compile": True}
+        start = getattr(self._model.config, "decoder_start_token_id", None)
+        own = {} if start is None else {"decoder_start_token_id": start}
         if self._compiled:
             config = CompileConfig()
             # Otherwise it is compiled on accelerators only.
@@ -105,6 +112,7 @@ class Generate:
             pad_token_id=0,
             cache_implementation=CACHE,
             **given,
+            **own,
         )
 
 

@@ -38,7 +38,7 @@ def attend_blocks(
     lengths_B: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """One query a sequence: [B, H, D]. The formula that :mod:`mtk.kernels.paged_attention` is
+    """One query a sequence: [B, H, D]. The formula that :mod:`mtk.kernels.decode_attention` is
     checked against; it copies every block it reads.
 
     lengths: tokens of each sequence, the new one among them.
@@ -93,15 +93,20 @@ class PrefillAttention:
     form: Form
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        first = self.spans[0]
-        if all(span.start == 0 and span.count == first.count for span in self.spans):
-            return self._alike(first.count, q_NHD, k_NGD, v_NGD)
+        if self.alike:
+            return self._alike(self.spans[0].count, q_NHD, k_NGD, v_NGD)
         done, outs = 0, []
         for span in self.spans:
             own = slice(done, done + span.count)
             outs.append(self._one(layer, span, q_NHD[own], k_NGD[own], v_NGD[own]))
             done += span.count
         return torch.cat(outs)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all spans are whole beginnings of one length."""
+        first = self.spans[0]
+        return all(span.start == 0 and span.count == first.count for span in self.spans)
 
     def _alike(self, count: int, *heads_N: Tensor) -> Tensor:
         """Whole beginnings of one length, at once; a single one too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mtk.models.gpt import GPT
@@ -10,9 +10,11 @@ from serving.engine import CacheStats
 from serving.generation import RunningSequence, Vocabulary
 from serving.paged.blocks import BlockPool
 from serving.paged.layers import cache_shape
+from serving.paged.lookup import DraftSettings
 from serving.paged.results import Found, Pending, choose_next
 from serving.paged.runner import Launched, Runner
 from serving.paged.schedule import Row, Scheduler
+from serving.paged.speculation import Speculation
 from serving.paged.storage import Storage
 from serving.requests import Delta, TokenLogprob
 
@@ -23,7 +25,8 @@ Deltas = list[tuple[RunningSequence, Delta]]
 class PagedSettings:
     """rows: sequences at once. context: most tokens of one. blocks: of the cache. tokens: computed
     in one step. remember: share beginnings. ahead: launch a step before the last one's tokens
-    have been looked at. padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
+    have been looked at. drafts: compute guesses with the next token (default: never). window,
+    padded, graphs, kernels: see :class:`serving.paged.runner.Runner`."""
 
     rows: int
     context: int
@@ -31,6 +34,8 @@ class PagedSettings:
     tokens: int = 2048
     remember: bool = True
     ahead: bool = False
+    drafts: DraftSettings | None = None
+    window: int | None = None
     padded: bool = False
     graphs: bool = False
     kernels: bool | None = None
@@ -52,14 +57,22 @@ class PagedBatch:
         shape = cache_shape(model)
         self.pool = BlockPool(settings.blocks, shape.block, remember=settings.remember)
         self.scheduler = Scheduler(
-            self.pool, rows=settings.rows, tokens=max(settings.tokens, settings.rows + 1)
+            self.pool,
+            rows=settings.rows,
+            tokens=max(settings.tokens, settings.rows + 1),
+            window=settings.window,
         )
+        self.speculation: Speculation | None = None
+        if settings.drafts is not None:
+            self.speculation = Speculation(settings.drafts, self.scheduler)
         self.runner = runner(
             model,
             Storage(shape, settings.blocks),
             slots=settings.rows,
             context=settings.context,
+            places=0 if settings.drafts is None else settings.drafts.entries,
             drawable=vocabulary.size,
+            window=settings.window,
             padded=settings.padded,
             graphs=settings.graphs,
             kernels=settings.kernels,
@@ -67,6 +80,8 @@ class PagedBatch:
         )
         self.runner.capture()
         self._vocabulary, self._ahead = vocabulary, settings.ahead
+        # What was decoded has other last bits than what is read.
+        self._share_decoded = settings.window is None
         self._pending: list[Pending] = []
 
     @property
@@ -75,7 +90,7 @@ class PagedBatch:
         return self.scheduler.count
 
     def cache_stats(self) -> CacheStats:
-        pool = self.pool
+        pool, guesses = self.pool, self.speculation
         return CacheStats(
             tokens=self.scheduler.cached_tokens,
             blocks_used=pool.used,
@@ -83,11 +98,15 @@ class PagedBatch:
             prefix_asked=pool.asked,
             prefix_found=pool.found,
             preemptions=self.scheduler.preemptions,
+            drafted=0 if guesses is None else guesses.drafted,
+            accepted=0 if guesses is None else guesses.accepted,
         )
 
     def add(self, sequence: RunningSequence) -> None:
         """Queue a sequence."""
-        self.scheduler.add(sequence)
+        row = self.scheduler.add(sequence)
+        if self.speculation is not None:
+            self.speculation.join(row)
 
     def remove(self, unwanted: Callable[[RunningSequence], bool]) -> None:
         """Free what all ``unwanted`` sequences hold; what is on its way for them is dropped."""
@@ -101,7 +120,7 @@ class PagedBatch:
         """Launch a step, and hand out what the one before it found, or without ``ahead`` it
         itself."""
         deltas: Deltas = []
-        if self.scheduler.blocked:
+        if self.scheduler.blocked or self._promising():
             deltas += self._collect()
         launched = self._launch()
         deltas += self._collect()
@@ -110,25 +129,32 @@ class PagedBatch:
             deltas += self._collect()
         return deltas
 
+    def _promising(self) -> bool:
+        return self.speculation is not None and self.speculation.promising()
+
     def _launch(self) -> list[Pending]:
-        step, launches = self.scheduler.plan(), []
+        launches: list[Pending] = []
+        # Asked again: what was on its way then is known now.
+        guesses = self.speculation if self._promising() else None
+        step = self.scheduler.plan(None if guesses is None else guesses.draft)
         if not step:
             return []
         chunked = [chunk.row for chunk in step.chunks]
         self.runner.place([*step.decode, *chunked])
         if step.decode:
-            launches.append(self._choose(self.runner.decode(step.decode), step.decode))
-        if step.chunks:
-            read = self.runner.read(step.chunks)
+            rows = self.runner.ordered(step.decode)
+            launches.append(self._choose(self.runner.decode(rows), rows))
+        for chunks in self.runner.passes(step.chunks):
+            read = self.runner.read(chunks)
             if read is not None:
-                ended = [chunk.row for chunk in step.chunks if chunk.last]
+                ended = [chunk.row for chunk in chunks if chunk.last]
                 launches.append(self._choose(read, ended))
         return launches
 
     def _choose(self, launched: Launched, rows: Sequence[Row]) -> Pending:
         pending = choose_next(launched, rows, self.runner, self._vocabulary)
         for row in rows:
-            row.asked += 1
+            row.asked += row.width
             row.in_flight += 1
         return pending
 
@@ -138,10 +164,16 @@ class PagedBatch:
         for part in pending:
             for row, found in zip(part.rows, part.read(), strict=True):
                 row.in_flight -= 1
-                # It ended, or was dropped, after the step was launched.
-                if not row.ended:
-                    deltas.append((row.sequence, self._take(row, found)))
+                deltas += [(row.sequence, delta) for delta in self._take_all(row, found)]
         return deltas
+
+    def _take_all(self, row: Row, found: Sequence[Found]) -> Iterator[Delta]:
+        if row.draft and self.speculation is not None:
+            found = self.speculation.accept(row, found)
+        for one in found:
+            # It ended, or was dropped, after the step was launched.
+            if not row.ended:
+                yield self._take(row, one)
 
     def _take(self, row: Row, found: Found) -> Delta:
         sequence = row.sequence
@@ -157,6 +189,6 @@ class PagedBatch:
             row.ids += delta.tokens
         if sequence.error is not None or sequence.finish is not None:
             self.scheduler.end(row, broken=sequence.error is not None)
-        else:
+        elif self._share_decoded:
             row.table.publish(row.ids, min(row.cached, len(row.ids)))
-        return replace(delta, prompt_logprobs=scored)
+        return replace(delta, prompt_logprobs=scored) if scored else delta

@@ -8,7 +8,10 @@ from mtk.config.serve import CacheConfig
 from mtk.errors import ConfigError, Problem
 from mtk.models.gpt import GPT
 from serving.paged.batch import PagedSettings
+from serving.paged.fixed import GPU_WINDOW, HOST_WINDOW
 from serving.paged.layers import cache_shape
+from serving.paged.lookup import DraftSettings
+from serving.paged.step_cost import step_cost
 from serving.paged.storage import CacheShape
 
 # Of a GPU's free memory; the rest is for activations, graphs and other libraries.
@@ -33,8 +36,31 @@ def paged_settings(
         tokens=options.max_batched_tokens,
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
+        drafts=draft_settings(options, shape.device),
+        window=_window(model, gpu) if options.deterministic_mode else None,
         graphs=gpu and options.cuda_graphs,
     )
+
+
+def draft_settings(options: CacheConfig, device: torch.device) -> DraftSettings | None:
+    """What is guessed, if anything; not where steps have fixed shapes."""
+    if options.speculation == "off" or options.deterministic_mode:
+        return None
+    return DraftSettings(
+        most=options.draft_tokens,
+        longest=options.lookup_ngram,
+        shortest=options.lookup_min_ngram,
+        entries=options.speculation_tokens,
+        cost=step_cost(device),
+    )
+
+
+def _window(model: GPT, gpu: bool) -> int:
+    if model.config.num_experts is not None:
+        rule = "an expert multiplies as many tokens as chose it, in whatever company"
+        fix = "Leave --deterministic-mode out for models with experts."
+        raise ConfigError([Problem("cache.deterministic_mode", True, rule, fix)])
+    return GPU_WINDOW if gpu else HOST_WINDOW
 
 
 def cache_blocks(shape: CacheShape, options: CacheConfig, *, rows: int, context: int) -> int:

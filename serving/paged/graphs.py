@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtk.kernels.transfer import send
+
 if TYPE_CHECKING:
     from serving.paged.runner import Launched
 
@@ -26,7 +28,7 @@ WARM_UPS = 2
 @dataclass(frozen=True)
 class _Captured:
     graph: Any
-    inputs_2B: Tensor
+    inputs_3B: Tensor
     found: Launched
 
 
@@ -36,47 +38,48 @@ class Graphs:
 
     def __init__(
         self,
-        step: Callable[[Tensor, int], Launched],
+        step: Callable[[Tensor, int, bool], Launched],
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
         self._step, self._report = step, report
-        self._able = device.type == "cuda"
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._able, self._device = device.type == "cuda", device
+        self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._pool: Any = None
 
     @property
     def count(self) -> int:
         return len(self._captured)
 
-    def __call__(self, inputs_2B: Tensor, width: int) -> Launched:
-        """What the step finds; overwritten by the next one of the same size."""
+    def __call__(self, inputs_3B: Tensor, width: int, guessed: bool) -> Launched:
+        """What the step finds; overwritten by the next one of the same size. ``inputs_3B`` is on
+        the host."""
         if not self._able:
-            return self._step(inputs_2B, width)
-        shape = (inputs_2B.shape[1], width)
+            return self._step(send(inputs_3B, self._device), width, guessed)
+        shape = (inputs_3B.shape[1], width, guessed)
         if shape not in self._captured:
             try:
-                self._captured[shape] = self._capture(inputs_2B, width)
+                self._captured[shape] = self._capture(inputs_3B, width, guessed)
             except RuntimeError as error:
                 self._able = False
                 self._report(f"steps are run without CUDA graphs: {error}")
-                return self._step(inputs_2B, width)
+                return self._step(send(inputs_3B, self._device), width, guessed)
         captured = self._captured[shape]
-        captured.inputs_2B.copy_(inputs_2B, non_blocking=True)
+        captured.inputs_3B.copy_(inputs_3B.pin_memory(), non_blocking=True)
         captured.graph.replay()
         return captured.found
 
-    def _capture(self, inputs_2B: Tensor, width: int) -> _Captured:
-        static_2B = inputs_2B.clone()
-        ahead = torch.cuda.Stream(inputs_2B.device)  # type: ignore[no-untyped-call]
+    def _capture(self, inputs_3B: Tensor, width: int, guessed: bool) -> _Captured:
+        static_3B = send(inputs_3B, self._device)
+        ahead = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ahead):
             for _ in range(WARM_UPS):
-                self._step(static_2B, width)
+                self._step(static_3B, width, guessed)
         torch.cuda.current_stream().wait_stream(ahead)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the server may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = self._step(static_2B, width)
+            found = self._step(static_3B, width, guessed)
         self._pool = graph.pool()
-        return _Captured(graph, static_2B, found)
+        return _Captured(graph, static_3B, found)

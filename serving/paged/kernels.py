@@ -1,147 +1,145 @@
-"""Steps of decoding with the kernels of :mod:`mtk.kernels`. Needs Triton.
+"""What lies between a layer's projections, with the kernels of :mod:`mtk.kernels`. Needs Triton.
 
-They compute what :class:`serving.paged.attention.DecodeAttention` and the layers' own modules do,
-in fewer launches.
+They compute what :class:`serving.paged.attention.DecodeAttention` and
+:class:`serving.paged.attention.PrefillAttention` do around and in attention, in fewer launches.
 
-Shape suffixes: B rows, E hidden size, H query heads, G key/value heads, D channels of a head.
+Shape suffixes: N tokens, B rows, H query heads, G key/value heads, D channels of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from mtk.kernels.decode_attention import decode_attention
+from mtk.kernels.few_rows import Workspace
 from mtk.kernels.gated import silu_product
-from mtk.kernels.gemv import gemv
-from mtk.kernels.paged_attention import Rows, attend_rows, rotate_and_store
-from mtk.models.attention import Attention
-from mtk.models.gpt import GPT, OutputHead
+from mtk.kernels.heads import HeadForm, Rows, turn_and_store
+from mtk.kernels.look import look_at
+from mtk.models.attention import Attention, Form
 from mtk.models.mlp import ACTIVATIONS
-from serving.paged.layers import GatedMLP, Leave, PagedBlock, PagedModel, Part, Tokens
+from serving.paged.attention import PrefillAttention, Span
+from serving.paged.fused import Steps, rms_norm
+from serving.paged.layers import GatedMLP, PagedModel, Tokens
+from serving.paged.row_product import use_kernels
+from serving.paged.spans import attend_spans
 from serving.paged.storage import Storage
 
 
 @dataclass(frozen=True)
 class KernelAttention:
-    """One new token a sequence, whose blocks are read where they are. tables: cosines and sines of
-    all positions, if the model rotates."""
+    """One new token a place, whose blocks are read where they are. tables: cosines and sines of
+    all positions, if the model rotates. guessed: several places may be of one sequence, of which
+    each sees those before it."""
 
     storage: Storage
     rows: Rows
+    workspace: Workspace
     window: int | None
     tables: tuple[Tensor, Tensor] | None
+    guessed: bool
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
-        return attend_rows(q_NHD.contiguous(), keys, values, self.rows, self.window)
+        qkv = torch.cat((q_NHD, k_NGD, v_NGD), dim=1).flatten(1)
+        return self._attend(layer, qkv, HeadForm(), early=False)
 
     def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
-        """All between the projections, if the layer has no norms there: [B, H, D]."""
-        if own.query_norm is not None or own.key_norm is not None:
+        """All between the projections, if the layer's norms there are known: [B, H, D]."""
+        form = head_form(own, self.tables)
+        if form is None:
             return None
+        if self.guessed:
+            keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
+            return self(layer, *turn_and_store(qkv, keys, values, self.rows, form))
+        return self._attend(layer, qkv, form, early=True)
+
+    def _attend(self, layer: int, qkv: Tensor, form: HeadForm, *, early: bool) -> Tensor:
         keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
-        q_BHD = rotate_and_store(
-            qkv,
-            self.tables,
-            keys,
-            values,
-            self.rows,
-            query_scale=1.0 if own.query_scale is None else own.query_scale,
-            interleaved=own.interleaved,
+        return decode_attention(
+            qkv, keys, values, self.rows, self.workspace, form, self.window, early=early
         )
-        return attend_rows(q_BHD, keys, values, self.rows, self.window)
-
-
-class Kernels:
-    """Of a model whose sequences have at most ``context`` tokens; steps of one row then run on
-    kernels as far as they can."""
-
-    def __init__(self, paged: PagedModel, context: int) -> None:
-        self._paged, self._context = paged, context
-        fuse(paged)
-
-    def attention(self, tokens: Tokens, window: int | None) -> KernelAttention:
-        rows = Rows(tokens.slots_N, tokens.positions_N, tokens.table_RW, self._context)
-        return KernelAttention(self._paged.storage, rows, window, self._paged.tables)
-
-
-def fuse(paged: PagedModel) -> int:
-    """Let layers use kernels as far as they can, and :func:`mtk.kernels.gemv.gemv` where a step has
-    one row; how many do the latter."""
-    fused = 0
-    for block in paged.blocks:
-        mlp = block.mlp
-        if isinstance(mlp, GatedMLP) and mlp.activation is ACTIVATIONS["swiglu"]:
-            mlp.join = silu_product
-        parts = _parts(block)
-        if parts is not None:
-            block.enter = partial(_enter, parts, block.enter)
-            block.leave = partial(_leave, parts, block.leave)
-            fused += 1
-    norm = None if paged.model.final_norm is None else _rms_norm(paged.model.final_norm)
-    head = paged.model.head
-    if norm is not None and type(head) is OutputHead and head.product is F.linear:
-        paged.logits = partial(_logits, paged.logits, paged.model, norm)
-    return fused
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """A layer with plain norms and matrices, attention followed by a gated MLP."""
+class KernelPrefill:
+    """Spans of several sequences; heads are made ready by one kernel."""
 
-    qkv: tuple[Tensor, Tensor | None]
-    out: tuple[Tensor, Tensor | None]
-    gate_up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
-    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    storage: Storage
+    rows: Rows
+    spans: Sequence[Span]
+    form: Form
+    tables: tuple[Tensor, Tensor] | None
 
+    @property
+    def _plain(self) -> PrefillAttention:
+        return PrefillAttention(self.storage, self.spans, self.form)
 
-def _parts(block: PagedBlock) -> _Parts | None:
-    attention, mlp = block.attention, block.mlp
-    if attention is None or attention.stacked is None or block.parallel:
-        return None
-    if not isinstance(mlp, GatedMLP) or mlp.activation is not ACTIVATIONS["swiglu"]:
-        return None
-    linears = (attention.own.output, mlp.down)
-    norms = [_rms_norm(block.norm(name)) for name in ("attention_norm", "mlp_norm")]
-    if norms[0] is None or norms[1] is None or any(type(x) is not nn.Linear for x in linears):
-        return None
-    out, down = ((linear.weight, linear.bias) for linear in linears)
-    stacked = ((part.weight, part.bias) for part in (attention.stacked, mlp.stacked))
-    qkv, gate_up = stacked
-    return _Parts(qkv, out, gate_up, down, (norms[0], norms[1]))
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        plain = self._plain
+        if plain.alike or not flash_able(q_NHD):
+            return plain(layer, q_NHD, k_NGD, v_NGD)
+        keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
+        return attend_spans(q_NHD, k_NGD, v_NGD, keys, values, self.spans, self.form)
 
-
-def _rms_norm(norm: nn.Module) -> tuple[Tensor, float] | None:
-    if type(norm) is not nn.RMSNorm or norm.eps is None:
-        return None
-    return norm.weight, norm.eps
+    def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
+        form = head_form(own, self.tables)
+        if form is None:
+            return None
+        keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
+        return self(layer, *turn_and_store(qkv, keys, values, self.rows, form))
 
 
-def _single(x: Tensor) -> bool:
-    return x.shape[0] == 1 and x.is_contiguous()
+def head_form(own: Attention, tables: tuple[Tensor, Tensor] | None) -> HeadForm | None:
+    """What ``own`` does to heads; None if kernels do not know its norms."""
+    norms = None
+    if own.query_norm is not None and own.key_norm is not None:
+        query, key = rms_norm(own.query_norm), rms_norm(own.key_norm)
+        if query is None or key is None or query[1] != key[1]:
+            return None
+        norms = (query[0], key[0], query[1])
+    scale = 1.0 if own.query_scale is None else own.query_scale
+    return HeadForm(tables, norms, own.interleaved, scale)
 
 
-def _enter(parts: _Parts, usual: Part, x_NE: Tensor) -> Tensor:
-    if not _single(x_NE):
-        return usual(x_NE)
-    weight, bias = parts.qkv
-    return gemv(x_NE, weight, bias_F=bias, norm=parts.norms[0])
+def flash_able(x: Tensor) -> bool:
+    """Whether torch's flash attention takes heads like ``x``."""
+    size = x.shape[-1]
+    return x.is_cuda and x.dtype != torch.float32 and size % 8 == 0 and size <= 256
 
 
-def _leave(parts: _Parts, usual: Leave, x_NE: Tensor, attended: Tensor | None) -> Tensor:
-    if attended is None or not _single(x_NE):
-        return usual(x_NE, attended)
-    (out, out_bias), (wide, wide_bias), (down, bias) = parts.out, parts.gate_up, parts.down
-    x_NE = gemv(attended, out, bias_F=out_bias, residual_1F=x_NE)
-    inner = gemv(x_NE, wide, bias_F=wide_bias, norm=parts.norms[1], gated=True)
-    return gemv(inner, down, bias_F=bias, residual_1F=x_NE)
+class Kernels:
+    """Of a model whose sequences have at most ``context`` tokens."""
 
+    def __init__(self, paged: PagedModel, context: int) -> None:
+        self._paged, self._context = paged, context
+        device = paged.storage.shape.device
+        self.workspace = Workspace(device)
+        use_kernels(paged)
+        for block in paged.blocks:
+            mlp = block.mlp
+            if isinstance(mlp, GatedMLP) and mlp.activation is ACTIVATIONS["swiglu"]:
+                mlp.join = silu_product
+        self._steps = Steps(paged, self.workspace)
 
-def _logits(usual: Part, model: GPT, norm: tuple[Tensor, float], x_NE: Tensor) -> Tensor:
-    if not _single(x_NE):
-        return usual(x_NE)
-    return gemv(x_NE, model.output_weight, norm=norm)[:, : model.head.vocab_size]
+    def logits(self, tokens: Tokens, window: int | None, *, guessed: bool) -> Tensor:
+        """[B, V] after one new token of each place. guessed: see :class:`KernelAttention`."""
+        rows, tables = self._rows(tokens), self._paged.tables
+        storage, workspace = self._paged.storage, self.workspace
+        attend = KernelAttention(storage, rows, workspace, window, tables, guessed)
+        return self._steps.logits(tokens, attend)
+
+    def prefill(self, tokens: Tokens, spans: Sequence[Span], form: Form) -> KernelPrefill:
+        rows, tables = self._rows(tokens), self._paged.tables
+        return KernelPrefill(self._paged.storage, rows, spans, form, tables)
+
+    def look(
+        self, logits_BV: Tensor, drawable: int, keep: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """See :func:`mtk.kernels.look.look_at`."""
+        return look_at(logits_BV, drawable, self.workspace, keep)
+
+    def _rows(self, tokens: Tokens) -> Rows:
+        return Rows(tokens.slots_N, tokens.positions_N, tokens.table_RW, self._context)

@@ -23,10 +23,11 @@ from mtk.models.gpt import GPT
 from mtk.models.mlp import MLP
 from mtk.models.rotary import rotate
 from serving.paged.attention import Attend
+from serving.paged.columns import in_columns, lay_out, wants_columns
+from serving.paged.quantized import QuantizedStack, can_stack_quantized
 from serving.paged.storage import CacheShape, Storage
 
 Part = Callable[[Tensor], Tensor]
-Leave = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def can_page(model: GPT) -> bool:
@@ -44,7 +45,8 @@ def cache_shape(model: GPT) -> CacheShape:
     # Ranks beyond the number of groups share one.
     groups = max(1, config.query_groups * heads // config.num_attention_heads)
     layers = sum(getattr(block, "attention", None) is not None for block in model.layers.values())
-    return CacheShape(layers, groups, config.head_size, weight.dtype, weight.device)
+    dtype, device = weight.dtype, weight.device
+    return CacheShape(layers, groups, config.head_size, dtype, device, repeats=heads // groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +99,21 @@ class Stacked:
 
 def can_stack(modules: Sequence[nn.Module]) -> bool:
     """Plain linear layers, all with a bias or none (adapters add something of their own)."""
+    if can_stack_quantized(modules):
+        return True
     plain = all(type(module) is nn.Linear for module in modules)
     return plain and len({getattr(module, "bias", None) is None for module in modules}) == 1
 
 
+def stack(linears: Sequence[nn.Linear]) -> Stacked | QuantizedStack:
+    """One product of layers that :func:`can_stack` says can be one."""
+    return QuantizedStack(linears) if can_stack_quantized(linears) else Stacked(linears)
+
+
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
     joined = torch.cat([parameter.detach() for parameter in parameters])
+    if joined.dim() == 2 and wants_columns(joined):
+        joined = in_columns(joined)
     parts = torch.split(joined, [parameter.shape[0] for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
@@ -115,7 +126,7 @@ class PagedAttention:
     def __init__(self, attention: Attention, layer: int) -> None:
         self.own, self.layer = attention, layer
         projections = (attention.query, attention.key, attention.value)
-        self.stacked = Stacked(projections) if can_stack(projections) else None
+        self.stacked = stack(projections) if can_stack(projections) else None
 
     def before(self, x_NE: Tensor) -> Tensor:
         """Queries, keys and values of all heads side by side."""
@@ -158,7 +169,7 @@ class GatedMLP:
         self.activation, self.down = mlp.activation, mlp.down
         # May be replaced by a kernel.
         self.join: Part = self._join
-        self.stacked = Stacked((mlp.gate, mlp.up))
+        self.stacked = stack((mlp.gate, mlp.up))
 
     def inner(self, x: Tensor) -> Tensor:
         """What ``down`` is to be multiplied with."""
@@ -166,7 +177,7 @@ class GatedMLP:
 
     def _join(self, wide: Tensor) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
-        return self.activation(gate) * up
+        return self.activation(gate).mul_(up)
 
 
 def add_product(x_NE: Tensor, inner: Tensor, linear: nn.Module) -> Tensor:
@@ -184,7 +195,7 @@ def paged_mlp(mlp: nn.Module) -> GatedMLP | nn.Module:
 
 class PagedBlock:
     """One of the model's layers: attention, an MLP (or experts) or both. ``enter`` and ``leave``
-    are what lies before and behind attention; they may be replaced by compiled ones."""
+    are what lies before and behind attention."""
 
     def __init__(self, block: nn.Module, layer: int) -> None:
         self._block = block
@@ -193,18 +204,20 @@ class PagedBlock:
         self.attention = None if own is None else PagedAttention(own, layer)
         self.mlp = None if mlp is None else paged_mlp(mlp)
         self.parallel: bool = getattr(block, "parallel", False)
-        self.enter: Part = self._enter
-        self.leave: Leave = self._leave
 
-    def _enter(self, x_NE: Tensor) -> Tensor:
+    def enter(self, x_NE: Tensor) -> Tensor:
         assert self.attention is not None
         return self.attention.before(self.norm("attention_norm")(x_NE))
 
-    def _leave(self, x_NE: Tensor, attended: Tensor | None) -> Tensor:
+    def leave(self, x_NE: Tensor, attended: Tensor | None) -> Tensor:
         """Adds into ``x_NE``, as nobody else has it."""
         normed = self.norm("mlp_norm")(x_NE) if self.parallel else None
         if attended is not None and self.attention is not None:
             x_NE = add_product(x_NE, attended, self.attention.own.output)
+        return self.feed(x_NE, normed)
+
+    def feed(self, x_NE: Tensor, normed: Tensor | None = None) -> Tensor:
+        """Adds what the MLP makes of ``normed`` (default: the norm of ``x_NE``) into ``x_NE``."""
         if self.mlp is None:
             return x_NE
         normed = self.norm("mlp_norm")(x_NE) if normed is None else normed
@@ -227,21 +240,29 @@ class PagedModel:
         for block in model.layers.values():
             self.blocks.append(PagedBlock(block, layer))
             layer += self.blocks[-1].attention is not None
-        self.logits: Part = self._logits
+        # A tied one is read by rows where tokens are looked up.
+        lay_out(model.output)
 
     def states(self, tokens: Tokens, attend: Attend) -> Tensor:
         """States [N, E] after the last layer."""
         assert self.model.embedding is not None
-        x_NE: Tensor = self.model.embedding(tokens.ids_N, tokens.positions_N)
+        return self.through(self.model.embedding(tokens.ids_N, tokens.positions_N), tokens, attend)
+
+    def through(self, x_NE: Tensor, tokens: Tokens, attend: Attend) -> Tensor:
+        """The same from embedded tokens."""
         for block in self.blocks:
-            attended = None
-            if block.attention is not None:
-                qkv = block.enter(x_NE)
-                attended = block.attention.between(qkv, tokens, self.storage, attend)
-            x_NE = block.leave(x_NE, attended)
+            x_NE = self.layer(block, x_NE, tokens, attend)
         return x_NE
 
-    def _logits(self, x_NE: Tensor) -> Tensor:
+    def layer(self, block: PagedBlock, x_NE: Tensor, tokens: Tokens, attend: Attend) -> Tensor:
+        """One layer; ``x_NE`` becomes its result."""
+        attended = None
+        if block.attention is not None:
+            qkv = block.enter(x_NE)
+            attended = block.attention.between(qkv, tokens, self.storage, attend)
+        return block.leave(x_NE, attended)
+
+    def logits(self, x_NE: Tensor) -> Tensor:
         """[N, V] of the token after each of ``x_NE``, states after the last layer."""
         assert self.model.final_norm is not None
         return self.model.logits(self.model.final_norm(x_NE))

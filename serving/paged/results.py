@@ -1,14 +1,16 @@
 """Tokens of a step: chosen on the device, put where the next step finds them, and sent to the host
 in one copy that is looked at later.
 
-Shape suffixes: B rows, V vocabulary, L rows that want log-probabilities, K alternatives.
+Shape suffixes: B places, one for each row and each of its guesses, V vocabulary, L places that
+want log-probabilities, K alternatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +20,10 @@ from serving.paged.choose import draw, index
 from serving.paged.runner import Launched, Runner
 from serving.paged.schedule import Row
 from serving.requests import TokenLogprob
-from serving.sampling import GREEDY
+from serving.sampling import GREEDY, Choice
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Of one row. token: None if its logits were not finite."""
 
     token: int | None
@@ -33,35 +34,39 @@ class Pending:
     """Results on their way to the host."""
 
     def __init__(
-        self, rows: Sequence[Row], tokens_B: Tensor, launched: Launched, scored: _Scored | None
+        self, rows: Sequence[Row], packed_2P: Tensor, scored: _Scored | None = None
     ) -> None:
-        self.rows = rows
-        packed_2B = torch.stack((tokens_B, launched.finite_B.long()))
-        self._host_2B = _to_host(packed_2B)
+        """packed: tokens of all places and whether their logits are finite; more may follow."""
+        self.rows, self._widths = rows, [row.width for row in rows]
+        self._host_2P = _to_host(packed_2P)
         self._scored = scored
         self._event: Any = None
-        if packed_2B.is_cuda:
+        if packed_2P.is_cuda:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def read(self) -> list[Found]:
-        """Waits until they are there."""
+    def read(self) -> list[list[Found]]:
+        """Of each row what its tokens are, one after the other. Waits until they are there."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, finite = self._host_2B.tolist()
-        logprobs = {} if self._scored is None else self._scored.read(tokens)
-        return [
-            Found(token if sound else None, logprobs.get(row, ()))
-            for row, (token, sound) in enumerate(zip(tokens, finite, strict=True))
-        ]
+        tokens, finite = self._host_2P.tolist()
+        if self._scored is None:
+            found = (Found(t if sound else None) for t, sound in zip(tokens, finite, strict=True))
+            return [list(islice(found, width)) for width in self._widths]
+        logprobs = self._scored.read(tokens)
+        found = (
+            Found(token if sound else None, logprobs.get(place, ()))
+            for place, (token, sound) in enumerate(zip(tokens, finite, strict=True))
+        )
+        return [list(islice(found, width)) for width in self._widths]
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Log-probabilities of chosen tokens and the likeliest, of some rows. tops: how many each
+    """Log-probabilities of chosen tokens and the likeliest, of some places. tops: how many each
     of them wants."""
 
-    rows: Sequence[int]
+    places: Sequence[int]
     tops: Sequence[int]
     chosen_L: Tensor
     ids_LK: Tensor
@@ -70,9 +75,9 @@ class _Scored:
     def read(self, tokens: Sequence[int]) -> dict[int, tuple[TokenLogprob, ...]]:
         lists = (self.chosen_L.tolist(), self.ids_LK.tolist(), self.values_LK.tolist())
         found: dict[int, tuple[TokenLogprob, ...]] = {}
-        for row, top, chosen, ids, values in zip(self.rows, self.tops, *lists, strict=True):
+        for place, top, chosen, ids, values in zip(self.places, self.tops, *lists, strict=True):
             likeliest = tuple(zip(ids[:top], values[:top], strict=True))
-            found[row] = (TokenLogprob(tokens[row], chosen, likeliest),)
+            found[place] = (TokenLogprob(tokens[place], chosen, likeliest),)
         return found
 
 
@@ -83,36 +88,60 @@ def _to_host(x: Tensor) -> Tensor:
 def choose_next(
     launched: Launched, rows: Sequence[Row], runner: Runner, vocabulary: Vocabulary
 ) -> Pending:
-    """Choose each row's token, leave it in the row's slot and send it to the host."""
+    """Choose each row's token, leave it in the row's slot and send it to the host; of a row with
+    guesses choose one for each place, and let the host find out which is its last."""
+    if launched.kept and all(row.sequence.plain for row in rows):
+        for row in rows:
+            row.told = True
+        return Pending(rows, launched.found_2P)
     device = launched.logits_BV.device
-    choices = [r.sequence.next_choice() if r.sequence.request.max_tokens else GREEDY for r in rows]
+    # Of each place the row, and how it chooses.
+    places = [row for row in rows for _ in range(row.width)]
+    choices = [choice for row in rows for choice in _choices(row)]
     allowed_BV, tokens_B = launched.logits_BV[:, : vocabulary.size], launched.likeliest_B
-    forbid = [i for i, row in enumerate(rows) if row.sequence.forbids_newline]
+    forbid = [i for i, row in enumerate(places) if row.sequence.forbids_newline]
     if forbid:
         allowed_BV = allowed_BV.clone()
         at = index(forbid, device)[:, None]
         allowed_BV[at, vocabulary.newlines(device)] = float("-inf")
         tokens_B = allowed_BV.argmax(dim=-1)
-    guided = [i for i, row in enumerate(rows) if row.sequence.guided]
+    guided = [i for i, row in enumerate(places) if row.sequence.guided]
     if guided:
         # In fp32: a bias must not be rounded to the precision of the model.
         allowed_BV = allowed_BV.float().clone()
         for i in guided:
-            allowed_BV[i] = rows[i].sequence.guide(allowed_BV[i])
+            allowed_BV[i] = places[i].sequence.guide(allowed_BV[i])
         tokens_B = allowed_BV.argmax(dim=-1)
     drawn = [i for i, choice in enumerate(choices) if not choice.greedy]
     if drawn:
-        at = index(drawn, device)
-        picked = draw(allowed_BV.index_select(0, at), [choices[i] for i in drawn])
-        tokens_B = tokens_B.index_copy(0, at, picked)
-    slots = [row.slot for row in rows if row.slot is not None]
-    runner.tokens_R.index_copy_(0, index(slots, device), tokens_B)
-    scored = _score(launched.logits_BV, tokens_B, rows)
-    return Pending(rows, tokens_B, launched, scored)
+        # Sums over a row may be split up by how many rows there are.
+        for part in [[i] for i in drawn] if runner.fixed else [drawn]:
+            at = index(part, device)
+            picked = draw(allowed_BV.index_select(0, at), [choices[i] for i in part])
+            tokens_B = tokens_B.index_copy(0, at, picked)
+    _keep(tokens_B, places, runner)
+    scored = _score(launched.logits_BV, tokens_B, places)
+    return Pending(rows, torch.stack((tokens_B, launched.finite_B)), scored)
 
 
-def _score(logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[Row]) -> _Scored | None:
-    wanted = [(i, r.sequence.request.sampling.logprobs) for i, r in enumerate(rows)]
+def _choices(row: Row) -> list[Choice]:
+    return row.draw() if row.sequence.request.max_tokens else [GREEDY]
+
+
+def _keep(tokens_B: Tensor, places: Sequence[Row], runner: Runner) -> None:
+    """Leave the tokens of rows that have a single one in their slots."""
+    single = [place for place, row in enumerate(places) if not row.draft]
+    if len(single) < len(places):
+        tokens_B = tokens_B.index_select(0, index(single, tokens_B.device))
+    slots = [row.slot for row in places if not row.draft and row.slot is not None]
+    if slots:
+        runner.tokens_T.index_copy_(0, index(slots, tokens_B.device), tokens_B)
+    for row in places:
+        row.told = not row.draft
+
+
+def _score(logits_BV: Tensor, tokens_B: Tensor, places: Sequence[Row]) -> _Scored | None:
+    wanted = [(i, r.sequence.request.sampling.logprobs) for i, r in enumerate(places)]
     tops = {i: top for i, top in wanted if top is not None}
     if not tops:
         return None

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 from serving.generation import RunningSequence
 from serving.paged.blocks import BlockPool, Table
+from serving.paged.lookup import Lookup
 from serving.requests import TokenLogprob
+from serving.sampling import Choice
 
 
 @dataclass(eq=False)
@@ -25,8 +27,11 @@ class Row:
 
     ids: all that are known. slot: its place on the device while it runs. cached: keys and values
     computed, or on their way. asked: new tokens sampled, or on their way. target: up to where its
-    text is read before the first of them. in_flight: steps not looked at yet. ended: nothing of
-    it is wanted any more.
+    text is read before the first of them. in_flight: steps not looked at yet. begun: how often it
+    got a slot. ended: nothing of it is wanted any more. lookup: makes its guesses, if it may have
+    any. draft: guesses that its step computes behind its own token. drawn: choices made for tokens
+    that are not taken yet. told: whether the device has its last token in its slot; the host has
+    it otherwise.
     """
 
     sequence: RunningSequence
@@ -39,8 +44,28 @@ class Row:
     target: int = 0
     in_flight: int = 0
     placed: int = 0
+    begun: int = 0
     ended: bool = False
     scored: list[TokenLogprob] = field(default_factory=list)
+    lookup: Lookup | None = None
+    draft: tuple[int, ...] = ()
+    drawn: list[Choice] = field(default_factory=list)
+    told: bool = True
+
+    @property
+    def width(self) -> int:
+        """Tokens that a step of decoding computes for it."""
+        return 1 + len(self.draft)
+
+    def draw(self) -> list[Choice]:
+        """How each token of its step is to be chosen. Those of guesses stay: a place whose guess
+        was wrong is chosen again, in the same way."""
+        missing = self.width - len(self.drawn)
+        self.drawn += [self.sequence.next_choice() for _ in range(missing)]
+        choices = self.drawn[: self.width]
+        if not self.draft:
+            del self.drawn[0]
+        return choices
 
     @property
     def reads(self) -> bool:
@@ -70,7 +95,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """Rows that get one token, and chunks of text to be read."""
+    """Rows that get one token, or more if they have guesses, and chunks of text to be read."""
 
     decode: Sequence[Row]
     chunks: Sequence[Chunk]
@@ -80,12 +105,16 @@ class Step:
 
 
 class Scheduler:
-    """rows: sequences that run at once. tokens: computed in one step."""
+    """rows: sequences that run at once. tokens: computed in one step. window: chunks end at its
+    multiples and count as one each, and a sequence begins when there are blocks for all it can
+    become, as reading its tokens once more might round them differently."""
 
-    def __init__(self, pool: BlockPool, *, rows: int, tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, rows: int, tokens: int, window: int | None = None
+    ) -> None:
         if tokens <= rows:
             raise ValueError(f"{tokens} tokens a step leave nothing beside {rows} rows")
-        self.pool, self._tokens = pool, tokens
+        self.pool, self._tokens, self._window = pool, tokens, window
         self.slots = list(range(rows - 1, -1, -1))
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
@@ -105,33 +134,41 @@ class Scheduler:
     @property
     def blocked(self) -> bool:
         """Whether rows may have to lose their blocks while steps of theirs are on their way: those
-        must be looked at first. Then the next step is planned."""
+        must be looked at first, as must guesses. Then the next step is planned."""
         if not any(row.in_flight for row in self.running):
             return False
+        if any(row.draft for row in self.running):
+            return True
         needed = sum(row.table.missing(row.cached + 1) for row in self.running if row.decodes)
         return needed > self.pool.available
 
-    def plan(self) -> Step:
-        """The next step; its blocks are taken. Must not be called while :attr:`blocked`."""
+    def plan(self, guess: Callable[[Sequence[Row], int], None] | None = None) -> Step:
+        """The next step; its blocks are taken. Must not be called while :attr:`blocked`. guess:
+        gives rows that decode their drafts, of so many tokens together at most."""
         decode = []
         for row in list(self.running):
             # An older one may have taken its blocks just now.
             if row.slot is not None and row.decodes and self._make_room(row):
                 decode.append(row)
+        if guess is not None:
+            # A token is left for those who read.
+            guess(decode, self._tokens - len(decode) - 1)
         chunks: list[Chunk] = []
-        budget = self._tokens - len(decode)
+        budget = self._tokens - sum(row.width for row in decode)
         reading = deque(row for row in self.running if row.reads)
         while budget > 0:
             reader = reading.popleft() if reading else self._next()
             if reader is None:
                 break
             chunks.append(self._read(reader, budget))
-            budget -= chunks[-1].count
+            budget -= self._window or chunks[-1].count
         for row in decode:
-            row.cached += 1
+            row.cached += row.width
         return Step(decode, chunks)
 
     def _read(self, row: Row, most: int) -> Chunk:
+        if self._window is not None:
+            most = self._window - row.cached % self._window
         chunk = Chunk(row, row.cached, min(row.target - row.cached, most))
         row.cached += chunk.count
         # Who begins alike finds them in this very step: keys are stored before any is read.
@@ -167,16 +204,19 @@ class Scheduler:
         scores = row.sequence.score_top is not None and not row.sequence.tokens
         found = 0 if scores else table.find(ids)
         # One that just lost its blocks must not take those that others need next.
-        spare = len(self.running)
-        if table.missing(len(ids)) + spare > self.pool.available:
+        length, spare = len(ids), len(self.running)
+        if self._window is not None:
+            length, spare = length + row.sequence.request.max_tokens, 0
+        if table.missing(length) + spare > self.pool.available:
             table.release()
             return False
-        table.extend(len(ids))
+        table.extend(length)
         if not scores:
             self.pool.asked += len(ids)
             self.pool.found += found
         row.slot, row.cached, row.target = self.slots.pop(), found, len(ids)
         row.asked, row.placed, row.scored = len(row.sequence.tokens), 0, []
+        row.begun += 1
         self.running.append(row)
         self.running.sort(key=lambda other: other.age)
         return True

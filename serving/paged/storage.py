@@ -18,7 +18,8 @@ FIRST_BLOCKS = 64
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of what is kept for a token: layers x groups x head x 2 numbers of ``dtype``."""
+    """Of what is kept for a token: layers x groups x head x 2 numbers of ``dtype``. repeats: query
+    heads that share those of a group."""
 
     layers: int
     groups: int
@@ -26,6 +27,7 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     block: int = BLOCK_SIZE
+    repeats: int = 1
 
     @property
     def token_bytes(self) -> int:

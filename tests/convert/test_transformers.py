@@ -225,8 +225,12 @@ def test_perplexity_is_the_loss_transformers_computes(tmp_path: Path) -> None:
     assert evaluate(config, quiet()).metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_compressed_tensors_load_in_transformers(tmp_path: Path, complaints: list[str]) -> None:
-    """A third party decodes the packed weights to the same model, bit for bit in fp32."""
+@pytest.mark.parametrize("format_", ["int8_wo", "fp8", "int4_wo"])
+def test_compressed_tensors_load_in_transformers(
+    format_: str, tmp_path: Path, complaints: list[str]
+) -> None:
+    """A third party decodes the packed weights to the same model, bit for bit in fp32; in FP8 it
+    rounds activations besides."""
     pytest.importorskip("compressed_tensors")
     native = save_native(tmp_path / "native", llama(hidden_size=32, ffn_hidden_size=64))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -234,9 +238,11 @@ def test_compressed_tensors_load_in_transformers(tmp_path: Path, complaints: lis
         QuantizeConfig,
         load=str(native),
         save=str(tmp_path / "q"),
+        format=format_,
+        group_size=32,
         dialect="compressed-tensors",
         valid_data=str(tmp_path / "text.txt"),
-        max_perplexity_increase=50.0,
+        max_perplexity_increase=1e6,
     )
     path = quantize(config, quiet()).path
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -244,7 +250,10 @@ def test_compressed_tensors_load_in_transformers(tmp_path: Path, complaints: lis
     with torch.no_grad():
         found = model(x_BS).logits
     expected = open_model(path).model(x_BS)
-    assert (found - expected).abs().max() < 1e-3
     full = open_model(native).model(x_BS)
-    assert (found - full).norm() > 10 * (found - expected).norm()
+    if format_ == "fp8":
+        assert 0 < (found - expected).norm() / expected.norm() < 0.2
+    else:
+        assert (found - expected).abs().max() < 1e-3
+        assert (found - full).norm() > 10 * (found - expected).norm()
     assert complaints == []

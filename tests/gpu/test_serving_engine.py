@@ -16,28 +16,57 @@ from serving.requests import GenerationRequest
 from serving.sampling import SamplingParams
 from serving.torch_engine import TorchEngine
 from tests.kernels import decode_cases
-from tests.kernels.decode_cases import BF16, CASES, PRODUCTS, TURNS, Heads, Product, Turn
+from tests.kernels.decode_cases import (
+    BF16,
+    CASES,
+    CUTS,
+    PLAIN,
+    PRODUCTS,
+    TURNS,
+    Heads,
+    Product,
+    Turn,
+)
 from tests.models.sizes import llama_config, small_model
 from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
 from tests.serving.paged.running import ask, drain, generate_paged, make_batch, sequences
 from tests.serving.paged.test_batch import KINDS, PROMPTS
+from tests.serving.paged.test_speculation import DRAFTS, of_few_words, run, same
 
 CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("turn", [PLAIN, Turn(16, normed=True)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(case: Heads, dtype: torch.dtype) -> None:
-    decode_cases.check_attention(replace(case, dtype=dtype), CUDA)
+def test_attention(case: Heads, turn: Turn, dtype: torch.dtype) -> None:
+    decode_cases.check_attention(replace(case, dtype=dtype), turn, CUDA)
 
 
-def test_nan_stays_where_it_is() -> None:
-    decode_cases.check_nan_stays(CUDA)
+@pytest.mark.parametrize("groups", [4, 2])
+def test_nan_stays_where_it_is(groups: int) -> None:
+    decode_cases.check_nan_stays(groups, CUDA)
 
 
+@pytest.mark.parametrize("queries", [6, 20])
 @pytest.mark.parametrize("turn", TURNS, ids=str)
-def test_rotation(turn: Turn) -> None:
-    decode_cases.check_rotation(turn, CUDA)
+def test_heads(turn: Turn, queries: int) -> None:
+    decode_cases.check_heads(turn, queries, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_look(dtype: torch.dtype) -> None:
+    decode_cases.check_look(CUDA, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_few_rows(
+    case: Product, rows: int, cut: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    decode_cases.check_few_rows(replace(case, dtype=dtype), rows, cut, CUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -74,6 +103,22 @@ def test_greedy_tokens_equal_the_cpu(kind: str, kernels: bool, graphs: bool) -> 
         assert [sequence.tokens for sequence in made] == expected
         if graphs and kind in GRAPHED:
             assert batch.runner.graphs is not None and batch.runner.graphs.count and not said
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_guesses_change_no_token(rows: int, kernels: bool, graphs: bool) -> None:
+    """Several places of a sequence in one step, on graphs of more places than there are rows."""
+    model = of_few_words(tiny_model().to(CUDA))
+    values = {"rows": rows, "blocks": 40, "ahead": True, "graphs": graphs, "kernels": kernels}
+    asked = [ask(*PROMPTS, max_tokens=40)]
+    asked += [ask(*PROMPTS, max_tokens=40, sampling=SamplingParams(temperature=0.3, seed=2))]
+    plain, _, _ = run(model, *asked, **values)
+    found, batch, _ = run(model, *asked, **values, drafts=DRAFTS)
+    same(found, plain)
+    stats = batch.cache_stats()
+    assert stats.drafted > stats.accepted > 20
 
 
 def test_seeds_give_the_cpus_tokens() -> None:

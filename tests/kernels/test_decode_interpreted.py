@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from mtk.kernels import has_triton
 from tests.kernels import decode_cases
-from tests.kernels.decode_cases import CASES, PRODUCTS, TURNS, Heads, Product, Turn
+from tests.kernels.decode_cases import CASES, CUTS, PLAIN, PRODUCTS, TURNS, Heads, Product, Turn
 from tests.serving.models import greedy_without_cache, tiny_model
 from tests.serving.paged.running import ask, generate_paged
 from tests.serving.paged.test_batch import KINDS
@@ -37,18 +38,34 @@ def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
+@pytest.mark.parametrize("turn", [PLAIN, Turn(16, normed=True)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(case: Heads) -> None:
-    decode_cases.check_attention(case, CPU)
+def test_attention(case: Heads, turn: Turn) -> None:
+    decode_cases.check_attention(case, turn, CPU)
 
 
-def test_nan_stays_where_it_is() -> None:
-    decode_cases.check_nan_stays(CPU)
+@pytest.mark.parametrize("groups", [4, 2])
+def test_nan_stays_where_it_is(groups: int) -> None:
+    decode_cases.check_nan_stays(groups, CPU)
 
 
+@pytest.mark.parametrize("queries", [6, 20])
 @pytest.mark.parametrize("turn", TURNS, ids=str)
-def test_rotation(turn: Turn) -> None:
-    decode_cases.check_rotation(turn, CPU)
+def test_heads(turn: Turn, queries: int) -> None:
+    decode_cases.check_heads(turn, queries, CPU)
+
+
+def test_look() -> None:
+    decode_cases.check_look(CPU, torch.float32)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("rows", [2, 17])
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_few_rows(case: Product, rows: int, cut: tuple[int, ...] | None) -> None:
+    # The interpreter does not multiply tiles in bf16.
+    dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+    decode_cases.check_few_rows(replace(case, dtype=dtype), rows, cut, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,13 +17,16 @@ from mtk.artifacts import Artifact, verify_lineage
 from mtk.checkpoint.save import CheckpointContent
 from mtk.config import make
 from mtk.config.quantize import QuantizeConfig
+from mtk.convert.lazy import Tensors
 from mtk.convert.open_model import open_model
 from mtk.data.indexed_dataset import IndexedDatasetWriter
 from mtk.errors import ConfigError, ConversionError, DataError, GateError, MtkError
 from mtk.models.gpt import GPT
 from mtk.quantization import directory, int8
-from mtk.quantization.dialects import DIALECTS
-from mtk.quantization.int8 import QuantizedTensor, quantize
+from mtk.quantization.dialects import NAMES
+from mtk.quantization.formats import Format
+from mtk.quantization.int8 import quantize
+from mtk.quantization.tensor import QuantizedTensor
 from serving.app import create_app
 from serving.open_served import open_served
 from serving.settings import ServerSettings
@@ -99,7 +102,7 @@ def test_modelopt_files(home: Path, tmp_path: Path) -> None:
             q = quantize(tensor, name)
             assert stored[name].dtype == torch.int8
             assert torch.equal(stored[name], q.values_OI)
-            assert torch.equal(stored[f"{name}_scale"], q.scale_O)
+            assert torch.equal(stored[f"{name}_scale"], q.scale_OG[:, 0])
         else:
             assert torch.equal(stored[name], tensor)
     assert stored["model.embed_tokens.weight"].dtype == torch.float32
@@ -118,7 +121,7 @@ def test_modelopt_files(home: Path, tmp_path: Path) -> None:
 def test_both_dialects_are_one_model(source: str, home: Path, tmp_path: Path) -> None:
     artifact = quantized(home, tmp_path / "q", dialect="both", load=str(home / source))
     x_BS = torch.arange(40).view(2, 20)
-    logits = [open_model(artifact.path / name).model(x_BS) for name in DIALECTS]
+    logits = [open_model(artifact.path / name).model(x_BS) for name in NAMES]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(open_model(artifact.path).model(x_BS), logits[0])
     full = open_model(home / "native").model(x_BS)
@@ -129,7 +132,7 @@ def test_both_dialects_are_one_model(source: str, home: Path, tmp_path: Path) ->
     assert opened.tokenizer.fingerprint == small_tokenizer().fingerprint
 
 
-@pytest.mark.parametrize("part", ["", *DIALECTS])
+@pytest.mark.parametrize("part", ["", *NAMES])
 def test_both_dialects_are_served(part: str, home: Path, tmp_path: Path) -> None:
     """Over HTTP: the folder of both and each dialect answer alike, with the gate's lineage."""
     artifact = quantized(home, tmp_path / "q", dialect="both")
@@ -186,14 +189,18 @@ def test_tokens_of_a_dataset(home: Path, tmp_path: Path) -> None:
 
 
 def spoil(q: QuantizedTensor) -> QuantizedTensor:
-    return QuantizedTensor(q.values_OI, q.scale_O.roll(1))
+    return QuantizedTensor(q.kind, q.values_OI, q.scale_OG.roll(1, 0))
 
 
 def test_wrong_scales_are_refused_and_nothing_published(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault: every row gets its neighbour's scale. Perplexity alone might not see it."""
-    monkeypatch.setattr(directory, "int8_of", lambda t, name: spoil(quantize(t[name], name)))
+
+    def wrong(tensors: Tensors, name: str, format_: Format) -> QuantizedTensor:
+        return spoil(format_.quantize(tensors[name], name))
+
+    monkeypatch.setattr(directory, "rounded", wrong)
     with pytest.raises(GateError, match=r"proj\.weight .* is not its original rounded") as caught:
         quantized(home, tmp_path / "q")
     assert caught.value.exit_code == 5
@@ -279,7 +286,7 @@ def test_other_algorithms_are_named(home: Path, tmp_path: Path) -> None:
 def test_other_packings_are_named(home: Path, tmp_path: Path) -> None:
     folder = edited(home, tmp_path, "compressed-tensors")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match="num_bits"):
         open_model(folder)

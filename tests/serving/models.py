@@ -47,6 +47,30 @@ class ByteTokenizer(Tokenizer):
         return bytes([token_id]) if token_id < 256 else b""
 
 
+class PairTokenizer(ByteTokenizer):
+    """Bytes with what T5 has besides: EOS behind a text for an encoder, a padding id that the
+    decoder begins with, sentinels."""
+
+    kind = "PairBytes"
+    eos, pad = EOD, 257
+    extra_ids = (258, 259)
+    vocab_size = 260
+    NAMES = ("</s>", "<pad>", "<extra_id_0>", "<extra_id_1>")
+
+    def encode_framed(self, text: str) -> list[int]:
+        return [*self.encode(text), self.eos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        out, run = [], bytearray()
+        for token in ids:
+            if token < 256:
+                run.append(token)
+            else:
+                out += [run.decode("utf-8", errors="replace"), self.NAMES[token - 256]]
+                run = bytearray()
+        return "".join([*out, run.decode("utf-8", errors="replace")])
+
+
 def tiny_config(**changes: object) -> ModelConfig:
     values: dict[str, object] = {
         "num_layers": 2,
@@ -78,6 +102,25 @@ LLAMA_LIKE = {
     "untie_embeddings_and_output_weights": True,
 }
 
+# As published in 1.0 and 1.1, and as Megatron has it.
+_T5 = {"family": "t5", "vocab_size": 260, "decoder_seq_length": 40, "decoder_start_token_id": 257}
+_PUBLISHED = {
+    **_T5,
+    "position_embedding_type": "relative",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "softmax_scale": 1.0,
+}
+T5_10 = {**_PUBLISHED, "activation": "relu", "scale_tied_output": True}
+T5_11 = {
+    **_PUBLISHED,
+    "activation": "geglu-tanh",
+    "untie_embeddings_and_output_weights": True,
+}
+T5_MEGATRON = {**_T5, "num_query_groups": 2}
+
 _MAMBA = {
     "position_embedding_type": "none",
     "normalization": "RMSNorm",
@@ -98,3 +141,13 @@ def greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list[
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@torch.inference_mode()
+def greedy_pair(model: GPT, prompt: Sequence[int], count: int, start: int = 257) -> list[int]:
+    """As :func:`greedy_without_cache`, of a T5: encoder and decoder again for every token."""
+    ids = [start]
+    for _ in range(count):
+        logits = model(torch.tensor([list(prompt)]), torch.tensor([ids]))
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch
 from mtk.models.gpt import GPT
 from mtk.tokenizers.null import NullTokenizer
 from serving import beam
-from serving.generation import Decoder, Vocabulary
+from serving.encoder_prompt import unlimited_prompt
+from serving.generation import Vocabulary, decoder_for
 from serving.requests import MAX_PENALTY, BeamParams, GenerationRequest
-from tests.serving.models import tiny_model
+from tests.serving.models import T5_10, T5_11, tiny_model
 
 STOP, VOCAB = 4, 5
 PROMPT = (1, 2, 0)
@@ -34,7 +36,8 @@ def toy(seed: int) -> GPT:
 def search(model: GPT, width: int, length: int, penalty: float) -> list[beam.Hypothesis]:
     params = BeamParams(width=width, length_penalty=penalty, stop_token=STOP)
     request = GenerationRequest(prompts=(PROMPT,), max_tokens=length, beam=params)
-    steps = beam.search(Decoder(model), Vocabulary(Letters(), VOCAB), request)
+    decoder = decoder_for(model, unlimited_prompt(model.config, Letters()))
+    steps = beam.search(decoder, Vocabulary(Letters(), VOCAB), request)
     with torch.inference_mode():
         while True:
             try:
@@ -52,9 +55,13 @@ def test_no_length_takes_a_score_out_of_range(penalty: float) -> None:
 
 @torch.inference_mode()
 def log_probability(model: GPT, tokens: Sequence[int]) -> float:
-    ids = torch.tensor([[*PROMPT, *tokens]])
-    logs_SV = model(ids)[0].log_softmax(dim=-1)
-    start = len(PROMPT) - 1
+    if model.config.family == "t5":
+        ids, start = torch.tensor([[STOP, *tokens]]), 0
+        logits_SV = model(torch.tensor([PROMPT]), ids)[0]
+    else:
+        ids, start = torch.tensor([[*PROMPT, *tokens]]), len(PROMPT) - 1
+        logits_SV = model(ids)[0]
+    logs_SV = logits_SV.log_softmax(dim=-1)
     return sum(float(logs_SV[start + i, token]) for i, token in enumerate(tokens))
 
 
@@ -108,6 +115,18 @@ def test_narrow_beams_follow_the_reference(seed: int, width: int, penalty: float
     model = toy(seed)
     found = search(model, width, 7, penalty)
     expected = naive(model, width, 7, penalty)
+    assert [h.tokens for h in found] == [tokens for _, tokens in expected]
+    assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [T5_10, T5_11], ids=["1.0", "1.1"])
+@pytest.mark.parametrize(("width", "penalty"), [(1, 1.0), (3, 1.5), (4, 0.0), (3, -1.0)])
+def test_beams_of_a_t5_follow_the_reference(
+    kind: dict[str, Any], width: int, penalty: float
+) -> None:
+    changes = {**kind, "vocab_size": VOCAB, "decoder_start_token_id": STOP}
+    model = tiny_model(**changes, init_method_std=0.5)
+    found, expected = search(model, width, 6, penalty), naive(model, width, 6, penalty)
     assert [h.tokens for h in found] == [tokens for _, tokens in expected]
     assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
 

@@ -18,10 +18,12 @@ from mtk.log import Reporter
 from serving.bench.decode import bench_decode
 from serving.bench.decode_costs import cache_bytes, copy_rate, prefill_flops, weight_bytes
 from serving.bench.decode_rows import cells, same_tokens
-from serving.bench.transformers_speed import Speed, prompts_of, speed_of
-from serving.decode_speed import measure_decode
+from serving.bench.transformers_speed import Speed, speed_of
+from serving.decode_speed import measure_decode, prompts_of
 from tests.convert.models import llama, save_native
-from tests.serving.models import LLAMA_LIKE, greedy_without_cache, tiny_model
+from tests.models.sizes import small_config
+from tests.serving.models import LLAMA_LIKE, MAMBA, greedy_without_cache, tiny_model
+from tests.serving.t5_directory import V11, t5_directory
 
 
 def test_it_decodes_what_the_model_says() -> None:
@@ -107,6 +109,15 @@ def test_without_transformers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     assert "not installed" in report.skipped and len(report.rows) == 1
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rounded_weights(weights: str, checkpoint: Path) -> None:
+    """They are small, and nothing stands beside them that would have others."""
+    dense = bench_decode(config(checkpoint), Reporter(quiet=True), refused)
+    report = bench_decode(config(checkpoint, weights=weights), Reporter(quiet=True), refused)
+    assert "--weights" in report.skipped and len(report.rows) == 1
+    assert weight_bytes(report.model.model, 1) < weight_bytes(dense.model.model, 1)
+
+
 def test_positions_are_checked_before_anything_is_measured(checkpoint: Path) -> None:
     limited = config(checkpoint, prompt_tokens=[4, 10**6])
     with pytest.raises(ConfigError, match="positions"):
@@ -153,8 +164,58 @@ def test_beside_transformers(
         )
 
 
+@pytest.mark.slow
+def test_a_t5_beside_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = t5_directory(tmp_path / "t5", V11)
+
+    @contextmanager
+    def itself(load: str) -> Iterator[Path]:
+        yield Path(load)
+
+    report = bench_decode(config(folder), Reporter(quiet=True), itself)
+    assert report.skipped == "" and report.rows[0].same == 1.0
+    assert [(row.name, row.cache) for row in report.rows] == [
+        ("mtk", "dense"),
+        ("transformers", "static"),
+    ]
+    # Without the encoder, and what makes keys and values of its states.
+    assert report.weight_bytes < 0.6 * sum(p.nbytes for p in report.model.model.parameters())
+
+
+def test_mamba_is_measured(tmp_path: Path) -> None:
+    folder = save_native(tmp_path / "mamba", small_config(**{**MAMBA, "vocab_size": 300}))
+    report = bench_decode(config(folder, transformers=False), Reporter(quiet=True), refused)
+    [row] = report.rows
+    assert row.cache == "dense" and row.decode_rate > 0
+    # Two layers of 8 heads: states of 8 x 12 and three inputs of 64 + 2 x 24 channels, fp32.
+    assert cache_bytes(report.model.model, 3, 10) == 3 * 2 * (8 * 8 * 12 + 3 * (64 + 48)) * 4
+
+
 def test_cells_fit_the_columns(checkpoint: Path) -> None:
     from serving.bench.decode_rows import COLUMNS
 
     report = bench_decode(config(checkpoint, transformers=False), Reporter(quiet=True), refused)
     assert len(cells(report, report.rows[0])) == len(COLUMNS)
+
+
+def test_guesses_are_measured_beside_single_tokens(tmp_path: Path) -> None:
+    """The same tokens in no more steps; what a step brings is counted, not assumed."""
+    load = save_native(tmp_path / "long", llama(max_position_embeddings=128))
+    asked = config(load, transformers=False, speculation="lookup", prompt_period=3,
+                   prompt_tokens=[12], new_tokens=100)  # fmt: skip
+    report = bench_decode(asked, Reporter(quiet=True), refused)
+    plain, guessed = report.rows
+    assert [plain.name, guessed.name] == ["mtk", "mtk, lookup"]
+    assert plain.step_tokens == 1 and guessed.step_tokens >= 1 and guessed.same == 1
+    assert guessed.ratio == pytest.approx(guessed.decode_rate / plain.decode_rate)
+    (run,) = guessed.runs
+    seconds = sum(run.step_seconds) / len(run.step_seconds)
+    assert guessed.decode_rate == pytest.approx(run.step_tokens / seconds)
+
+
+def test_prompts_of_a_period() -> None:
+    first, second = prompts_of(50, 2, 11, seed=3, period=4)
+    assert first == (first[:4] * 3)[:11] and first != second
+    assert first[:4] != prompts_of(50, 2, 11, seed=4, period=4)[1][:3]
+    assert prompts_of(50, 1, 11, seed=3, period=40) == prompts_of(50, 1, 11, seed=3)

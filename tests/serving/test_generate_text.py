@@ -41,7 +41,8 @@ def test_text_from_python(tmp_path: Path) -> None:
         ({"length_penalty": 2.0}, "needs num_beams greater than 1"),
         ({"max_new_tokens": 30}, "maximum context length is 24"),
         ({"family": "bert"}, "predicts the next token; .* is a BERT"),
-        ({"family": "t5"}, "predicts the next token; .* is a T5"),
+        ({"family": "t5", "add_BOS": True}, "add_BOS: .* model with an encoder has not"),
+        ({"family": "t5", "max_new_tokens": 30}, "decoder writes at most 24 tokens"),
     ],
 )
 def test_text_that_cannot_be_made(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

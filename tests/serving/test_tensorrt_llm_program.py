@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -82,6 +83,19 @@ def test_without_a_tokenizer(
     with package.installed():
         assert serve("--load", tmp_path) == 4
     assert "no tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_model_with_an_encoder(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in models["hf"].iterdir():
+        if path.name != "artifact.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
+    with package.installed():
+        assert serve("--load", tmp_path) == 4
+    assert "has an encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

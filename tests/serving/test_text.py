@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from mtk.tokenizers import Tokenizer
+from mtk.tokenizers import Tokenizer, load_tokenizer
 from mtk.tokenizers.null import NullTokenizer
 from serving.text import StopStrings, TextStream, pieces
 from tests.serving.models import ByteTokenizer
+from tests.serving.t5_directory import t5_tokenizer
 
 
 def words() -> NullTokenizer:
@@ -79,3 +81,16 @@ def test_stop_strings_equal_a_search_in_the_whole_text(seed: int) -> None:
     # The first stop that is complete decides; a longer one may begin earlier.
     firsts = {text[: text.find(s)] for s in stops if s in text} or {text}
     assert shown in firsts
+
+
+def test_space_around_sentinels_is_the_tokenizers(tmp_path: Path) -> None:
+    """Streamed text is that of all ids at once, special tokens and the space behind them too."""
+    t5_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode_framed("the quick <extra_id_0> fox<extra_id_1> jumps no")
+    assert tokenizer.eos == ids[-1] and set(tokenizer.extra_ids[:2]) <= set(ids)
+    whole = tokenizer.decode(ids)
+    assert "<extra_id_0> fox" in whole
+    assert "".join(pieces(tokenizer, ids)) == whole
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, ids), stream.flush()]) == whole

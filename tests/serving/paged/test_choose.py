@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from serving.paged import choose as paged_choose
 from serving.paged.choose import draw
-from serving.sampling import Choice, choose
+from serving.sampling import Choice, choose, keep_top_p
 
 
 def choices(count: int, seed: int) -> list[Choice]:
@@ -50,3 +51,29 @@ def test_of_nan_comes_a_token_that_exists() -> None:
     logits_BV = torch.full((2, 5), float("nan"))
     found = draw(logits_BV, [Choice(1.0, 0, 1.0, 0.5), Choice(1.0, 2, 0.5, 0.9)])
     assert all(0 <= token < 5 for token in found.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("candidates", [2, 4, 32, 300])
+def test_a_nucleus_of_candidates_is_that_of_the_sorted_vocabulary(
+    candidates: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether candidates are enough or not, with equal logits on both sides of its edge."""
+    monkeypatch.setattr(paged_choose, "CANDIDATES", candidates)
+    full: list[int] = []
+    real = paged_choose._nucleus
+    monkeypatch.setattr(
+        paged_choose, "_nucleus", lambda x, p: full.append(len(x)) or real(x, p)
+    )  # fmt: skip
+    torch.manual_seed(candidates)
+    rows, kept = 0, set()
+    for spread in (0.1, 1.0, 4.0, 30.0):
+        scores_DV = (torch.randn(40, 700) * spread).to(dtype).double()
+        ps = [0.0, 0.05, 0.5, 0.9, 0.999] * 8
+        found_DV = paged_choose._top_p(scores_DV, ps)
+        for found_V, scores_V, p in zip(found_DV, scores_DV, ps, strict=True):
+            assert torch.equal(found_V, keep_top_p(scores_V, p))
+            kept.add(int(found_V.isfinite().sum()))
+        rows += len(ps)
+    assert 0 < sum(full) < rows, "both ways were taken"
+    assert min(kept) == 1 and max(kept) > 500

@@ -1,4 +1,4 @@
-"""What :class:`serving.torch_engine.TorchEngine` has in hand."""
+"""What the torch engine has in hand: requests, searches, questions for its health."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from serving import beam
 from serving.engine import Health, Ticket
-from serving.generation import Decoder
 
 
 @dataclass
@@ -25,8 +24,8 @@ class Job:
 
 
 @dataclass
-class Asked:
-    """A question whether tokens are decoded, and its answer."""
+class Probe:
+    """A question for health, and its answer once ``done``."""
 
     done: threading.Event = field(default_factory=threading.Event)
     health: Health = Health(False, "the engine did not answer")
@@ -38,6 +37,7 @@ class Asked:
 
 @dataclass
 class BeamSearch:
+    """A search that runs, a step at a time."""
+
     job: Job
-    decoder: Decoder
     steps: Generator[None, None, list[beam.Hypothesis]]
