@@ -86,26 +86,32 @@ class _Chunk:
 
 
 class Follower:
-    """Does what it is told, until who leads is gone."""
+    """Does what it is told."""
 
-    def __init__(self, model: GPT, group: Group, folder: Path) -> None:
+    def __init__(self, model: GPT, group: Group) -> None:
         self._model, self._group = model, group
-        self._connection = open_connection(folder, STEPS)
         self._rows: dict[int, _Row] = {}
         self._decoders: dict[int, Decoder] = {}
         self._runner: SharedRunner | None = None
 
-    @torch.inference_mode()
-    def follow(self) -> None:
+    def follow(self, folder: Path) -> None:
+        """Do what is told in ``folder``, until who leads is gone."""
+        connection = open_connection(folder, STEPS)
         while True:
             try:
-                do, values, dropped = pickle.loads(self._connection.recv_bytes())
+                told = connection.recv_bytes()
             except (EOFError, OSError):
                 return
-            for number in dropped:
-                self._decoders.pop(number, None)
-            act: Callable[..., None] = getattr(self, f"_{do}")
-            act(*values)
+            self.obey(told)
+
+    @torch.inference_mode()
+    def obey(self, told: bytes) -> None:
+        """told: what :meth:`serving.lead.Lead.tell` sends."""
+        do, values, dropped = pickle.loads(told)
+        for number in dropped:
+            self._decoders.pop(number, None)
+        act: Callable[..., None] = getattr(self, f"_{do}")
+        act(*values)
 
     @property
     def runner(self) -> SharedRunner:

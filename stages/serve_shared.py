@@ -36,7 +36,7 @@ def run_rank(place: Place, folder: Path, config: ServeConfig) -> None:
     if place.rank:
         with join(place, timeout) as trace:
             opened, ranks = _open(config, place, dtype, trace)
-            Follower(opened.model, ranks.tp, folder).follow()
+            Follower(opened.model, ranks.tp).follow(folder)
         return
     line, lead = connect(folder), Lead(folder, place.world - 1)
     with join(place, timeout) as trace:

@@ -166,6 +166,37 @@ def test_lost_blocks_and_known_beginnings(
     assert eventually(lambda: engine.stats().cached_tokens == 0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama on 4"])
+def test_guesses(open_shared: Open, open_alone: Callable[..., TorchEngine], kind: str) -> None:
+    """Of texts of a period. Rows come and go, and some steps have guesses of some."""
+    engine = open_shared(kind, limits={"max_batch_size": 3})
+    alone = open_alone(kind, cache={"speculation": "off"})
+    scored = SamplingParams(temperature=0, logprobs=2)
+    prompts = [tuple(40 + n + i % 5 for i in range(30)) for n in range(6)]
+    asked = [
+        GenerationRequest(prompts=(prompt,), sampling=scored, max_tokens=45 + 2 * n)
+        for n, prompt in enumerate(prompts)
+    ]
+    tickets = [engine.submit(one) for one in asked]
+    for one, ticket in zip(asked, tickets, strict=True):
+        assert ticket.wait(60)
+        same(ticket.outputs()[0], outputs(alone, one)[0])
+    cache = engine.stats().cache
+    assert cache.drafted > cache.accepted > 20
+
+
+def test_fixed_shapes(open_shared: Open, open_alone: Callable[..., TorchEngine]) -> None:
+    """An answer's bits are the same alone and in company."""
+    engine = open_shared("llama", cache={"deterministic_mode": True})
+    mine = request(sampling=SamplingParams(temperature=0, logprobs=2), max_tokens=40)
+    (alone,) = outputs(engine, mine)
+    others = [request(first, max_tokens=20 + first) for first in range(4, 10)]
+    (first, *_), last = [engine.submit(one) for one in others], engine.submit(mine)
+    assert last.wait(60) and first.wait(60)
+    assert last.outputs() == [alone]
+    same(alone, outputs(open_alone("llama"), mine)[0])
+
+
 def test_a_cancelled_request_leaves_the_others(
     open_shared: Open, open_alone: Callable[..., TorchEngine]
 ) -> None:
@@ -209,6 +240,14 @@ def test_a_rank_that_hangs_is_not_ready_and_then_dead(open_shared: Open) -> None
         ticket.outputs()
     assert eventually(lambda: not any(map(alive, engine.workers.processes)), 15)
     assert eventually(lambda: any("rank 1 never entered" in text for text in said))
+
+
+def test_a_t5_is_refused(server: RankServer, folder: Path) -> None:
+    config = small_config(family="t5", vocab_size=300, decoder_seq_length=16)
+    path = save_native(folder / "t5", config)
+    with pytest.raises(ConfigError, match="is a T5") as caught:
+        open_process(configured(path, 2), server, print)
+    assert [problem.key for problem in caught.value.problems] == ["tensor_model_parallel_size"]
 
 
 def test_what_does_not_divide_is_refused(server: RankServer, folder: Path) -> None:
