@@ -148,10 +148,10 @@ class CacheConfig:
     kv_cache_gib: float | None = option(
         None, help="The same in GiB of memory, 2^30 bytes.", runtime=True
     )
-    max_batched_tokens: int = option(
-        2048,
+    max_batched_tokens: int | None = option(
+        None,
         help="Tokens computed in one step; longer prompts are read in several, between which "
-        "others get their tokens.",
+        "others get their tokens (default: 2048, on a GPU 8192).",
         runtime=True,
     )
     prefix_caching: bool = option(

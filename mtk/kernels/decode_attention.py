@@ -25,9 +25,9 @@ from mtk.kernels.heads import HeadForm, Rows, head_width, turned
 # Below any score; a number, as -inf less -inf is none.
 LEAST = tl.constexpr(-1e30)
 LOG2E = 1.4426950408889634
-# Tokens read at a time.
-TILE = 32
-WARPS = 4
+# Tokens that a program reads at a time, and its warps: where sequences are short, and where long.
+SHORT, LONG = (16, 2), (32, 4)
+SHORT_CONTEXT = 1024
 # What keeps an H200's 132 processors busy: two programs for each.
 PROGRAMS = 264
 MOST_SPLITS = 16
@@ -259,7 +259,9 @@ def decode_attention(
     _, groups, block, size = keys_KGPD.shape
     batch = qkv.shape[0]
     heads = qkv.shape[1] // size - 2 * groups
-    splits, width = _splits(batch * groups, rows.context), head_width(size)
+    tile, warps = SHORT if rows.context <= SHORT_CONTEXT else LONG
+    width = head_width(size)
+    splits = max(1, min(PROGRAMS // (batch * groups), -(-rows.context // tile), MOST_SPLITS))
     out = qkv.new_empty((batch, heads, size))
     parts, log_sums = out, out
     if splits > 1:
@@ -272,18 +274,13 @@ def decode_attention(
         rows.positions_N, rows.table_RW, out, parts, log_sums, workspace.arrived,
         form.query_scale, eps, LOG2E * size**-0.5, window or 0, rows.table_RW.shape[1],
         H=heads, groups=groups, SIZE=size, BLOCK=block,
-        ROWS=_rows(heads // groups), WIDTH=width, TILE=TILE,
+        ROWS=_rows(heads // groups), WIDTH=width, TILE=tile,
         SPLITS=splits, ROTATED=form.rotated,
         INTERLEAVED=form.interleaved, NORMED=form.norms is not None, WINDOWED=window is not None,
-        LANES=min(TILE, max(1, WARPS * 512 // qkv.element_size() // width)), num_warps=WARPS,
+        LANES=min(tile, max(1, warps * 512 // qkv.element_size() // width)), num_warps=warps,
         **launch_options(qkv.device, early=early),
     )  # fmt: skip
     return out
-
-
-def _splits(programs: int, context: int) -> int:
-    """Programs that share a sequence; no more than it can have tiles."""
-    return max(1, min(PROGRAMS // programs, -(-context // TILE), MOST_SPLITS))
 
 
 def _rows(repeats: int) -> int:

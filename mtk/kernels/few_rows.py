@@ -283,9 +283,7 @@ def _launch(
     x_ME = x.weighted_ME if isinstance(x, Normed) else x
     rows, inputs = x_ME.shape
     outputs = weight_FE.shape[0] // (2 if gated else 1)
-    cut = shape or choose_shape(
-        outputs, inputs, gated=gated, item_bytes=x_ME.element_size()
-    )
+    cut = shape or choose_shape(outputs, inputs, gated=gated, item_bytes=x_ME.element_size())
     tiles, share = -(-outputs // cut.outputs), _share(inputs, cut)
     splits = -(-inputs // share)
     m_tile = max(16, triton.next_power_of_2(rows))
@@ -302,7 +300,8 @@ def _launch(
         x.squares_TM if isinstance(x, Normed) else x_ME,
         x_ME if residual_MF is None else residual_MF, out, x_ME if norm is None else norm[0],
         out if after is None else after.weighted_ME,
-        out if after is None else after.squares_TM, parts, workspace.arrived, x.eps if isinstance(x, Normed) else 0.0, rows,
+        out if after is None else after.squares_TM, parts, workspace.arrived,
+        x.eps if isinstance(x, Normed) else 0.0, rows,
         E=inputs, F=outputs, M_TILE=m_tile, F_TILE=cut.outputs, FIRST=cut.first, STEP=cut.step,
         SPLITS=splits, SHARE=share, STAGES=cut.stages,
         SQUARES=x.squares_TM.shape[0] if isinstance(x, Normed) else 1,

@@ -1,11 +1,11 @@
 """What happens to heads between a layer's projection and attention: scaling, norms, rotation, and
 storing keys and values in the cache. Needs Triton.
 
-It must equal :func:`mtk.models.rotary.rotate` and the norms' own modules: numbers are rounded to the
-model's type where those round.
+It must equal :func:`mtk.models.rotary.rotate` and the norms' own modules: numbers are rounded to
+the model's type where those round.
 
-Shape suffixes: N tokens, K blocks, P tokens of a block, G key/value heads, H query heads, D channels
-of a head, R slots, W columns of the table of blocks.
+Shape suffixes: N tokens, K blocks, P tokens of a block, G key/value heads, H query heads, D
+channels of a head, R slots, W columns of the table of blocks.
 """
 
 from __future__ import annotations

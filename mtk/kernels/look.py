@@ -91,8 +91,8 @@ def look_at(
     values = torch.empty(shape, dtype=torch.float32, device=logits_BV.device)
     ids = torch.empty(shape, dtype=torch.int32, device=logits_BV.device)
     _look[(rows, splits)](
-        logits_BV, found_2B[0], found_2B[1], slots_B, kept, values, ids, torch.empty_like(ids), workspace.arrived,
-        logits_BV.stride(0), vocab, drawable, -(-vocab // splits), BLOCK=BLOCK, SPLITS=splits,
-        KEPT=keep is not None, num_warps=4, **launch_options(logits_BV.device),
+        logits_BV, found_2B[0], found_2B[1], slots_B, kept, values, ids, torch.empty_like(ids),
+        workspace.arrived, logits_BV.stride(0), vocab, drawable, -(-vocab // splits), BLOCK=BLOCK,
+        SPLITS=splits, KEPT=keep is not None, num_warps=4, **launch_options(logits_BV.device),
     )  # fmt: skip
     return found_2B

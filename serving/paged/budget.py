@@ -14,6 +14,9 @@ from serving.paged.lookup import DraftSettings
 from serving.paged.step_cost import step_cost
 from serving.paged.storage import CacheShape
 
+# Computed in one step: what keeps a GPU busy for longer than it takes to launch, and a host for
+# about as long.
+GPU_TOKENS, HOST_TOKENS = 8192, 2048
 # Of a GPU's free memory; the rest is for activations, graphs and other libraries.
 FREE_SHARE = 0.85
 # Beyond what all sequences can fill, room for beginnings that are kept for later requests.
@@ -33,7 +36,7 @@ def paged_settings(
         rows=rows,
         context=min(context, blocks * shape.block),
         blocks=blocks,
-        tokens=options.max_batched_tokens,
+        tokens=options.max_batched_tokens or (GPU_TOKENS if gpu else HOST_TOKENS),
         remember=options.prefix_caching,
         ahead=gpu if ahead is None else ahead,
         drafts=draft_settings(options, shape.device),

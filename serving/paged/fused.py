@@ -37,7 +37,8 @@ Norm = tuple[Tensor, float]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer's product. one: of one row. weight: of a few, and bias; None if not plain."""
+    """A layer's product. one: of one row. weight: of a few, None where those are left to the layer
+    itself; and bias."""
 
     one: RowProduct
     weight: Tensor | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from serving.paged.attention import PrefillAttention, Span
 from serving.paged.fused import Steps, rms_norm
 from serving.paged.layers import GatedMLP, PagedModel, Tokens
 from serving.paged.row_product import use_kernels
-from serving.paged.spans import attend_spans
+from serving.paged.spans import FlashSpans
 from serving.paged.storage import Storage
 
 
@@ -63,7 +64,7 @@ class KernelAttention:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelPrefill:
     """Spans of several sequences; heads are made ready by one kernel."""
 
@@ -73,7 +74,11 @@ class KernelPrefill:
     form: Form
     tables: tuple[Tensor, Tensor] | None
 
-    @property
+    @cached_property
+    def _flash(self) -> FlashSpans:
+        return FlashSpans(self.spans, self.form, self.storage.shape.block)
+
+    @cached_property
     def _plain(self) -> PrefillAttention:
         return PrefillAttention(self.storage, self.spans, self.form)
 
@@ -82,7 +87,7 @@ class KernelPrefill:
         if plain.alike or not flash_able(q_NHD):
             return plain(layer, q_NHD, k_NGD, v_NGD)
         keys, values = self.storage.keys_KGPD[layer], self.storage.values_KGPD[layer]
-        return attend_spans(q_NHD, k_NGD, v_NGD, keys, values, self.spans, self.form)
+        return self._flash(q_NHD, k_NGD, v_NGD, keys, values)
 
     def whole(self, layer: int, own: Attention, qkv: Tensor) -> Tensor | None:
         form = head_form(own, self.tables)

@@ -10,6 +10,7 @@ each row and each of its guesses, T tokens on the device, V vocabulary, E hidden
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -331,7 +332,9 @@ def _columns(chunks: Sequence[Chunk]) -> Tensor:
     """int64 [3, N] on the host: ids, slots and positions of the chunks' tokens."""
     spans = [(chunk.start, chunk.start + chunk.count) for chunk in chunks]
     pairs = list(zip(chunks, spans, strict=True))
-    ids = torch.tensor(list(chain.from_iterable(c.row.ids[a:b] for c, (a, b) in pairs)))
+    texts = chain.from_iterable(chunk.row.ids[a:b] for chunk, (a, b) in pairs)
+    # Several times as fast as a tensor of a list.
+    ids = torch.frombuffer(array("q", texts), dtype=torch.int64)
     slots = torch.cat([torch.full((chunk.count,), chunk.row.slot or 0) for chunk in chunks])
     return torch.stack((ids, slots, torch.cat([torch.arange(a, b) for a, b in spans])))
 

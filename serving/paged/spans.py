@@ -8,6 +8,8 @@ key/value heads, D channels of a head, K blocks, P tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -18,36 +20,53 @@ from mtk.models.attention import Form
 from serving.paged.attention import Span
 
 
-def attend_spans(
-    q_NHD: Tensor,
-    k_NGD: Tensor,
-    v_NGD: Tensor,
-    keys_KGPD: Tensor,
-    values_KGPD: Tensor,
-    spans: Sequence[Span],
-    form: Form,
-) -> Tensor:
-    """[N, H, D], 16-bit. Spans lie one after the other in N; what they look at before their own
-    tokens is in the cache already, as are these."""
-    device = q_NHD.device
-    new, seen = [span.count for span in spans], [span.start + span.count for span in spans]
-    if any(span.start for span in spans):
-        k_NGD, v_NGD = (_gathered(store, spans) for store in (keys_KGPD, values_KGPD))
-    ends_new = send(torch.tensor([0, *accumulate(new)], dtype=torch.int32), device)
-    ends_seen = send(torch.tensor([0, *accumulate(seen)], dtype=torch.int32), device)
-    # Queries are the last of their sequence's tokens: the mask is aligned at its end.
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q_NHD, k_NGD, v_NGD, ends_new, ends_seen, max(new), max(seen), 0.0, True, False,
-        window_size_left=None if form.window is None else form.window - 1,
-        window_size_right=None if form.window is None else 0,
-    )[0]  # fmt: skip
-    return out
+@dataclass(frozen=True, eq=False)
+class FlashSpans:
+    """Spans of one pass, laid out once for all layers. block: tokens of a block of the cache."""
 
+    spans: Sequence[Span]
+    form: Form
+    block: int
 
-def _gathered(store_KGPD: Tensor, spans: Sequence[Span]) -> Tensor:
-    """[T, G, D] of all tokens up to each span's end."""
-    parts = []
-    for span in spans:
-        found_GTD = store_KGPD[span.blocks_W].transpose(1, 2).flatten(0, 1)
-        parts.append(found_GTD[: span.start + span.count])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def __call__(
+        self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, keys_KGPD: Tensor, values_KGPD: Tensor
+    ) -> Tensor:
+        """[N, H, D], 16-bit. Spans lie one after the other in N; what they look at before their
+        own tokens is in the cache already, as are these."""
+        new, seen = self._lengths
+        if any(span.start for span in self.spans):
+            k_NGD, v_NGD = (x.transpose(1, 2)[self._places] for x in (keys_KGPD, values_KGPD))
+        window = self.form.window
+        # Queries are the last of their sequence's tokens: the mask is aligned at its end.
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q_NHD, k_NGD, v_NGD, *self._ends, max(new), max(seen), 0.0, True, False,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+        )[0]  # fmt: skip
+        return out
+
+    @property
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        """Of each span its new tokens, and all up to its end."""
+        new = [span.count for span in self.spans]
+        return new, [span.start + span.count for span in self.spans]
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Where the spans end among the new tokens, and among all; int32, from 0."""
+        device = self.spans[0].blocks_W.device
+        new, seen = (
+            send(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
+            for counts in self._lengths
+        )
+        return new, seen
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of all tokens up to each span's end the block, and the place in it."""
+        blocks, places = [], []
+        for span, seen in zip(self.spans, self._lengths[1], strict=True):
+            at = torch.arange(seen, device=span.blocks_W.device)
+            blocks.append(span.blocks_W[at // self.block])
+            places.append(at % self.block)
+        return torch.cat(blocks), torch.cat(places)

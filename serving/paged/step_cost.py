@@ -25,11 +25,11 @@ class StepCost:
         return self.plain(tokens) + self.wait
 
 
-# Of a model of 20 M parameters on one thread of an EPYC (fp32), and after steps of 1 and 32 rows of
-# one of 1.5 B on an H200 (bf16). Fixed numbers, not measured when serving: the same requests are to
+# Of a model of 20 M parameters on one thread of an EPYC (fp32), and of one of 1.5 B on an H200
+# (bf16), 1 to 32 rows. Fixed numbers, not measured when serving: the same requests are to
 # be computed in the same steps.
 HOST = StepCost(several=1.55, each=0.08, wait=0.05)
-GPU = StepCost(several=1.2, each=0.02, wait=0.3)
+GPU = StepCost(several=1.25, each=0.018, wait=0.5)
 
 
 def step_cost(device: torch.device) -> StepCost:

@@ -85,7 +85,9 @@ def test_a_model_without_a_paged_cache_multiplies_too(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_speed_is_measured(kind: Kind) -> None:
-    config = llama_config(vocab_size=257, max_position_embeddings=256, hidden_size=128)
+    # Inputs in whole groups of INT4.
+    sizes = {"hidden_size": 128, "ffn_hidden_size": 384}
+    config = llama_config(vocab_size=257, max_position_embeddings=256, **sizes)
     model = small_model(config).to(CUDA).bfloat16()
     dense = measure_decode(copy.deepcopy(model), 1, 32, 100)
     found = measure_decode(quantize_in_place(model, kind), 1, 32, 100)

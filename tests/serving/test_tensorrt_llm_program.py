@@ -16,7 +16,8 @@ from mtk.config import make
 from mtk.config.serve import ServeConfig
 from mtk.convert.open_model import open_model
 from mtk.convert.source import find_source
-from mtk.quantization.dialects import DIALECTS
+from mtk.quantization.dialects import dialect_of
+from mtk.quantization.formats import format_of
 from mtk.quantization.quantize_model import read_original, write_quantized
 from serving.client import Client
 from serving.client_stream import Answer
@@ -35,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"native": native, "hf": convert(convert_config(native, folder / "hf"), quiet()).path}
     original = read_original(find_source(found["hf"]), None)
     for name in ("modelopt", "compressed-tensors"):
-        write_quantized(original, folder / name, DIALECTS[name], 2**30)
+        write_quantized(original, folder / name, dialect_of(name, "int8"), format_of("int8"), 2**30)
         found[name] = folder / name
     return found
 
