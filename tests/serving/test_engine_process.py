@@ -42,7 +42,8 @@ def server() -> Iterator[RankServer]:
 
 
 @pytest.fixture
-def start(server: RankServer) -> Iterator[Start]:
+def start(server: RankServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    monkeypatch.setattr("serving.engine_process.PING_EVERY", 0.25)
     made: list[EngineProcess] = []
 
     def one(faults: Faults = NO_FAULTS, **options: Any) -> EngineProcess:
@@ -245,7 +246,7 @@ def test_an_error_in_a_step_is_told_with_its_traceback(start: Start) -> None:
 
 def test_a_stopped_process_is_not_ready_and_then_dead(start: Start) -> None:
     said: list[str] = []
-    engine = start(silence=2.0, report=said.append)
+    engine = start(silence=1.5, report=said.append)
     ticket = engine.submit(request(max_tokens=2))
     finished(ticket)
     (pid,) = engine.workers.processes
@@ -254,7 +255,7 @@ def test_a_stopped_process_is_not_ready_and_then_dead(start: Start) -> None:
     health = engine.probe(0.3)
     assert not health.ready and "did not answer" in health.reason
     assert stuck.wait(10)
-    with pytest.raises(NotReadyError, match="has not answered for 2 s"):
+    with pytest.raises(NotReadyError, match=r"has not answered for 1\.5 s"):
         stuck.outputs()
     assert eventually(lambda: not alive(pid))
     assert engine.died and "hangs" in said[-1]
@@ -271,9 +272,9 @@ def test_a_step_without_end_is_a_death(start: Start) -> None:
 
 def test_a_slow_step_is_not(start: Start) -> None:
     """Nor is an engine without work."""
-    engine = start(Faults(tick=0.5), step_timeout=1.2)
+    engine = start(Faults(tick=0.4), step_timeout=1.0)
     assert finished(engine.submit(request(max_tokens=4))).outputs()
-    time.sleep(1.5)
+    time.sleep(1.25)
     assert engine.probe(10).ready
 
 

@@ -231,7 +231,7 @@ def test_a_killed_rank_is_the_engine_s_death(open_shared: Open, busy: bool) -> N
 
 def test_a_rank_that_hangs_is_not_ready_and_then_dead(open_shared: Open) -> None:
     said: list[str] = []
-    engine = open_shared("llama", limits={"step_timeout": 3.0}, report=said.append)
+    engine = open_shared("llama", limits={"step_timeout": 2.0}, report=said.append)
     os.kill(engine.workers.processes[1], signal.SIGSTOP)
     ticket = engine.submit(request())
     assert not engine.probe(0.5).ready
