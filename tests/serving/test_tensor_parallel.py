@@ -14,6 +14,7 @@ import torch
 
 from mtk.config import make
 from mtk.config.model import ModelConfig
+from mtk.config.quantize import QuantizeConfig
 from mtk.config.serve import ServeConfig
 from mtk.errors import ConfigError
 from mtk.launch.rank_server import RankServer
@@ -24,9 +25,10 @@ from serving.open_served import open_served
 from serving.requests import BeamParams, GenerationRequest, SequenceOutput
 from serving.sampling import SamplingParams
 from serving.torch_engine import TorchEngine
+from stages.quantize import run as quantize
 from stages.serve import torch_engine
 from stages.serve_process import open_process
-from tests.convert.models import bloom, gemma, gpt2_config, llama, neox, save_native
+from tests.convert.models import TEXT, bloom, gemma, gpt2_config, llama, neox, quiet, save_native
 from tests.models.sizes import small_config
 from tests.serving.models import HYBRID
 from tests.serving.test_engine_process import alive
@@ -195,6 +197,23 @@ def test_fixed_shapes(open_shared: Open, open_alone: Callable[..., TorchEngine])
     assert last.wait(60) and first.wait(60)
     assert last.outputs() == [alone]
     same(alone, outputs(open_alone("llama"), mine)[0])
+
+
+def test_quantised_weights(
+    open_shared: Open, open_alone: Callable[..., TorchEngine], folder: Path
+) -> None:
+    """They are expanded here, and stay packed in one process; the numbers are the same."""
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    given = {"load": str(saved(folder, "llama")), "valid_data": str(folder / "text.txt")}
+    config = make(QuantizeConfig, save=str(folder / "int8"), format="int8_wo", **given,
+                  max_perplexity_increase=1e6)  # fmt: skip
+    load = str(quantize(config, quiet()).path)
+    asked = request(sampling=SamplingParams(temperature=0, logprobs=2), max_tokens=20)
+    (whole,) = outputs(open_alone("llama"), asked)
+    (found,) = outputs(open_shared("llama", load=load), asked)
+    same(found, outputs(open_alone("llama", load=load), asked)[0])
+    scores = [[item.logprob for item in one.logprobs] for one in (found, whole)]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
 
 
 def test_a_cancelled_request_leaves_the_others(
