@@ -30,6 +30,10 @@ class Probe:
     done: threading.Event = field(default_factory=threading.Event)
     health: Health = Health(False, "the engine did not answer")
 
+    def answer(self, health: Health) -> None:
+        self.health = health
+        self.done.set()
+
 
 @dataclass
 class BeamSearch:

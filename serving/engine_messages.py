@@ -199,11 +199,16 @@ def listen(folder: Path, name: str = NAME) -> socket.socket:
     return listener
 
 
-def connect(folder: Path, name: str = NAME) -> Line:
+def connect(folder: Path) -> Line:
+    """To the server that listens in ``folder``."""
+    return Line(open_connection(folder))
+
+
+def open_connection(folder: Path, name: str = NAME) -> Connection:
     """To who listens in ``folder``."""
     ours = socket.socket(socket.AF_UNIX)
     _at(ours.connect, folder, name)
-    return Line(Connection(ours.detach()))
+    return Connection(ours.detach())
 
 
 def _at(act: Any, folder: Path, name: str) -> None:

@@ -42,6 +42,8 @@ from serving.requests import GenerationRequest, check_fits
 PING_EVERY = 1.0
 # Seconds without any answer from the process, whose step may last longer, until it counts as dead.
 SILENCE = 10.0
+# How long (seconds) processes of an engine that died may take to end by themselves.
+LAST_WORDS = 15.0
 NO_STATS = EngineStats(0, 0, CacheStats(0))
 
 
@@ -85,7 +87,9 @@ class EngineProcess:
         self._death: str | None = None
         self._crashed = self._stopping = False
         self._closed = threading.Event()
-        self._alive_at = self._moved_at = time.monotonic()
+        # Pings since the process answered, and since it was seen to get on. Not times: this process
+        # itself may have been stopped.
+        self._silent = self._still = 0
         self._ticks = -1
         self._line = workers.connection()
         self._ready = self._until_ready()
@@ -98,7 +102,6 @@ class EngineProcess:
                 ("ping", self._keep_pinging),
             )
         ]
-        self._alive_at = self._moved_at = time.monotonic()
         for thread in self._threads:
             thread.start()
 
@@ -180,6 +183,7 @@ class EngineProcess:
         self._die("the server is stopping", crashed=False)
         self._closed.set()
         self._line.close()
+        self._outbox.put(Ping())  # wakes the thread that sends
         self.workers.close(timeout=1.0)
 
     def _waiting(self) -> int:
@@ -222,14 +226,23 @@ class EngineProcess:
                 for message in self._line.receive():
                     self._handle(message)
             self._line.close()  # which ends its process
+            if self._crashed:
+                self._bury()
         except (EOFError, OSError):
             known = self._death is not None or self._stopping
             self._die("the engine died: its process ended", crashed=not self._stopping)
             if not known:
                 self._report(f"{self._death}\n{self.workers.why()}")
 
+    def _bury(self) -> None:
+        """Hear what else is known of the death, if another process had a part in it."""
+        if not self.workers.ended.wait(LAST_WORDS):
+            self.workers.kill()
+        elif self.workers.error is not None:
+            self._report(str(self.workers.error))
+
     def _handle(self, message: Any) -> None:
-        self._alive_at = time.monotonic()
+        self._silent = 0
         if isinstance(message, Step):
             self._take_step(message)
         elif isinstance(message, Probed):
@@ -240,7 +253,7 @@ class EngineProcess:
                 probe.done.set()
         elif isinstance(message, Pong):
             if message.ticks != self._ticks or not message.busy:
-                self._ticks, self._moved_at = message.ticks, self._alive_at
+                self._ticks, self._still = message.ticks, 0
         elif isinstance(message, Warned):
             self._report(message.text)
         elif isinstance(message, Died):
@@ -293,10 +306,10 @@ class EngineProcess:
     def _keep_pinging(self) -> None:
         while not self._closed.wait(PING_EVERY) and self._death is None:
             self._outbox.put(Ping())
-            now = time.monotonic()
-            if now - self._alive_at > self._silence:
+            self._silent, self._still = self._silent + 1, self._still + 1
+            if self._silent * PING_EVERY > self._silence:
                 self._give_up(f"its process has not answered for {self._silence:g} s")
-            elif now - self._moved_at > self._step_timeout:
+            elif self._still * PING_EVERY > self._step_timeout:
                 self._give_up(f"a step took longer than {self._step_timeout:g} s (--step-timeout)")
 
     def _give_up(self, why: str) -> None:

@@ -25,8 +25,9 @@ from serving.decoding import SequenceDecoder
 from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.engine_jobs import BeamSearch, Job, Probe
+from serving.engine_parts import ALONE, Parts
 from serving.errors import NotReadyError, OverloadedError, describe
-from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary, decoder_for
+from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
 from serving.requests import Delta, GenerationRequest, check_fits
@@ -42,7 +43,8 @@ class TorchEngine:
     context: most tokens of a sequence (with an encoder: of what the decoder writes). encoder: how
     prompts are read by an encoder; None for a model without one. paged: of the paged cache; None
     is dense caches. ahead: as in :class:`serving.paged.batch.PagedSettings` (default: on a GPU).
-    report: gets the traceback if the thread dies. Raises ConfigError for a cache of nothing.
+    parts: what computes, for a model of which other ranks have parts. report: gets the traceback
+    if the thread dies, of ``error``. Raises ConfigError for a cache of nothing.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TorchEngine:
         encoder: EncoderPrompt | None = None,
         paged: CacheConfig | None = None,
         ahead: bool | None = None,
+        parts: Parts = ALONE,
         report: Callable[[str], None] = print,
     ) -> None:
         self._model = model.eval()
@@ -64,7 +67,7 @@ class TorchEngine:
         self._encoder = encoder
         self._context = context
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._report = report
+        self._report, self._parts = report, parts
         self._observer: Observer | None = None
         self._after_tick: Callable[[], None] = lambda: None
         self._ticks = 0
@@ -73,7 +76,7 @@ class TorchEngine:
         self._probes: list[Probe] = []
         self._stopping = False
         self._death: str | None = None
-        self._crashed = False
+        self.error: BaseException | None = None
         self._batch = self._make_batch(paged, ahead)
         self._owners: dict[RunningSequence, tuple[Job, float]] = {}
         self._beam: BeamSearch | None = None
@@ -91,11 +94,11 @@ class TorchEngine:
             self._model, paged, rows=self._max_batch_size, context=self._context, ahead=ahead
         )
         self._context = settings.context
-        return PagedBatch(self._model, self._vocabulary, settings, self._report)
+        return PagedBatch(self._model, self._vocabulary, settings, self._report, self._parts.runner)
 
     def _decoder(self) -> SequenceDecoder:
         """With caches of its own."""
-        return decoder_for(self._model, self._encoder)
+        return self._parts.decoder(self._model, self._encoder)
 
     @property
     def encoder(self) -> EncoderPrompt | None:
@@ -120,7 +123,7 @@ class TorchEngine:
     @property
     def died(self) -> str | None:
         """Why the thread ended, unless it was stopped on request."""
-        return self._death if self._crashed else None
+        return None if self.error is None else self._death
 
     @property
     def ended(self) -> str | None:
@@ -219,7 +222,7 @@ class TorchEngine:
                     self._tick()
                     self._after_tick()
         except BaseException as error:  # the thread ends here, so nobody else would see it
-            self._crashed = True
+            self.error = error
             reason = f"the engine died: {type(error).__name__}"
             self._report(f"{reason}\n{describe(error)}")
         finally:
@@ -342,8 +345,7 @@ class TorchEngine:
         if probes:
             health = self._decode_once()
             for probe in probes:
-                probe.health = health
-                probe.done.set()
+                probe.answer(health)
 
     def _decode_once(self) -> Health:
         """A prompt of one token and one decode step, in a cache of their own."""
@@ -384,5 +386,4 @@ class TorchEngine:
         for ticket in tickets:
             ticket.fail(NotReadyError(reason))
         for probe in probes:
-            probe.health = Health(False, reason)
-            probe.done.set()
+            probe.answer(Health(False, reason))

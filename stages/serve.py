@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtk.models.gpt import GPT
     from mtk.tokenizers import Tokenizer
     from serving.chat_prompt import ChatPrompt
+    from serving.engine_parts import Parts
     from serving.engine_process import EngineProcess
     from serving.open_served import Served
     from serving.settings import ServerSettings
@@ -88,7 +89,8 @@ def _start_ranks(config: ServeConfig) -> RankServer | None:
         return None
     from serving.engine_workers import start_server
 
-    return start_server("stages.serve_process")
+    ranks = config.tensor_model_parallel_size
+    return start_server("stages.serve_process" if ranks == 1 else "stages.serve_shared", ranks)
 
 
 def _say_ready(reporter: Reporter, opened: OpenedEngine, model: str, url: str) -> None:
@@ -165,15 +167,20 @@ def served_model(config: ServeConfig) -> Served:
     """The model on its device. Raises ConfigError and ArtifactError."""
     from serving.open_served import open_served
 
-    dtype, device = _place(config)
+    dtype, device = place_of(config)
     return open_served(config.load, dtype=dtype, device=device)
 
 
 def torch_engine(
-    config: ServeConfig, model: GPT, tokenizer: Tokenizer, warn: Callable[[str], None]
+    config: ServeConfig,
+    model: GPT,
+    tokenizer: Tokenizer,
+    warn: Callable[[str], None],
+    parts: Parts | None = None,
 ) -> TorchEngine:
-    """An engine in this process. Raises ConfigError."""
+    """An engine in this process; parts: as there. Raises ConfigError."""
     from serving.encoder_prompt import encoder_prompt
+    from serving.engine_parts import ALONE
     from serving.torch_engine import TorchEngine
 
     context = context_length(config, model)
@@ -185,6 +192,7 @@ def torch_engine(
         max_queue=config.limits.max_queue,
         encoder=encoder_prompt(model.config, tokenizer, config.limits.max_seq_length),
         paged=paged_cache(config.cache, model),
+        parts=parts or ALONE,
         report=warn,
     )
     if engine.context < context:
@@ -195,7 +203,8 @@ def torch_engine(
     return engine
 
 
-def _place(config: ServeConfig) -> tuple[torch.dtype, str]:
+def place_of(config: ServeConfig) -> tuple[torch.dtype, str]:
+    """The type of the weights, and ``cuda`` or ``cpu``. Raises ConfigError without a GPU."""
     import torch
 
     if config.num_threads is not None:

@@ -29,7 +29,13 @@ def open_process(
     WorkerError for a process that ended.
     """
     limits = config.limits
-    workers = Workers(run_engine, (config,), server, timeout=limits.step_timeout)
+    workers = Workers(
+        run_engine,
+        (config,),
+        server,
+        ranks=config.tensor_model_parallel_size,
+        timeout=limits.step_timeout,
+    )
     try:
         source = find_source(config.load)
         tokenizer = open_tokenizer(source)
@@ -49,11 +55,16 @@ def open_process(
 
 
 def run_engine(place: Place, folder: Path, config: ServeConfig) -> None:
-    """What the engine's process does. It ends when the server asks for it, or is gone."""
-    del place
+    """What each of the engine's processes does. It ends when the server asks for it, or is gone."""
     # Whoever stops a whole group of processes means the server, which lets requests end first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if place.world > 1:
+        # Brings much with it that one process has no use for.
+        from stages.serve_shared import run_rank
+
+        run_rank(place, folder, config)
+        return
     line = connect(folder)
 
     def warn(text: str) -> None:

@@ -232,6 +232,12 @@ class ServeConfig:
         help="Run the engine in a process of its own, beside the one that answers HTTP (torch).",
         runtime=True,
     )
+    tensor_model_parallel_size: int = option(
+        1,
+        help="Processes, each on a GPU of its own, that share each matrix (torch).",
+        aliases=("--tp", "--tensor-parallel"),
+        runtime=True,
+    )
     model_name: str | None = option(
         None, help="The model's name in the API (default: name of the --load folder).", runtime=True
     )
@@ -258,6 +264,18 @@ class ServeConfig:
             yield Problem("device", "cpu", "TensorRT-LLM needs a GPU", "Give --engine torch.")
         if self.num_threads is not None and self.num_threads < 1:
             yield Problem("num_threads", self.num_threads, "must be at least 1", "Nearest: 1.")
+        yield from self._sharing_problems()
         for name in ("model_name", "chat_template"):
             if getattr(self, name) == "":
                 yield Problem(name, "", "must not be empty")
+
+    def _sharing_problems(self) -> Iterator[Problem]:
+        ranks, name = self.tensor_model_parallel_size, "tensor_model_parallel_size"
+        if ranks < 1:
+            yield Problem(name, ranks, "must be at least 1", "Nearest: 1.")
+        if ranks > 1 and not self.engine_process:
+            rule = "needs processes of the engine's own"
+            yield Problem(name, ranks, rule, "Leave out --no-engine-process.")
+        if ranks > 1 and self.engine != "torch":
+            rule = "is of the torch engine; TensorRT-LLM has --tensor-parallel-size"
+            yield Problem(name, ranks, rule, "Nearest: 1.")

@@ -52,6 +52,7 @@ class PagedBatch:
         vocabulary: Vocabulary,
         settings: PagedSettings,
         report: Callable[[str], None] = print,
+        runner: Callable[..., Runner] = Runner,
     ) -> None:
         shape = cache_shape(model)
         self.pool = BlockPool(settings.blocks, shape.block, remember=settings.remember)
@@ -64,7 +65,7 @@ class PagedBatch:
         self.speculation: Speculation | None = None
         if settings.drafts is not None:
             self.speculation = Speculation(settings.drafts, self.scheduler)
-        self.runner = Runner(
+        self.runner = runner(
             model,
             Storage(shape, settings.blocks),
             slots=settings.rows,

@@ -84,7 +84,7 @@ def steady_rows(logits_of: Callable[[Tensor], Tensor], rows: int, vocab: int) ->
         if all(_alike(logits_of, size, token) for token in range(0, vocab, max(1, vocab // 3))):
             return size
     rule = f"no step of {rows} to {rows + TRIED - 1} rows gives the same bits in each of its rows"
-    fix = "Give another --max-batch-size or --num-threads, or leave --deterministic-mode out."
+    fix = "Give another --max-batch-size, --num-threads or --tp, or leave --deterministic-mode out."
     raise ConfigError([Problem("cache.deterministic_mode", True, rule, fix)])
 
 

@@ -25,6 +25,7 @@ from mtk.kernels.few_rows import (
     product_before_norm,
 )
 from mtk.kernels.gemv import gemv
+from mtk.models.gpt import OutputHead
 from mtk.models.mlp import ACTIVATIONS
 from serving.paged.attention import Attend
 from serving.paged.layers import GatedMLP, PagedBlock, PagedModel, Stacked, Tokens
@@ -66,7 +67,7 @@ class Steps:
         self._mlp = [_mlp_half(block) for block in paged.blocks]
         model = paged.model
         self._final = None if model.final_norm is None else rms_norm(model.final_norm)
-        if model.head.product is not F.linear:
+        if type(model.head) is not OutputHead or model.head.product is not F.linear:
             self._final = None
         # Rows before their norm could be too large for fp16.
         self._few = paged.storage.shape.dtype != torch.float16

@@ -61,6 +61,11 @@ class HostRows:
         return len(self._owners)
 
     @property
+    def repeats(self) -> int:
+        """Query heads of a group."""
+        return self._storage.shape.repeats
+
+    @property
     def bytes(self) -> int:
         return sum(store.nbytes for store in self.stores)
 
@@ -176,7 +181,7 @@ def _doubled(rows: int) -> int:
 
 
 class HostAttention:
-    """Rotation, storing and attention of a step's new tokens. repeats: query heads of a group."""
+    """Rotation, storing and attention of a step's new tokens."""
 
     def __init__(
         self,
@@ -184,10 +189,9 @@ class HostAttention:
         step: HostStep,
         rotary: tuple[Tensor, Tensor] | None,
         window: int | None,
-        repeats: int,
     ) -> None:
         self._rows, self._step, self._rotary, self._window = rows, step, rotary, window
-        self._repeats = repeats
+        self._repeats = rows.repeats
         _, heads, room, _ = rows.stores[0].shape if rows.stores else (0, 0, 0, 0)
         self._groups = heads // 2
         # Where each head's new key or value goes in a store of one row a token and head.

@@ -38,10 +38,15 @@ def can_page(model: GPT) -> bool:
 
 
 def cache_shape(model: GPT) -> CacheShape:
-    """Of the model's cache; layers without attention need none."""
+    """Of the model's cache; layers without attention need none, and a rank of several has its own
+    heads only."""
     weight, config = model.output_weight, model.config
+    heads = len(range(*model.own_heads.indices(config.num_attention_heads)))
+    # Ranks beyond the number of groups share one.
+    groups = max(1, config.query_groups * heads // config.num_attention_heads)
     layers = sum(getattr(block, "attention", None) is not None for block in model.layers.values())
-    return CacheShape(layers, config.query_groups, config.head_size, weight.dtype, weight.device)
+    dtype, device = weight.dtype, weight.device
+    return CacheShape(layers, groups, config.head_size, dtype, device, repeats=heads // groups)
 
 
 @dataclass(frozen=True, eq=False)

@@ -200,8 +200,7 @@ class Runner:
             inputs = [*inputs, *[self._filler] * (self._size(count) - count)]
         slots_B, positions_B, places_B = torch.tensor(inputs).T.contiguous().unbind(0)
         tokens = self._tokens(self.tokens_T[places_B], slots_B, positions_B)
-        repeats = self.model.config.num_attention_heads // self.storage.shape.groups
-        attend = HostAttention(host, step, self._rotary(tokens), self._form.window, repeats)
+        attend = HostAttention(host, step, self._rotary(tokens), self._form.window)
         launched = self._look(self.paged.logits(self.paged.states(tokens, attend)))
         host.keep_full(rows)
         return launched.first(count)

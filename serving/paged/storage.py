@@ -18,7 +18,8 @@ FIRST_BLOCKS = 64
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of what is kept for a token: layers x groups x head x 2 numbers of ``dtype``."""
+    """Of what is kept for a token: layers x groups x head x 2 numbers of ``dtype``. repeats: query
+    heads that share those of a group."""
 
     layers: int
     groups: int
@@ -26,6 +27,7 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     block: int = BLOCK_SIZE
+    repeats: int = 1
 
     @property
     def token_bytes(self) -> int:
@@ -44,7 +46,7 @@ class Storage:
     """
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
-        self.shape, self._most = shape, capacity + 1
+        self.shape, self.capacity, self._most = shape, capacity, capacity + 1
         fixed = shape.device.type == "cuda"
         self.blocks = self._most if fixed else min(FIRST_BLOCKS, self._most)
         self.keys_KGPD = [self._empty(self.blocks) for _ in range(shape.layers)]

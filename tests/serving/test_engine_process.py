@@ -42,7 +42,8 @@ def server() -> Iterator[RankServer]:
 
 
 @pytest.fixture
-def start(server: RankServer) -> Iterator[Start]:
+def start(server: RankServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    monkeypatch.setattr("serving.engine_process.PING_EVERY", 0.25)
     made: list[EngineProcess] = []
 
     def one(faults: Faults = NO_FAULTS, **options: Any) -> EngineProcess:
@@ -144,11 +145,14 @@ def test_figures_arrive(start: Start) -> None:
 
 def test_cancelling_frees_the_row(start: Start) -> None:
     engine = start(SLOW, max_batch_size=1)
+    metrics = Metrics(engine)
     first, second = engine.submit(request(max_tokens=80)), engine.submit(request(max_tokens=3))
     assert eventually(lambda: engine.stats().running == 1 and engine.stats().waiting == 1)
     first.cancel()
     assert len(finished(second).outputs()[0].tokens) == 3
     assert eventually(lambda: engine.stats().cached_tokens == 0)
+    aborted = 'mtk_sequences_finished_total{reason="abort"} 1.0'
+    assert eventually(lambda: aborted in metrics.exposition().decode())
 
 
 def test_a_full_queue_refuses_at_once(start: Start) -> None:
@@ -242,7 +246,7 @@ def test_an_error_in_a_step_is_told_with_its_traceback(start: Start) -> None:
 
 def test_a_stopped_process_is_not_ready_and_then_dead(start: Start) -> None:
     said: list[str] = []
-    engine = start(silence=2.0, report=said.append)
+    engine = start(silence=1.5, report=said.append)
     ticket = engine.submit(request(max_tokens=2))
     finished(ticket)
     (pid,) = engine.workers.processes
@@ -251,7 +255,7 @@ def test_a_stopped_process_is_not_ready_and_then_dead(start: Start) -> None:
     health = engine.probe(0.3)
     assert not health.ready and "did not answer" in health.reason
     assert stuck.wait(10)
-    with pytest.raises(NotReadyError, match="has not answered for 2 s"):
+    with pytest.raises(NotReadyError, match=r"has not answered for 1\.5 s"):
         stuck.outputs()
     assert eventually(lambda: not alive(pid))
     assert engine.died and "hangs" in said[-1]
@@ -268,9 +272,9 @@ def test_a_step_without_end_is_a_death(start: Start) -> None:
 
 def test_a_slow_step_is_not(start: Start) -> None:
     """Nor is an engine without work."""
-    engine = start(Faults(tick=0.5), step_timeout=1.2)
+    engine = start(Faults(tick=0.4), step_timeout=1.0)
     assert finished(engine.submit(request(max_tokens=4))).outputs()
-    time.sleep(1.5)
+    time.sleep(1.25)
     assert engine.probe(10).ready
 
 

@@ -27,9 +27,10 @@ class Drain:
     complaints: str
 
 
-def drain(clients: int = CLIENTS) -> Drain:
+def drain(clients: int = CLIENTS, *, own_process: bool = False) -> Drain:
     whole: list[int] = []
-    with server_process(TICK, max_batch_size=16, max_queue=64) as server:
+    limits = {"max_batch_size": 16, "max_queue": 64}
+    with server_process(TICK, own_process=own_process, **limits) as server:
 
         def stream(number: int) -> None:
             opened = Stream(server.url, {**BODY, "seed": number})
@@ -63,9 +64,10 @@ def drain(clients: int = CLIENTS) -> Drain:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--own-process", action="store_true", help="the engine has one")
     asked = parser.parse_args()
     for number in range(asked.times):
-        found = drain()
+        found = drain(own_process=asked.own_process)
         print(
             f"{number + 1}: {found.whole} of {found.in_flight} whole, a late one got "
             f"{found.late}, exit {found.code} after {found.seconds:.1f} s {found.complaints}",

@@ -78,8 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--factor", type=float, default=10.0)
+    parser.add_argument("--own-process", action="store_true", help="the engine has one")
     asked = parser.parse_args()
-    with server_process(TICK, **LIMITS) as server:
+    with server_process(TICK, own_process=asked.own_process, **LIMITS) as server:
         found = overload(server, asked.seconds, asked.factor)
         print(
             f"{len(found.refused)} refused with 429, p50 "

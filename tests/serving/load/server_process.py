@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.serving.wire import call, eventually
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,11 +57,14 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
-    """tick: seconds that each step takes at least. limits: of engine and server."""
+def server_process(
+    tick: float = 0.0, *, own_process: bool = False, **limits: Any
+) -> Iterator[ServerProcess]:
+    """tick: seconds that each step takes at least. own_process: the engine has one, as in ``mtk
+    serve``. limits: of engine and server."""
     command = [sys.executable, "-m", "tests.serving.load.server_process"]
     process = subprocess.Popen(
-        [*command, json.dumps({"tick": tick, **limits})],
+        [*command, json.dumps({"tick": tick, "own_process": own_process, **limits})],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,20 +82,35 @@ def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
 
 
 def main() -> None:
-    import torch
-
-    from mtk.config.serve import CacheConfig
     from serving.app import create_app
     from serving.chat_prompt import open_chat
     from serving.server import HttpServer, bind, quiet_waitress, stopped_by_signals
     from serving.settings import ServerSettings
-    from serving.torch_engine import TorchEngine
-    from tests.serving.models import ByteTokenizer, tiny_model
+    from tests.serving.models import ByteTokenizer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("options", type=json.loads)
     options = parser.parse_args().options
-    tick = options.pop("tick")
+    tick, own_process = options.pop("tick"), options.pop("own_process")
+    sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
+    chat = open_chat("plain", ByteTokenizer(), "tiny")
+    settings = ServerSettings(model="tiny", chat=chat, **options)
+    quiet_waitress()
+    with ExitStack() as cleanup:
+        engine = _beside(tick, sizes, cleanup) if own_process else _inside(tick, sizes)
+        server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))
+        with stopped_by_signals(server.stop):
+            print(server.url, flush=True)
+            server.run()
+
+
+def _inside(tick: float, sizes: dict[str, Any]) -> Engine:
+    import torch
+
+    from mtk.config.serve import CacheConfig
+    from serving.torch_engine import TorchEngine
+    from tests.serving.models import ByteTokenizer, tiny_model
+
     torch.set_num_threads(1)
     if tick:
         real = TorchEngine._tick
@@ -99,15 +120,16 @@ def main() -> None:
             real(engine)
 
         TorchEngine._tick = slow  # type: ignore[method-assign]
-    sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
-    tokenizer = ByteTokenizer()
-    engine = TorchEngine(tiny_model(), tokenizer, context=96, paged=CacheConfig(), **sizes)
-    settings = ServerSettings(model="tiny", chat=open_chat("plain", tokenizer, "tiny"), **options)
-    quiet_waitress()
-    server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))
-    with stopped_by_signals(server.stop):
-        print(server.url, flush=True)
-        server.run()
+    return TorchEngine(tiny_model(), ByteTokenizer(), context=96, paged=CacheConfig(), **sizes)
+
+
+def _beside(tick: float, sizes: dict[str, Any], cleanup: ExitStack) -> Engine:
+    from serving.engine_workers import start_server
+    from tests.serving.engine_jobs import Faults, serve_tiny, start_tiny
+
+    ranks = start_server(serve_tiny.__module__)
+    cleanup.callback(ranks.close, 0.0)
+    return start_tiny(ranks, Faults(tick=tick), **sizes)
 
 
 if __name__ == "__main__":

@@ -161,8 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--own-process", action="store_true", help="the engine has one")
     asked = parser.parse_args()
-    with server_process(max_batch_size=32, max_queue=128, max_concurrency=128) as server:
+    limits = {"max_batch_size": 32, "max_queue": 128, "max_concurrency": 128}
+    with server_process(own_process=asked.own_process, **limits) as server:
         tally = storm(server, asked.seconds, asked.clients)
         print(
             f"{sum(tally.statuses.values())} requests, {tally.tokens} tokens, statuses "
