@@ -1,4 +1,4 @@
-"""A server on the tiny model of the tests, in a process of its own."""
+"""A server on a random model, in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ from typing import Any
 from tests.serving.wire import call, eventually
 
 ROOT = Path(__file__).parents[3]
+# The demo's has the sizes of the recipe that `make demo` trains; the vocabulary is bytes in both.
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "demo": {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "activation": "swiglu",
+        "add_bias_linear": False,
+        "num_layers": 4,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "init_method_std": 0.12,
+    },
+}
 
 
 @dataclass
@@ -55,7 +70,8 @@ class ServerProcess:
 
 @contextmanager
 def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
-    """tick: seconds that each step takes at least. limits: of engine and server."""
+    """tick: seconds that each step takes at least. limits: of engine and server; model: one of
+    ``MODELS``; freed_log: see :mod:`tests.serving.load.leaving`."""
     command = [sys.executable, "-m", "tests.serving.load.server_process"]
     process = subprocess.Popen(
         [*command, json.dumps({"tick": tick, **limits})],
@@ -84,6 +100,7 @@ def main() -> None:
     from serving.server import HttpServer, bind, quiet_waitress, stopped_by_signals
     from serving.settings import ServerSettings
     from serving.torch_engine import TorchEngine
+    from tests.serving.load.leaving import write_down
     from tests.serving.models import ByteTokenizer, tiny_model
 
     parser = argparse.ArgumentParser()
@@ -99,9 +116,12 @@ def main() -> None:
             real(engine)
 
         TorchEngine._tick = slow  # type: ignore[method-assign]
+    if log := options.pop("freed_log", None):
+        write_down(TorchEngine, log)
+    model = tiny_model(**MODELS[options.pop("model", "tiny")])
     sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
     tokenizer = ByteTokenizer()
-    engine = TorchEngine(tiny_model(), tokenizer, context=96, paged=CacheConfig(), **sizes)
+    engine = TorchEngine(model, tokenizer, context=96, paged=CacheConfig(), **sizes)
     settings = ServerSettings(model="tiny", chat=open_chat("plain", tokenizer, "tiny"), **options)
     quiet_waitress()
     server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))

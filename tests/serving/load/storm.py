@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tests.serving.load.server_process import ServerProcess, server_process
+from tests.serving.load.leaving import freed
+from tests.serving.load.overload import percentile
+from tests.serving.load.server_process import MODELS, ServerProcess, server_process
 from tests.serving.models import ByteTokenizer, greedy_without_cache, tiny_model
 from tests.serving.wire import Stream, call
 
@@ -32,11 +36,12 @@ BAD: tuple[tuple[str, Any, int], ...] = (
 @dataclass
 class Tally:
     """statuses: of all answers. wrong: answers that are not the asker's own. left: streams that
-    a client closed in the middle."""
+    a client closed in the middle; closed: when each did, by its seed."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     left: int = 0
+    closed: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -50,9 +55,9 @@ class Tally:
             self.tokens += tokens
 
 
-def expectations() -> dict[str, list[int]]:
+def expectations(name: str = "tiny") -> dict[str, list[int]]:
     """Prompt -> the ids that greedy decoding appends, by the simplest decoder."""
-    model = tiny_model()
+    model = tiny_model(**MODELS[name])
     prompts = [f"storm {number}: " for number in range(PROMPTS)]
     return {prompt: greedy_without_cache(model, prompt.encode(), LONGEST) for prompt in prompts}
 
@@ -80,7 +85,9 @@ class _Client:
 
     def _streams(self, prompt: str, count: int) -> None:
         leaving = self._random.random() < LEAVING * 2
-        stream = Stream(self._url, {"prompt": prompt, "max_tokens": count, "temperature": 0})
+        seed = self._random.getrandbits(60)
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "seed": seed}
+        stream = Stream(self._url, body)
         if stream.status != 200:
             self._tally.note(stream.status)
             stream.rest()
@@ -92,9 +99,10 @@ class _Client:
                 return
             text += chunk["choices"][0]["text"]
             if leaving and number >= count // 2:
-                stream.close()
                 with self._tally.lock:
                     self._tally.left += 1
+                    self._tally.closed[seed] = time.monotonic()
+                stream.close()
                 break
         good = expected.startswith(text) if leaving else text == expected and stream.finished
         self._judge(good, text, expected)
@@ -140,8 +148,8 @@ class _Client:
                 self._tally.wrong.append(f"{found!r} instead of {expected!r}")
 
 
-def storm(server: ServerProcess, seconds: float, clients: int = 64) -> Tally:
-    known, tally = expectations(), Tally()
+def storm(server: ServerProcess, seconds: float, clients: int = 64, model: str = "tiny") -> Tally:
+    known, tally = expectations(model), Tally()
     end = time.monotonic() + seconds
 
     def work(number: int) -> None:
@@ -161,9 +169,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--alone", type=float, default=20.0, help="seconds of one client, first")
     asked = parser.parse_args()
-    with server_process(max_batch_size=32, max_queue=128, max_concurrency=128) as server:
-        tally = storm(server, asked.seconds, asked.clients)
+    sizes = {"max_batch_size": 32, "max_queue": 128, "max_concurrency": 128, "model": asked.model}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server_process(freed_log=f"{folder}/freed", **sizes) as server,
+    ):
+        single = storm(server, asked.alone, 1, asked.model)
+        tally = storm(server, asked.seconds, asked.clients, asked.model)
+        rates = single.tokens / asked.alone, tally.tokens / asked.seconds
+        print(
+            f"one client {rates[0]:.0f} tokens/s, {asked.clients} clients {rates[1]:.0f}: "
+            f"{rates[1] / rates[0]:.1f} times"
+        )
+        rows = freed(Path(folder) / "freed", tally.closed)
+        seconds = [row.seconds for row in rows]
+        print(
+            f"{len(rows)} rows freed early, after p50 {1000 * percentile(seconds, 0.5):.0f} ms, "
+            f"p99 {1000 * percentile(seconds, 0.99):.0f} ms, at most {max(r.steps for r in rows)} "
+            f"steps; {sum(not row.quick for row in rows)} later than 250 ms and 2 steps"
+        )
         print(
             f"{sum(tally.statuses.values())} requests, {tally.tokens} tokens, statuses "
             f"{dict(sorted(tally.statuses.items()))}, {tally.left} left in the middle, "
