@@ -71,7 +71,7 @@ class ServerProcess:
 @contextmanager
 def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
     """tick: seconds that each step takes at least. limits: of engine and server; model: one of
-    ``MODELS``; freed_log: see :mod:`tests.serving.load.leaving`."""
+    ``MODELS``; deterministic_mode: of the engine; freed_log: see :mod:`tests.serving.load.leaving`."""
     command = [sys.executable, "-m", "tests.serving.load.server_process"]
     process = subprocess.Popen(
         [*command, json.dumps({"tick": tick, **limits})],
@@ -118,10 +118,11 @@ def main() -> None:
         TorchEngine._tick = slow  # type: ignore[method-assign]
     if log := options.pop("freed_log", None):
         write_down(TorchEngine, log)
+    cache = CacheConfig(deterministic_mode=options.pop("deterministic_mode", False))
     model = tiny_model(**MODELS[options.pop("model", "tiny")])
     sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
     tokenizer = ByteTokenizer()
-    engine = TorchEngine(model, tokenizer, context=96, paged=CacheConfig(), **sizes)
+    engine = TorchEngine(model, tokenizer, context=96, paged=cache, **sizes)
     settings = ServerSettings(model="tiny", chat=open_chat("plain", tokenizer, "tiny"), **options)
     quiet_waitress()
     server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))

@@ -35,11 +35,13 @@ BAD: tuple[tuple[str, Any, int], ...] = (
 
 @dataclass
 class Tally:
-    """statuses: of all answers. wrong: answers that are not the asker's own. left: streams that
+    """statuses: of all answers. wrong: answers that are not the asker's own; kinds: how many of each
+    kind and prompt. left: streams that
     a client closed in the middle; closed: when each did, by its seed."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
     left: int = 0
     closed: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
@@ -105,7 +107,7 @@ class _Client:
                 stream.close()
                 break
         good = expected.startswith(text) if leaving else text == expected and stream.finished
-        self._judge(good, text, expected)
+        self._judge(good, text, expected, f"stream {prompt}")
         self._tally.note(200, len(text))
 
     def _whole(self, prompt: str, count: int) -> None:
@@ -114,7 +116,7 @@ class _Client:
         if status == 200:
             expected = _expected(self._known[prompt], count)
             for choice in answer["choices"]:
-                self._judge(choice["text"] == expected, choice["text"], expected)
+                self._judge(choice["text"] == expected, choice["text"], expected, f"whole {prompt}")
         self._tally.note(status, 2 * count)
 
     def _megatron(self, prompt: str, count: int) -> None:
@@ -123,7 +125,7 @@ class _Client:
         if status == 200:
             expected = prompt + _expected(self._known[prompt], count)
             text = answer["text"][0].removesuffix("<|endoftext|>")
-            self._judge(text == expected, text, expected)
+            self._judge(text == expected, text, expected, f"megatron {prompt}")
         self._tally.note(status, count)
 
     def _chat(self, prompt: str, count: int) -> None:
@@ -132,19 +134,21 @@ class _Client:
         first, second = (call(self._url, "POST", "/v1/chat/completions", body) for _ in range(2))
         if first[0] == second[0] == 200:
             texts = [found[1]["choices"][0]["message"]["content"] for found in (first, second)]
-            self._judge(texts[0] == texts[1], *texts)
+            self._judge(texts[0] == texts[1], *texts, f"chat {prompt}")
         for status in (first[0], second[0]):
             self._tally.note(status, count)
 
     def _wrong(self, prompt: str, count: int) -> None:
         path, body, wanted = self._random.choice(BAD)
         status, answer, _ = call(self._url, "POST", path, body)
-        self._judge(status == wanted and answer["error"]["code"] == wanted, str(status), path)
+        good = status == wanted and answer["error"]["code"] == wanted
+        self._judge(good, str(status), path, f"bad request to {path}")
         self._tally.note(status)
 
-    def _judge(self, good: bool, found: str, expected: str) -> None:
+    def _judge(self, good: bool, found: str, expected: str, kind: str) -> None:
         if not good:
             with self._tally.lock:
+                self._tally.kinds[kind] += 1
                 self._tally.wrong.append(f"{found!r} instead of {expected!r}")
 
 
@@ -171,8 +175,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--alone", type=float, default=20.0, help="seconds of one client, first")
+    parser.add_argument("--deterministic-mode", action="store_true")
     asked = parser.parse_args()
     sizes = {"max_batch_size": 32, "max_queue": 128, "max_concurrency": 128, "model": asked.model}
+    sizes["deterministic_mode"] = asked.deterministic_mode
     with (
         tempfile.TemporaryDirectory() as folder,
         server_process(freed_log=f"{folder}/freed", **sizes) as server,
@@ -194,7 +200,7 @@ def main() -> None:
         print(
             f"{sum(tally.statuses.values())} requests, {tally.tokens} tokens, statuses "
             f"{dict(sorted(tally.statuses.items()))}, {tally.left} left in the middle, "
-            f"{len(tally.wrong)} wrong answers, {tally.failures} failures, "
+            f"{len(tally.wrong)} wrong answers {dict(tally.kinds)}, {tally.failures} failures, "
             f"held at the end: {server.leaks() or 'nothing'}"
         )
         for line in tally.wrong[:5]:
