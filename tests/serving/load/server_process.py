@@ -70,8 +70,9 @@ class ServerProcess:
 
 @contextmanager
 def server_process(tick: float = 0.0, **limits: Any) -> Iterator[ServerProcess]:
-    """tick: seconds that each step takes at least. limits: of engine and server; model: one of
-    ``MODELS``; deterministic_mode: of the engine; freed_log: see :mod:`tests.serving.load.leaving`."""
+    """tick: seconds that each step takes at least. limits: of engine and server, and model: one of
+    ``MODELS``, deterministic_mode: of the engine, freed_log: see
+    :mod:`tests.serving.load.leaving`."""
     command = [sys.executable, "-m", "tests.serving.load.server_process"]
     process = subprocess.Popen(
         [*command, json.dumps({"tick": tick, **limits})],

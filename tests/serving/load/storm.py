@@ -35,9 +35,9 @@ BAD: tuple[tuple[str, Any, int], ...] = (
 
 @dataclass
 class Tally:
-    """statuses: of all answers. wrong: answers that are not the asker's own; kinds: how many of each
-    kind and prompt. left: streams that
-    a client closed in the middle; closed: when each did, by its seed."""
+    """statuses: of all answers. wrong: answers that are not the asker's own; kinds: how many of
+    which kind and prompt. left: streams that a client closed in the middle; closed: when each
+    did, by its seed."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
