@@ -260,6 +260,9 @@ class ServeConfig:
     def problems(self) -> Iterator[Problem]:
         if self.engine == "torch" and self.tensorrt != TensorRTConfig():
             yield Problem("engine", "torch", "has no TensorRT-LLM options", "Leave them out.")
+        if self.engine == "tensorrt-llm" and self.cache.deterministic_mode:
+            rule = "is what --engine torch can do"
+            yield Problem("cache.deterministic_mode", True, rule, "Leave one of them out.")
         if self.engine == "tensorrt-llm" and self.device == "cpu":
             yield Problem("device", "cpu", "TensorRT-LLM needs a GPU", "Give --engine torch.")
         if self.num_threads is not None and self.num_threads < 1:

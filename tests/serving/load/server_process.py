@@ -1,4 +1,4 @@
-"""A server on the tiny model of the tests, in a process of its own."""
+"""A server on a random model, in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     from serving.engine import Engine
 
 ROOT = Path(__file__).parents[3]
+# The demo's has the sizes of the recipe that `make demo` trains; the vocabulary is bytes in both.
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "demo": {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "activation": "swiglu",
+        "add_bias_linear": False,
+        "num_layers": 4,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "init_method_std": 0.12,
+    },
+}
 
 
 @dataclass
@@ -61,7 +76,9 @@ def server_process(
     tick: float = 0.0, *, own_process: bool = False, **limits: Any
 ) -> Iterator[ServerProcess]:
     """tick: seconds that each step takes at least. own_process: the engine has one, as in ``mtk
-    serve``. limits: of engine and server."""
+    serve``. limits: of engine and server; beside an engine in the server's process also model: one
+    of ``MODELS``, deterministic_mode: of the engine, freed_log: see
+    :mod:`tests.serving.load.leaving`."""
     command = [sys.executable, "-m", "tests.serving.load.server_process"]
     process = subprocess.Popen(
         [*command, json.dumps({"tick": tick, "own_process": own_process, **limits})],
@@ -93,22 +110,33 @@ def main() -> None:
     options = parser.parse_args().options
     tick, own_process = options.pop("tick"), options.pop("own_process")
     sizes = {k: options.pop(k) for k in ("max_batch_size", "max_queue") if k in options}
+    inside = {
+        k: options.pop(k) for k in ("model", "deterministic_mode", "freed_log") if k in options
+    }
     chat = open_chat("plain", ByteTokenizer(), "tiny")
     settings = ServerSettings(model="tiny", chat=chat, **options)
     quiet_waitress()
     with ExitStack() as cleanup:
-        engine = _beside(tick, sizes, cleanup) if own_process else _inside(tick, sizes)
+        engine = _beside(tick, sizes, cleanup) if own_process else _inside(tick, sizes, **inside)
         server = HttpServer(create_app(engine, settings), bind("127.0.0.1", 0))
         with stopped_by_signals(server.stop):
             print(server.url, flush=True)
             server.run()
 
 
-def _inside(tick: float, sizes: dict[str, Any]) -> Engine:
+def _inside(
+    tick: float,
+    sizes: dict[str, Any],
+    *,
+    model: str = "tiny",
+    deterministic_mode: bool = False,
+    freed_log: str | None = None,
+) -> Engine:
     import torch
 
     from mtk.config.serve import CacheConfig
     from serving.torch_engine import TorchEngine
+    from tests.serving.load.leaving import write_down
     from tests.serving.models import ByteTokenizer, tiny_model
 
     torch.set_num_threads(1)
@@ -120,7 +148,11 @@ def _inside(tick: float, sizes: dict[str, Any]) -> Engine:
             real(engine)
 
         TorchEngine._tick = slow  # type: ignore[method-assign]
-    return TorchEngine(tiny_model(), ByteTokenizer(), context=96, paged=CacheConfig(), **sizes)
+    if freed_log:
+        write_down(TorchEngine, freed_log)
+    cache = CacheConfig(deterministic_mode=deterministic_mode)
+    made = tiny_model(**MODELS[model])
+    return TorchEngine(made, ByteTokenizer(), context=96, paged=cache, **sizes)
 
 
 def _beside(tick: float, sizes: dict[str, Any], cleanup: ExitStack) -> Engine:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtk.config import make
-from mtk.config.serve import CacheConfig
+from mtk.config.serve import CacheConfig, ServeConfig
 from mtk.errors import ConfigError
 from mtk.models.gpt import GPT
 from serving.paged.batch import PagedBatch
@@ -175,6 +175,8 @@ def test_what_cannot_be_deterministic_is_told() -> None:
         paged_cache(options, tiny_model(**MAMBA))
     with pytest.raises(ConfigError, match="needs the paged cache"):
         make(CacheConfig, deterministic_mode=True, kv_cache="dense")
+    with pytest.raises(ConfigError, match="--engine torch"):
+        make(ServeConfig, load="x", engine="tensorrt-llm", cache=options)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
