@@ -78,12 +78,23 @@ class LibraryTokenizer(Tokenizer):
             return b""
         if not self.exact_bytes:
             return None
-        added = self.library.get_added_tokens_decoder().get(token_id)
-        if added is not None:
-            return str(added.content).encode()
-        return piece_bytes(self.piece(token_id))
+        # Asked for every token that is served, twice.
+        if token_id not in self._known_bytes:
+            added = self._added.get(token_id)
+            spelled = piece_bytes(self.piece(token_id)) if added is None else added.encode()
+            self._known_bytes[token_id] = spelled
+        return self._known_bytes[token_id]
 
-    @property
+    @cached_property
+    def _known_bytes(self) -> dict[int, bytes | None]:
+        return {}
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        added = self.library.get_added_tokens_decoder()
+        return {token_id: str(token.content) for token_id, token in added.items()}
+
+    @cached_property
     def exact_bytes(self) -> bool:
         """True for byte-level vocabularies: every piece spells bytes."""
         return isinstance(self.library.decoder, decoders.ByteLevel)
