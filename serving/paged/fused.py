@@ -69,13 +69,10 @@ class Steps:
         self._final = None if model.final_norm is None else rms_norm(model.final_norm)
         if type(model.head) is not OutputHead or model.head.product is not F.linear:
             self._final = None
-        # Rows before their norm could be too large for fp16.
-        self._few = paged.storage.shape.dtype != torch.float16
-
-    @property
-    def fused(self) -> int:
-        """How many halves of layers are of the known kind."""
-        return sum(half is not None for half in (*self._attention, *self._mlp))
+        # Rows before their norm could be too large for fp16, and fp32 has no tensor cores on CUDA.
+        shape = paged.storage.shape
+        exact = shape.dtype == torch.float32 and shape.device.type != "cuda"
+        self._few = shape.dtype == torch.bfloat16 or exact
 
     def logits(self, tokens: Tokens, attend: Attend) -> Tensor:
         """[B, V] of the tokens after these."""
