@@ -216,6 +216,7 @@ ELSEWHERE = {
     "tp.dropout": "below",
     "float8.*": "below",
     "custom.logits": "logits handed out, compared whole in test_custom",
+    "tp.logits": "logits of a server's ranks, whose answers are compared with one process's",
     "run.base": "records of a manifest",
     "run.attention": "the choice of a kernel",
     "moe.sequences": "Sinkhorn's, with the faults of its own tests of routers",
