@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +34,8 @@ from serving.engine_messages import (
     without_grammar,
 )
 from serving.engine_workers import Workers
-from serving.errors import NotReadyError, OverloadedError
+from serving.errors import NotReadyError
+from serving.queue_limit import QueueLimit
 from serving.requests import GenerationRequest, check_fits
 
 # Seconds between two looks at whether the engine's process still lives.
@@ -74,7 +74,8 @@ class EngineProcess:
         report: Callable[[str], None] = print,
     ) -> None:
         self.workers, self._tokenizer, self._report = workers, tokenizer, report
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._max_batch_size = max_batch_size
+        self._queue = QueueLimit(max_queue, max_batch_size)
         self._step_timeout, self._silence = step_timeout, silence
         self._observer: Observer | None = None
         self._lock = threading.Lock()
@@ -83,7 +84,6 @@ class EngineProcess:
         self._numbers, self._probe_numbers = itertools.count(1), itertools.count(1)
         self._submitted = self._seen = 0
         self._stats = NO_STATS
-        self._seconds_per_request = 1.0
         self._death: str | None = None
         self._crashed = self._stopping = False
         self._closed = threading.Event()
@@ -147,12 +147,7 @@ class EngineProcess:
         sendable = without_grammar(request)
         with self._lock:
             self._refuse_if_stopped()
-            waiting = self._waiting()
-            if waiting >= self._max_queue and not self._idle():
-                raise OverloadedError(
-                    f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
-                    retry_after=round(self._seconds_per_request * (waiting + 1)),
-                )
+            self._queue.check(self._waiting(), idle=self._idle())
             number = self._submitted = next(self._numbers)
             ticket = Ticket(request, lambda: self._cancel(number))
             self._tickets[number] = ticket
@@ -295,11 +290,9 @@ class EngineProcess:
                 observer.finished(value)
 
     def _forget(self, number: int, ticket: Ticket) -> None:
-        """A moving average of seconds a request takes from a row is kept, for Retry-After."""
         with self._lock:
             self._tickets.pop(number, None)
-            seconds = (time.monotonic() - ticket.submitted) / self._max_batch_size
-            self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
+            self._queue.learn(ticket)
 
     # The pinging thread.
 

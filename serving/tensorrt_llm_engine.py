@@ -19,8 +19,9 @@ from typing import Any
 from mtk.errors import ServingError
 from mtk.tokenizers import Tokenizer
 from serving.engine import CacheStats, EngineStats, Health, Observer, Ticket
-from serving.errors import NotReadyError, OverloadedError, describe
+from serving.errors import NotReadyError, describe
 from serving.generation import Vocabulary
+from serving.queue_limit import QueueLimit
 from serving.requests import Delta, GenerationRequest, check_fits
 from serving.tensorrt_llm_requests import RemoteSequence, refuse_unsupported, sampling_fields
 
@@ -70,7 +71,8 @@ class TensorRTEngine:
         self._llm, self._make_sampling = llm, make_sampling
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self._context = context
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._max_batch_size = max_batch_size
+        self._queue = QueueLimit(max_queue, max_batch_size)
         self._report = report
         self._observer: Observer | None = None
         self._lock = threading.Lock()
@@ -78,7 +80,6 @@ class TensorRTEngine:
         self._stopping = False
         self._death: str | None = None
         self._last_token = 0.0
-        self._seconds_per_request = 1.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="mtk-tensorrt-llm", daemon=True)
         self._thread.start()
@@ -161,11 +162,7 @@ class TensorRTEngine:
     def _refuse_if_full(self) -> None:
         waiting = sum(not job.begun for job in self._jobs)
         sequences = sum(job.ticket.request.sequences for job in self._jobs)
-        if waiting >= self._max_queue and sequences >= self._max_batch_size:
-            raise OverloadedError(
-                f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
-                retry_after=round(self._seconds_per_request * (waiting + 1)),
-            )
+        self._queue.check(waiting, idle=sequences < self._max_batch_size)
 
     def _in_loop(self, work: Callable[[], None]) -> None:
         """Run it in the engine's thread; a loop that has ended has nothing left to do."""
@@ -285,8 +282,7 @@ class TensorRTEngine:
         if reason == "error":
             job.abort()
         elif last:
-            seconds = (time.monotonic() - job.ticket.submitted) / self._max_batch_size
-            self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
+            self._queue.learn(job.ticket)
 
     async def _decode_once(self) -> Health:
         prompt = (self._vocabulary.tokenizer.eod,)

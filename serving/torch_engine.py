@@ -26,10 +26,11 @@ from serving.encoder_prompt import EncoderPrompt
 from serving.engine import EngineStats, Health, Observer, Ticket
 from serving.engine_jobs import BeamSearch, Job, Probe
 from serving.engine_parts import ALONE, Parts
-from serving.errors import NotReadyError, OverloadedError, describe
+from serving.errors import NotReadyError, describe
 from serving.generation import Batch, RunningSequence, SequenceBatch, Vocabulary
 from serving.paged.batch import PagedBatch
 from serving.paged.budget import paged_settings
+from serving.queue_limit import QueueLimit
 from serving.requests import Delta, GenerationRequest, check_fits
 
 # A decode step this recent (seconds) proves health without a probe of its own.
@@ -66,7 +67,8 @@ class TorchEngine:
         self._vocabulary = Vocabulary(tokenizer, size, continues=encoder is None)
         self._encoder = encoder
         self._context = context
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._max_batch_size = max_batch_size
+        self._queue = QueueLimit(max_queue, max_batch_size)
         self._report, self._parts = report, parts
         self._observer: Observer | None = None
         self._after_tick: Callable[[], None] = lambda: None
@@ -82,7 +84,6 @@ class TorchEngine:
         self._beam: BeamSearch | None = None
         self._admitted: Job | None = None  # begun, but not yet among the owners
         self._last_decode = 0.0
-        self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._main, name="mtk-engine", daemon=True)
         self._thread.start()
 
@@ -149,12 +150,7 @@ class TorchEngine:
         ticket = Ticket(request, self.wake)
         with self._wake:
             self._refuse_if_stopped()
-            waiting = self._waiting()
-            if waiting >= self._max_queue and not self._idle():
-                raise OverloadedError(
-                    f"{waiting} requests are waiting already (max_queue = {self._max_queue})",
-                    retry_after=round(self._seconds_per_request * (waiting + 1)),
-                )
+            self._queue.check(self._waiting(), idle=self._idle())
             self._take(ticket)
         return ticket
 
@@ -304,7 +300,7 @@ class TorchEngine:
             del self._owners[sequence]
             self._finished(delta.finish)
             if job.ticket.done:
-                self._learn_duration(job.ticket)
+                self._queue.learn(job.ticket)
 
     def _advance_beam(self) -> None:
         if self._beam is None:
@@ -323,7 +319,7 @@ class TorchEngine:
             ticket.complete(*found, last=True)
             self._beam = None
             self._finished(found[0].finish)
-            self._learn_duration(ticket)
+            self._queue.learn(ticket)
 
     def _drop_abandoned(self) -> None:
         """Free what cancelled or failed requests hold."""
@@ -364,11 +360,6 @@ class TorchEngine:
     def _finished(self, reason: str) -> None:
         if self._observer is not None:
             self._observer.finished(reason)
-
-    def _learn_duration(self, ticket: Ticket) -> None:
-        """A moving average of seconds a request takes from a row, for Retry-After."""
-        seconds = (time.monotonic() - ticket.submitted) / self._max_batch_size
-        self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
 
     def _die(self, reason: str) -> None:
         with self._wake:

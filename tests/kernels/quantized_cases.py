@@ -12,22 +12,16 @@ from mtk.quantization.formats import format_of
 from mtk.quantization.linear import QuantizedLinear
 from mtk.quantization.packing import typed
 from mtk.quantization.tensor import Kind
+from tests.kernels import decode_cases
 
 BF16 = torch.bfloat16
 KINDS: tuple[Kind, ...] = ("int8", "fp8", "int4")
 
 
 @dataclass(frozen=True)
-class Product:
-    """One kernel's product and what lies around it. group: of INT4."""
+class Product(decode_cases.Product):
+    """group: of INT4."""
 
-    inputs: int
-    outputs: int
-    normed: bool = False
-    biased: bool = False
-    gated: bool = False
-    added: bool = False
-    dtype: torch.dtype = torch.float32
     group: int = 128
 
 
